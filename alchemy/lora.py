@@ -1,0 +1,130 @@
+"""LoRA, a low-rank correction beside a frozen weight: y = W x + scale · (alpha/rank) · up(down(x)).   Hu et al. 2021, eq. 3
+
+LoRALinear is an nn.Linear whose weight keeps its name, so a checkpoint loads the same with and without adapters. It is used wherever
+an adapter may be asked for; without one, it is the linear layer.
+"""
+from contextlib import contextmanager
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+ATTENTION = ("to_q", "to_k", "to_v", "to_out.0")  # what train.py teaches: the projections of attn1 and attn2
+
+
+class Adapter(nn.Module):
+    """down (rank, in) and up (out, rank), float32 whatever the base is: in bf16 a weight above 0.03 would not move at lr 1e-4."""
+
+    def __init__(self, down, up, alpha, scale=1.0):
+        super().__init__()
+        self.down, self.up = nn.Parameter(down), nn.Parameter(up)
+        self.alpha, self.scale = float(alpha), scale
+
+    @property
+    def factor(self):
+        return self.scale * self.alpha / len(self.down)
+
+    def delta(self):
+        """The change of the weight (out, in), in the adapter's own dtype."""
+        return self.factor * (self.up @ self.down)
+
+    def add_to(self, y, x):
+        """y + factor · up(down(x)) for x (..., in), y (..., out), the products in the dtype of x."""
+        hidden = F.linear(x.flatten(0, -2), self.down.to(x.dtype))  # (N, rank)
+        return torch.addmm(y.flatten(0, -2), hidden, self.up.t().to(x.dtype), alpha=self.factor).view(y.shape)
+
+
+class LoRALinear(nn.Linear):
+    """A linear layer with named adapters beside its weight; several add up, one at scale 0 costs nothing and changes no bit."""
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.lora = nn.ModuleDict()
+        self.original = None  # the weight before merging
+
+    def forward(self, x):
+        y = super().forward(x)
+        if self.original is None:
+            for adapter in self.lora.values():
+                if adapter.scale:
+                    y = adapter.add_to(y, x)
+        return y
+
+    @torch.no_grad()
+    def merge(self):
+        """Add every adapter at its scale to the weight. The original waits on the CPU, since subtracting again would round."""
+        if self.original is None and any(a.scale for a in self.lora.values()):
+            self.original = self.weight.detach().to("cpu", copy=True)
+            change = sum(a.delta() for a in self.lora.values() if a.scale)
+            self.weight.copy_((self.weight.to(change.dtype) + change).to(self.weight.dtype))
+
+    @torch.no_grad()
+    def unmerge(self):
+        if self.original is not None:
+            self.weight.copy_(self.original)
+            self.original = None
+
+
+def layers(model):
+    """{dotted name: LoRALinear} of a network, in its order."""
+    return {name: m for name, m in model.named_modules() if isinstance(m, LoRALinear)}
+
+
+def attention_layers(unet):
+    """Those of the layers that are attention's projections."""
+    return {name: m for name, m in layers(unet).items() if name.endswith(ATTENTION) and (".attn1." in name or ".attn2." in name)}
+
+
+def put(layer, name, down, up, alpha, scale=1.0):
+    """Give one LoRALinear the adapter `name` (in place of one of that name). Raises ValueError where the shapes do not fit."""
+    if (down.shape[1], up.shape[0]) != (layer.in_features, layer.out_features) or down.shape[0] != up.shape[1]:
+        raise ValueError(f"its down {tuple(down.shape)} and up {tuple(up.shape)} do not fit the weight {tuple(layer.weight.shape)}")
+    if layer.original is not None:
+        raise ValueError("adapters are merged; unmerge before another one is added")
+    layer.lora[name] = Adapter(down.to(layer.weight.device), up.to(layer.weight.device), alpha, scale)
+
+
+def add_lora(sdxl, rank=16, alpha=None, name="default", seed=0):
+    """Put a fresh adapter on the UNet's attention projections; returns its parameters, float32, for the optimizer.
+
+    down is uniform within ±1/√in (as the authors' code has it), up is zero: before the first step nothing has changed.
+    alpha: None is rank, so that alpha/rank is 1.
+    """
+    if rank < 1:
+        raise ValueError(f"rank is {rank}; it must be at least 1")
+    generator, parameters = torch.Generator().manual_seed(seed), []
+    for layer in attention_layers(sdxl.unet).values():
+        down = (torch.rand(rank, layer.in_features, generator=generator) * 2 - 1) / layer.in_features ** 0.5
+        put(layer, name, down, torch.zeros(layer.out_features, rank), rank if alpha is None else alpha)
+        parameters += layer.lora[name].parameters()
+    return parameters
+
+
+def remove_lora(model, name):
+    for layer in layers(model).values():
+        layer.lora.pop(name) if name in layer.lora else None
+
+
+def merge(model):
+    """Fold all adapters of a network into its weights, for speed; unmerge(model) restores every bit."""
+    for layer in layers(model).values():
+        layer.merge()
+
+
+def unmerge(model):
+    for layer in layers(model).values():
+        layer.unmerge()
+
+
+@contextmanager
+def scaled(model, scale):
+    """Inside, every adapter of the network has this scale (0: the unmodified model); the old scales come back afterwards."""
+    adapters = [a for layer in layers(model).values() for a in layer.lora.values()]
+    before = [a.scale for a in adapters]
+    try:
+        for a in adapters:
+            a.scale = scale
+        yield
+    finally:
+        for a, old in zip(adapters, before):
+            a.scale = old

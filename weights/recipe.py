@@ -1,0 +1,188 @@
+"""How weights/mini was made: an SDXL in miniature, trained from nothing on the toy world.
+
+    python weights/recipe.py vae  --minutes 25     first the VAE: it fixes what the latents are
+    python weights/recipe.py unet --minutes 100    then the UNet with both text encoders, on the VAE's latents
+    python weights/recipe.py pack                  write the EMA in half precision to weights/mini
+
+Each goes on from its last state in --work, on CUDA where there is one. The log of each is --work/vae.log and unet.log.
+"""
+import argparse
+import json
+import sys
+import time
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from safetensors.torch import load_file, save_file
+
+HERE = Path(__file__).parent
+sys.path[:0] = [str(HERE.parent), str(HERE)]
+
+from alchemy.schedule import Schedule  # noqa: E402
+from alchemy.text import TextConfig, TextEncoder  # noqa: E402
+from alchemy.tokenizer import Tokenizer  # noqa: E402
+from alchemy.unet import UNet, UNetConfig  # noqa: E402
+from alchemy.vae import VAE, VAEConfig  # noqa: E402
+import world  # noqa: E402
+
+LEVELS = dict(down_block_types=["DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"],
+              up_block_types=["CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"])
+CONFIGS = {
+    "vae": dict(_class_name="AutoencoderKL", in_channels=3, out_channels=3, latent_channels=4, block_out_channels=[16, 32, 64],
+                down_block_types=["DownEncoderBlock2D"] * 3, up_block_types=["UpDecoderBlock2D"] * 3, act_fn="silu",
+                layers_per_block=1, norm_num_groups=8, sample_size=128, scaling_factor=1.0, force_upcast=False),
+    "unet": dict(_class_name="UNet2DConditionModel", in_channels=4, out_channels=4, block_out_channels=[32, 96, 192], **LEVELS,
+                 layers_per_block=1, transformer_layers_per_block=[1, 1, 1], attention_head_dim=[1, 3, 6], cross_attention_dim=96,
+                 addition_embed_type="text_time", addition_time_embed_dim=32, projection_class_embeddings_input_dim=64 + 6 * 32,
+                 norm_num_groups=16, norm_eps=1e-5, sample_size=32, use_linear_projection=True, flip_sin_to_cos=True, freq_shift=0,
+                 act_fn="silu", mid_block_scale_factor=1, downsample_padding=1, center_input_sample=False),
+    "text_encoder": dict(architectures=["CLIPTextModel"], model_type="clip_text_model", vocab_size=49408, hidden_size=32,
+                         intermediate_size=128, num_hidden_layers=2, num_attention_heads=2, max_position_embeddings=77,
+                         hidden_act="quick_gelu", layer_norm_eps=1e-5, projection_dim=32, bos_token_id=0, eos_token_id=2, pad_token_id=1),
+}
+CONFIGS["text_encoder_2"] = CONFIGS["text_encoder"] | dict(
+    architectures=["CLIPTextModelWithProjection"], hidden_size=64, intermediate_size=256, num_hidden_layers=3, num_attention_heads=4,
+    hidden_act="gelu", projection_dim=64)
+SCHEDULER = dict(_class_name="EulerDiscreteScheduler", beta_schedule="scaled_linear", beta_start=0.00085, beta_end=0.012,
+                 num_train_timesteps=1000, prediction_type="epsilon", timestep_spacing="leading", steps_offset=1,
+                 interpolation_type="linear", set_alpha_to_one=False, clip_sample=False)
+
+
+class State:
+    """Modules under training with their EMA and optimizer; saved as safetensors, the old file replaced in one rename."""
+
+    def __init__(self, modules, path, lr, decay):
+        self.modules, self.path, self.decay, self.step, self.seconds = modules, Path(path), decay, 0, 0.0
+        self.parameters = {f"{n}.{k}": p for n, m in modules.items() for k, p in m.named_parameters()}
+        self.ema = {k: p.detach().clone() for k, p in self.parameters.items()}
+        self.optimizer = torch.optim.AdamW(self.parameters.values(), lr=lr, betas=(0.9, 0.99), weight_decay=0.01)
+        if self.path.exists():
+            self.load()
+
+    def update(self, loss, lr):
+        """Update weights, then the EMA."""
+        self.optimizer.param_groups[0]["lr"] = lr
+        self.optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(self.parameters.values(), 1.0)
+        self.optimizer.step()
+        self.step += 1
+        keep = min(self.decay, (1 + self.step) / (10 + self.step))
+        torch._foreach_lerp_(list(self.ema.values()), [p.detach() for p in self.parameters.values()], 1 - keep)
+
+    def save(self):
+        tensors = {f"weights.{k}": p.detach() for k, p in self.parameters.items()} | {f"ema.{k}": v for k, v in self.ema.items()}
+        for k, p in self.parameters.items():
+            moments = self.optimizer.state.get(p, {})
+            tensors |= {f"{m}.{k}": moments[m] for m in ("exp_avg", "exp_avg_sq") if m in moments}
+        new = self.path.with_suffix(".new")
+        save_file(tensors, new, {"step": str(self.step), "seconds": str(self.seconds)})
+        new.replace(self.path)
+
+    @torch.no_grad()
+    def load(self):
+        tensors, header = load_file(self.path), read_header(self.path)
+        self.step, self.seconds = int(header["step"]), float(header["seconds"])
+        for k, p in self.parameters.items():
+            p.copy_(tensors[f"weights.{k}"])
+            self.ema[k].copy_(tensors[f"ema.{k}"])
+            if f"exp_avg.{k}" in tensors:
+                self.optimizer.state[p] = {m: tensors[f"{m}.{k}"].to(p) for m in ("exp_avg", "exp_avg_sq")} | {
+                    "step": torch.tensor(float(self.step))}
+
+
+def read_header(path):
+    from safetensors import safe_open
+    with safe_open(path, "pt") as f:
+        return f.metadata()
+
+
+def learning_rate(seconds, total, peak, warmup=60):
+    """Linear warm-up, flat, and a linear fall over the last 40 % of the time."""
+    return peak * min(1.0, (1 + seconds) / warmup, max(0.02, (total - seconds) / (0.4 * total)))
+
+
+def train(state, minutes, peak, loss_of, log):
+    """Until the time is spent: loss_of(step) -> a scalar; a line every 50 updates, a state every 5 minutes."""
+    total, start, before, mean = 60 * minutes, time.time(), state.seconds, None
+    saved = start
+    while state.seconds < total:
+        loss = loss_of(state.step)
+        if not loss.isfinite():
+            raise FloatingPointError(f"loss is {loss.item()} at step {state.step}; the last good state is {state.path}")
+        state.update(loss, learning_rate(state.seconds, total, peak))
+        mean = loss.item() if mean is None else 0.98 * mean + 0.02 * loss.item()
+        state.seconds = before + time.time() - start
+        if state.step % 50 == 0:
+            log(f"step {state.step} loss {mean:.4f} at {state.seconds:.0f} of {total:.0f} s")
+        if time.time() - saved > 300:
+            state.save()
+            saved = time.time()
+    state.save()
+
+
+def pixels(scenes, device):
+    """Scenes to (B,3,H,W) in [-1,1]."""
+    return torch.stack([torch.from_numpy(s.image) for s in scenes]).permute(0, 3, 1, 2).to(device).float() / 127.5 - 1
+
+
+def edges(x):
+    return torch.cat([(x[..., 1:, :] - x[..., :-1, :]).flatten(1), (x[..., 1:] - x[..., :-1]).flatten(1)], dim=1)
+
+
+def train_vae(args, log, device):
+    vae = VAE(VAEConfig.from_config(CONFIGS["vae"])).to(device, memory_format=torch.channels_last)
+    state = State({"vae": vae}, args.work / "vae.safetensors", args.lr, 0.999)
+
+    def loss_of(step):
+        # Crops of one scene are alike, so each scene gives two, and four times a minute whole pictures go through the attention.
+        generator = torch.Generator().manual_seed(step)
+        side, count = (128, args.batch // 4) if step % 16 == 0 else (64, args.batch)
+        scenes = pixels([world.scene(step * 64 + i) for i in range(max(1, count // 2))], device)
+        crops = []
+        for i in range(count):
+            y, x = torch.randint(0, 129 - side, (2,), generator=generator).tolist()
+            crops.append(scenes[i % len(scenes), :, y:y + side, x:x + side])
+        x = torch.stack(crops).contiguous(memory_format=torch.channels_last)
+        mean, std = vae.encode(x)
+        y = vae.decode(mean + std * torch.randn(mean.shape, generator=generator).to(device))
+        kl = 0.5 * (mean ** 2 + std ** 2 - 1 - 2 * std.log()).mean()
+        # The differences of neighbours keep edges sharp; squares alone would rather blur them.
+        return F.l1_loss(y, x) + F.mse_loss(y, x) + 0.5 * F.l1_loss(edges(y), edges(x)) + 3e-4 * kl
+
+    train(state, args.minutes, args.lr, loss_of, log)
+    with torch.no_grad():
+        for k, p in state.parameters.items():
+            p.copy_(state.ema[k])
+        x = pixels([world.scene(10 ** 6 + i) for i in range(64)], device)
+        mean, std = vae.encode(x)
+        psnr = -10 * torch.log10(((vae.decode(mean) - x).clamp(-2, 2) / 2).square().mean((1, 2, 3))).mean()
+    log(f"PSNR {psnr:.2f} dB on 64 fresh scenes; latents: std {mean.std():.4f}, posterior std {std.mean():.4f}, "
+        f"means {[round(v, 3) for v in mean.mean((0, 2, 3)).tolist()]}")
+    (args.work / "scaling.json").write_text(json.dumps({"scaling_factor": round(1 / float(mean.std()), 5)}))
+
+
+def main(argv=None):
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("part", choices=("vae", "unet", "pack"))
+    parser.add_argument("--minutes", type=float, default=60, help="of training in all, earlier runs counted in")
+    parser.add_argument("--batch", type=int, default=16)
+    parser.add_argument("--lr", type=float, default=1e-3)
+    parser.add_argument("--work", type=Path, default=HERE.parent / "out" / "mini", help="folder of states and logs")
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    args = parser.parse_args(argv)
+    args.work.mkdir(parents=True, exist_ok=True)
+    torch.set_num_threads(args.threads)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+    def log(line):
+        print(line, flush=True)
+        with open(args.work / f"{args.part}.log", "a") as f:
+            f.write(line + "\n")
+
+    {"vae": train_vae, "unet": train_unet, "pack": pack}[args.part](args, log, device)
+
+
+if __name__ == "__main__":
+    main()
