@@ -42,10 +42,6 @@ def vae(name, levels=4):
                           ("group_norm", "norm"), ("to_out.0", "proj_out"), ("to_q", "q"), ("to_k", "k"), ("to_v", "v")))
 
 
-def text_encoder(name):
-    return name
-
-
 def text_encoder_2(name):
     """OpenCLIP's names; q_proj, k_proj and v_proj are thirds of one in_proj."""
     name = replace(name, (("text_model.encoder.layers", "transformer.resblocks"), ("text_model.final_layer_norm", "ln_final"),
@@ -53,6 +49,15 @@ def text_encoder_2(name):
                           ("text_model.embeddings.position_embedding.weight", "positional_embedding"), ("text_projection.weight", "text_projection"),
                           ("layer_norm", "ln_"), ("mlp.fc1", "mlp.c_fc"), ("mlp.fc2", "mlp.c_proj"), ("self_attn", "attn")))
     return re.sub(r"attn\.[qkv]_proj\.", "attn.in_proj_", name)
+
+
+def single_file_name(network, name, config):
+    """Where the folder layout's tensor `name` of a network stands in the single file, without the PREFIX."""
+    if network == "unet":
+        return unet(name, config.layers_per_block)
+    if network == "vae":
+        return vae(name, len(config.block_out_channels))
+    return text_encoder_2(name) if network == "text_encoder_2" else name
 
 
 def adapt(network, name, tensor):

@@ -7,12 +7,14 @@ html.unescape of OpenAI's own code. "(word:1.2)" has no meaning here: signs, let
 import json
 import re
 import unicodedata
+from functools import lru_cache
+from itertools import accumulate, pairwise
 from pathlib import Path
 
 BOS, EOS, ROOM = "<|startoftext|>", "<|endoftext|>", 75
 WHITE = re.compile("[\t-\r \x85\xa0\u1680\u2000-\u200a\u2028\u2029\u202f\u205f\u3000]+")  # Python's \s: \x1c-\x1f too
 FIXED = re.compile(r"<\|(?:start|end)oftext\|>|'(?:s|t|re|ve|m|ll|d)")
-RUN = re.compile(r" |L+|N|[MS]+")  # of kinds: a numeral stands alone, a mark (category M) is no letter but a sign
+RUN = re.compile(r" |L+|N|[MS]+")  # of categories: a numeral stands alone, a mark (M) is no letter but a sign
 # A byte is written as one visible character: itself where it is printable Latin-1, else the next from U+0100 on.
 PRINTABLE = [*range(33, 127), *range(161, 173), *range(174, 256)]
 BYTE = {b: chr(b) for b in PRINTABLE} | {b: chr(256 + n) for n, b in enumerate(sorted({*range(256)} - {*PRINTABLE}))}
@@ -26,11 +28,11 @@ def normalise(text):
 
 def split(text):
     """Yield (word, joined) of normalised text; joined: it touches the word before, with neither gap nor sign between."""
-    kinds, start = "".join(c if c == " " else re.sub("[^LNM]", "S", unicodedata.category(c)[0]) for c in text), 0
+    sorts, start = "".join(c if c == " " else re.sub("[^LNM]", "S", unicodedata.category(c)[0]) for c in text), 0
     while start < len(text):
         fixed = FIXED.match(text, start)  # only where a word starts: in `"'s` the apostrophe belongs to the signs
-        end = (fixed or RUN.match(kinds, start)).end()
-        word, joined = text[start:end], start > 0 and not {*kinds[start - 1 : start + 1]} & {" ", "S"}
+        end = (fixed or RUN.match(sorts, start)).end()
+        word, joined = text[start:end], start > 0 and not {*sorts[start - 1 : start + 1]} & {" ", "S"}
         if fixed and word[0] == "<":  # "<|ENDOFTEXT|>" where only the lower case is special: its "|>" takes no more signs
             yield from ((part, False) for part in (word[:2], word[2:-2], word[-2:]))
         elif word != " ":
@@ -38,13 +40,15 @@ def split(text):
         start = end
 
 
+def letters(text):
+    return [BYTE[byte] for byte in text.encode("utf-8", "replace")]
+
+
 def read(file, default=None):
     try:
-        text = file.read_text(encoding="utf-8")
+        text = file.read_text(encoding="utf-8") if default is None or file.exists() else default
         return json.loads(text) if file.suffix == ".json" else text
     except (OSError, ValueError) as error:
-        if default is not None and isinstance(error, FileNotFoundError):
-            return default
         raise ValueError(f"{file}: cannot be read ({getattr(error, 'strerror', None) or error})") from None
 
 
@@ -54,18 +58,17 @@ class Tokenizer:
 
     def __init__(self, vocab: dict[str, int], merges: list[tuple[str, str]], pad: int, special: dict[str, int]):
         self.vocab, self.pad, self.rank = vocab, pad, dict(zip(merges, range(len(merges))))
-        self.written, self.special, self.met = {i: token for token, i in vocab.items()}, {}, {}
-        for token, i in special.items():
-            self._name(token, i)
+        self.special = {normalise(token): i for token, i in special.items()}
+        self.written = {i: token for token, i in vocab.items()} | {i: "".join(letters(t)) for t, i in special.items()}
 
     @classmethod
     def from_folder(cls, path, pad: int | None = None):
         """Read vocab.json, merges.txt and the small files beside them, or a tokenizer.json as transformers 5 saves it."""
         folder = Path(path)
-        names = read(folder / "tokenizer_config.json", {}) | read(folder / "special_tokens_map.json", {})
         try:
+            names = read(folder / "tokenizer_config.json", "{}") | read(folder / "special_tokens_map.json", "{}")
             if (folder / "vocab.json").exists() or not (folder / "tokenizer.json").exists():
-                vocab, added = read(folder / "vocab.json"), read(folder / "added_tokens.json", {})
+                vocab, added = read(folder / "vocab.json"), read(folder / "added_tokens.json", "{}")
                 merges = re.findall(r"(\S+) (\S+)", read(folder / "merges.txt"))  # the header is a pair that never occurs
             else:
                 whole = read(folder / "tokenizer.json")
@@ -74,7 +77,7 @@ class Tokenizer:
             if vocab[EOS] == 49407 and vocab["".join(merges[-1])] != 49405:  # a file cut short would give other ids
                 raise ValueError(f"{folder}: the merges are incomplete, the last of them is {merges[-1]}")
             special = {BOS: vocab[BOS], EOS: vocab[EOS], **added}
-            # Without a configuration: tokenizer.json adds "!" (0) to BOS and EOS if it pads with that; placeholders follow.
+            # Where no file names the padding, tokenizer.json adds "!" (0) to BOS and EOS if it is that; placeholders follow.
             token = names.get("pad_token") or min(special.keys() - {BOS}, key=special.get)
             pad = vocab[token["content"] if isinstance(token, dict) else token] if pad is None else pad
             return cls(vocab, merges, pad, special)
@@ -91,56 +94,45 @@ class Tokenizer:
 
     def find(self, text: str, word: str) -> list[list[int]]:
         """The positions within the 77 of each occurrence of a word or phrase that touches no other letter or digit."""
-        words, sought, found, start = [*self._words(text), ([], False)], self._words(word), [], 1
-        size = sum(len(ids) for ids, _ in sought)
-        for n, (ids, _) in enumerate(words[:-1]):  # the first of sought is not joined to anything: so must be its equal
-            if words[n : n + len(sought)] == sought != [] and not words[n + len(sought)][1] and start + size <= ROOM + 1:
-                found.append([*range(start, start + size)])
-            start += len(ids)
-        return found
+        words, sought = [*self._words(text), ([], False)], self._words(word)
+        starts = [*accumulate((len(ids) for ids, _ in words), initial=1)]
+        spans = [(starts[n], starts[n + len(sought)]) for n in range(len(words) - len(sought))
+                 if words[n : n + len(sought)] == sought and not words[n + len(sought)][1]]  # sought begins unjoined
+        return [[*range(start, end)] for start, end in spans if start < end <= ROOM + 1]
 
     def lost(self, text: str) -> str:
         """The words that do not fit, the first of them whole even where only its end is cut off; "" if all fit."""
-        words, room = self._words(text), ROOM
-        while words and (room := room - len(words[0][0])) >= 0:
-            words.pop(0)
-        return self.decode(i for ids, _ in words for i in ids)
+        words = self._words(text)
+        fits = sum(end <= ROOM for end in accumulate(len(ids) for ids, _ in words))
+        return self.decode(i for ids, _ in words[fits:] for i in ids)
 
     def add(self, token: str) -> int:
         """A placeholder with an id of its own, matched wherever it stands, inside words too: "<my-dog>" is a good one."""
         if not token.strip() or {token, token + "</w>"} & self.vocab.keys() or normalise(token) in self.special:
             raise ValueError(f'"{token}" is blank or a token already: choose another, such as "<my-dog>"')
-        return self._name(token, max(self.written) + 1)
+        self.special[normalise(token)] = new = max(self.written) + 1
+        self.written[new] = "".join(letters(token))
+        return new
 
     def decode(self, ids) -> str:
         text = "".join(self.written[i] for i in ids).replace("</w>", BYTE[ord(" ")])
         return bytes(UNBYTE[char] for char in text).decode("utf-8", "replace").strip()
 
-    def _name(self, token, i):
-        self.special[normalise(token)], self.written[i] = i, "".join(BYTE[byte] for byte in token.encode())
-        return i
-
     def _words(self, text):
-        """(ids, joined) of every word; special tokens come before the split, the longest of several first."""
+        """(ids, joined) of every word. Special tokens are cut out first, the longest where several start."""
         tokens = sorted((token for token, i in self.special.items() if i != self.pad), key=len, reverse=True)
-        words = []
+        words, pattern = [], "(" + "|".join(map(re.escape, tokens)) + ")"
         for n, typed in enumerate(text.split(self.written[self.pad])):
             words += [([self.pad], False)] * (n > 0)
-            for m, part in enumerate(re.split("(" + "|".join(map(re.escape, tokens)) + ")", normalise(typed))):
+            for m, part in enumerate(re.split(pattern, normalise(typed))):
                 words += [([self.special[part]], False)] if m % 2 else [(self._merge(w), joined) for w, joined in split(part)]
         return words
 
+    @lru_cache(maxsize=1 << 16)
     def _merge(self, word):
-        """Join the neighbours whose pair was learnt first, wherever they stand, until no pair is known: the word's ids."""
-        if word not in self.met:
-            parts = [BYTE[byte] for byte in word.encode("utf-8", "replace")]
-            parts[-1] += "</w>"  # a piece that ends a word is another than the same letters within one
-            while pairs := self.rank.keys() & zip(parts, parts[1:]):
-                pair, parts, before = min(pairs, key=self.rank.get), [], parts
-                for part in before:
-                    if parts and (parts[-1], part) == pair:
-                        parts[-1] += part
-                    else:
-                        parts.append(part)
-            self.met[word] = [self.vocab.get(part, self.vocab[EOS]) for part in parts]
-        return self.met[word]
+        """The ids of one word: join the neighbours whose pair was learnt first, wherever they stand, until none is known."""
+        parts = "".join(f" {letter} " for letter in letters(word))[:-1] + "</w> "  # the end of a word has pieces of its own
+        while pairs := self.rank.keys() & pairwise(parts.split()):
+            first, second = min(pairs, key=self.rank.get)
+            parts = parts.replace(f" {first}  {second} ", f" {first}{second} ")
+        return [self.vocab.get(part, self.vocab[EOS]) for part in parts.split()]

@@ -76,6 +76,7 @@ class State:
         for k, p in self.parameters.items():
             moments = self.optimizer.state.get(p, {})
             tensors |= {f"{m}.{k}": moments[m] for m in ("exp_avg", "exp_avg_sq") if m in moments}
+        tensors = {k: v.contiguous() for k, v in tensors.items()}  # channels_last is not for files
         new = self.path.with_suffix(".new")
         save_file(tensors, new, {"step": str(self.step), "seconds": str(self.seconds)})
         new.replace(self.path)
@@ -155,7 +156,7 @@ def train_vae(args, log, device):
     with torch.no_grad():
         for k, p in state.parameters.items():
             p.copy_(state.ema[k])
-        x = pixels([world.scene(10 ** 6 + i) for i in range(64)], device)
+        x = pixels([world.scene(2 ** 40 + i) for i in range(64)], device)
         mean, std = vae.encode(x)
         psnr = -10 * torch.log10(((vae.decode(mean) - x).clamp(-2, 2) / 2).square().mean((1, 2, 3))).mean()
     log(f"PSNR {psnr:.2f} dB on 64 fresh scenes; latents: std {mean.std():.4f}, posterior std {std.mean():.4f}, "

@@ -2,14 +2,14 @@
 
     python tests/reference/make.py [NAME ...] [--out DIR]        # all of them take about 40 seconds
 
-Every file's header holds `seed`, the versions of torch, diffusers, transformers and peft, and where there is a network
-`config`: the config.json that the library wrote beside the weights. Made twice on one machine the files are equal to
-the byte. On another CPU float64 tensors move by 1e-15 (relative to the largest element), float32/* and diffusers/* by
-1e-6, sigmas/* by 1e-7; inputs, weights, sinusoids and timesteps not at all.
+Every file's header holds `seed`, the versions of torch, diffusers, transformers and peft, and with a network's weights
+`config`: the config.json that the library wrote beside them. Made twice on one machine the files are equal to
+the byte. With torch's scalar code in place of AVX2 the float64 tensors move by 1e-15 (of the largest element),
+float32/* and diffusers/* by 1e-6, sigmas/* by 1e-7; inputs, weights, sinusoids and timesteps not at all.
 
-Networks: `weights/NAME` float32, NAME as in the saved folder (text_1 without the prefix `text_model.`, text_2 with it);
-all random, biases 0.3 N, norm weights 1 + 0.3 N. `inputs/*` float32; cast network and inputs to float64, then compare
-with `outputs/*` (float64) at 1e-9. `float32/*`: the same names from a float32 run; they are within 2e-6 of outputs.
+Networks: `weights/NAME` float32, NAME as in the saved folder (text_1 without the prefix `text_model.`, text_2 with it),
+all random: biases 0.3 N, norm weights 1 + 0.3 N. `inputs/*` float32; cast network and inputs to float64, then compare
+with `outputs/*` (float64) at 1e-9. `float32/*`: the same names, from a float32 run; they are within 2e-6 of outputs.
 Time embedding: in diffusers float32 whatever the network is, with each operation in this order and rounded:
 exp(float32(-log 10000) * k / half), k = 0 .. half-1, times float32(t); cat[cos, sin]; only then cast to the network's
 dtype. Likewise for the six time ids. Another order of operations costs 1e-5. Everything else runs in float64.
@@ -45,11 +45,12 @@ lora: peft on unet_a; header: rank 4, alpha 6 (so dW = 1.5 up @ down), network, 
   outputs/scale_1.0, scale_0.7       (3, 4, 9, 7) unet_a with the LoRA at that scale on unet_a's inputs/0
   merged/scale_S/LAYER.weight        float64, two layers after fuse_lora(lora_scale=S)
 
-schedule: scaled_linear 0.00085 .. 0.012, 1000 steps, steps_offset 1; N = 1, 7, 20, 25, 30, 40, 50, 999, 1000
+schedule: scaled_linear 0.00085 .. 0.012, 1000 steps, steps_offset 1; N = 1, 7, 16, 20, 25, 30, 40, 50, 999,
+  1000 (16: halves, rounded to even)
   alpha_bar, alpha_bar_zero_snr      (1000,) float64, by numpy; the second ends in 0 exactly
-  diffusers/alpha_bar, diffusers/alpha_bar_zero_snr      (1000,) float32, DDIM's tables. 1 - alpha_bar is off by 3e-5 at t = 0
-  timesteps/SPACING_N        (N,) int64, DDIM and DDPM; equal for Euler except on linspace. leading_1000 starts at t = 1000,
-                             which no table has
+  diffusers/alpha_bar, diffusers/alpha_bar_zero_snr  (1000,) float32, DDIM's tables; 1 - alpha_bar is off by 3e-5
+  timesteps/SPACING_N        (N,) int64, DDIM and DDPM; Euler's are equal except on linspace. leading_1000 starts at
+                             t = 1000, which no table has; leading_1 is [1], linspace_1 is [0]
   timesteps/linspace_fractional_N    (N,) float32, Euler and Euler ancestral
   sigmas/SPACING_N           (N + 1,) float32, Euler, the final 0 included
 
@@ -61,10 +62,12 @@ sampler, spacing, steps, strength, t_start, prediction, zero_snr, exact_zero, ma
   inputs/image               (2, 4, 7, 3) known latents (img2img, masked)
   inputs/mask                (2, 1, 7, 3) soft, with zeros and ones; 1 is repainted (masked)
   timesteps/NAME             (n,) float64; those that run
-  alpha_bar/NAME             (n + 1,) float64: before every step and at the end (1; DDIM alpha_bar[0], set_alpha_to_one false)
+  alpha_bar/NAME             (n + 1,) float64: before every step and at the end (1; for DDIM alpha_bar[0], as published).
+                             At fractional t: from sigma interpolated linearly between its neighbours
   x/NAME                     (n + 1, 2, 4, 7, 3) float64, the reference: x_t before every step and the final latents, all
-                             variance preserving, after the mask's blend. From formulas in float64 (schedules.py)
-  diffusers/NAME             the same, float32, where the case says diffusers: its scheduler.step and float32 network;
+                             variance preserving, after the mask's blend. By the formulas in schedules.py: ours are
+                             to agree at 1e-9 in float64, at 1e-5 in float32
+  diffusers/NAME             the same in float32, where the case says diffusers: its scheduler.step and float32 network,
                              Euler's x divided by sqrt(1 + sigma^2). Within 2e-6 of x (euler_trailing_v 1e-5)
 trajectories: {ddpm, euler, euler_ancestral, ddim_eta0, ddim_eta05, ddim_eta1}_{leading, trailing, linspace}, 30 steps;
   ddim_eta0_trailing_25 (where diffusers' own previous t is on the grid);

@@ -20,7 +20,7 @@ STEPS = {"ddpm": schedules.ddpm, "euler": schedules.euler, "euler_ancestral": sc
 
 
 def inputs():
-    """What all trajectories share: start noise, the z of each step, conditioning of both halves, known latents, mask."""
+    """What all trajectories share: start noise, the z of each step, conditioning of both halves."""
     given = {"noise": draw("noise", *SHAPE), "z": draw("z", 50, *SHAPE)}
     for half in ("cond", "uncond"):
         given[half + "/context"] = draw(half + "/context", 2, 9, 15)
@@ -123,14 +123,15 @@ def float64_loop(case, predict, given):
     return torch.stack(states)
 
 
-def case(sampler, spacing, steps=30, strength=None, prediction="epsilon", zero_snr=False, exact_zero=False, masked=False):
+def case(sampler, spacing, steps=30, strength=None, prediction="epsilon", zero_snr=False, exact_zero=False,
+         masked=False):
     t_start = 0 if strength is None else steps - min(int(steps * strength), steps)
     # diffusers' DDIM steps to t - 1000 // steps; elsewhere than here that is not the next t of its grid.
     # With eta 1 and zero terminal SNR its first step is nan: 1 - ᾱ_prev - σ² falls below 0 by rounding.
     own = not sampler.startswith("ddim") or spacing == "leading" or (spacing == "trailing" and 1000 % steps == 0)
-    return dict(sampler=sampler, spacing=spacing, steps=steps, strength=strength, t_start=t_start, prediction=prediction,
-                zero_snr=zero_snr, exact_zero=exact_zero, masked=masked, from_image=t_start > 0,
-                diffusers=own and not exact_zero)
+    return dict(sampler=sampler, spacing=spacing, steps=steps, strength=strength, t_start=t_start,
+                prediction=prediction, zero_snr=zero_snr, exact_zero=exact_zero, masked=masked,
+                from_image=t_start > 0, diffusers=own and not exact_zero)
 
 
 def deviation(a, b):

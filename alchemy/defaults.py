@@ -1,0 +1,20 @@
+"""Every default that depends on the checkpoint, in one table: name, miniature, SDXL, and where SDXL's value comes from.
+
+The miniature's values are measured (weights/README.md). None of SDXL's was tried by us on the official weights.
+"""
+TABLE = (
+    ("size",          128,      1024,     "what the checkpoint was trained at"),
+    ("sampler",       "euler",  "euler",  "scheduler_config.json of SDXL base"),
+    ("steps",         30,       30,       "customary; between the 25 and 50 of most guides"),
+    ("guidance",      4.0,      5.0,      "diffusers' StableDiffusionXLPipeline"),
+    ("strength",      0.7,      0.6,      "Image-Alchemy gives none; chosen on the miniature"),
+    ("learning_rate", 2e-3,     1e-4,     "diffusers' DreamBooth LoRA recipe for SDXL"),
+    ("training_steps", 250,     500,      "the same recipe"),
+    ("rank",          16,       16,       "between the recipes' 4 and 32"),
+    ("batch",         4,        1,        "the same recipe; 12 GB cards"),
+)
+
+
+def column(which):
+    """{name: value} for "mini" or "sdxl"."""
+    return {name: mini if which == "mini" else sdxl for name, mini, sdxl, _ in TABLE}

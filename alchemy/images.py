@@ -1,0 +1,90 @@
+"""Pictures in and out: files to PIL, PIL to tensors in [-1,1] and back, PNG with the facts of how it was made."""
+import json
+import os
+import warnings
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image, ImageOps, PngImagePlugin
+
+SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
+MOST_PIXELS = 100_000_000  # a small file can unpack to gigabytes
+
+
+def read(path, mode="RGB"):
+    """A picture, turned as its EXIF says, in that mode; alpha goes onto white. Raises ValueError that names the file and the fault."""
+    path = Path(path)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # our own limit is stated below
+            picture = Image.open(path, formats=("JPEG", "PNG", "WEBP"))
+            if picture.width * picture.height > MOST_PIXELS:
+                raise ValueError(f"{path}: {picture.width}x{picture.height} pixels are too many; make it smaller")
+            picture = ImageOps.exif_transpose(picture)
+    except FileNotFoundError:
+        raise ValueError(f"{path}: no such file") from None
+    except Image.DecompressionBombError:
+        raise ValueError(f"{path}: too many pixels; make it smaller") from None
+    except (OSError, SyntaxError) as error:  # Pillow's way to say not a picture, or cut short
+        raise ValueError(f"{path}: not a readable JPEG, PNG or WebP picture ({error})") from None
+    if mode == "RGB" and (picture.mode in ("RGBA", "LA", "PA") or "transparency" in picture.info):
+        picture = picture.convert("RGBA")
+        picture = Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture)
+    return picture.convert(mode)
+
+
+def to_tensor(picture):
+    """An RGB picture to (1,3,H,W) float32 in [-1,1]."""
+    return torch.from_numpy(np.array(picture)).permute(2, 0, 1)[None].float() / 127.5 - 1
+
+
+def to_image(tensor):
+    """(3,H,W) in [-1,1] to an RGB picture."""
+    return Image.fromarray(((tensor.float().clamp(-1, 1) + 1) * 127.5).round().byte().permute(1, 2, 0).cpu().numpy())
+
+
+def composite(picture, drawn, mask):
+    """picture + mask · (drawn − picture), both RGB of one size, mask (H,W) in [0,1]; where mask is 0, the picture to the bit."""
+    old, new = (np.asarray(p, dtype=np.float32) for p in (picture, drawn))
+    return Image.fromarray(np.round(old + mask.cpu().numpy()[:, :, None] * (new - old)).astype(np.uint8))
+
+
+def cover(picture, size):
+    """Scale a picture until it covers size (H, W) and cut the middle out: the picture, its scaled (H, W), and the crop's (top, left)."""
+    scale = max(size[0] / picture.height, size[1] / picture.width)
+    scaled = max(round(picture.height * scale), size[0]), max(round(picture.width * scale), size[1])
+    top, left = (scaled[0] - size[0]) // 2, (scaled[1] - size[1]) // 2
+    picture = picture.resize(scaled[::-1], Image.LANCZOS)
+    return picture.crop((left, top, left + size[1], top + size[0])), scaled, (top, left)
+
+
+def replace(path, write):
+    """write(path of a new file beside it), sync, rename: path is the old file or the whole new one, whatever happens."""
+    path = Path(path)
+    new = path.with_name(f".{path.name}.new")
+    try:
+        write(new)
+        with open(new, "rb+") as f:
+            os.fsync(f.fileno())
+        new.replace(path)
+    finally:
+        new.unlink(missing_ok=True)
+
+
+def save_png(picture, path, facts):
+    """A PNG whose text chunk "alchemy" holds facts (a dict) as JSON."""
+    info = PngImagePlugin.PngInfo()
+    info.add_itxt("alchemy", json.dumps(facts, ensure_ascii=False))
+    replace(path, lambda new: picture.save(new, "PNG", pnginfo=info))
+
+
+def facts_of(path):
+    """The facts in a PNG's text chunk. Raises ValueError where it has none."""
+    read(path)
+    with Image.open(path) as picture:
+        picture.load()
+        text = getattr(picture, "text", {}).get("alchemy")
+    if text is None:
+        raise ValueError(f"{path}: has no facts of how it was made (only PNG files written here have)")
+    return json.loads(text)
