@@ -1,12 +1,13 @@
 """Pictures in and out: files to PIL, PIL to tensors in [-1,1] and back, PNG with the facts of how it was made."""
 import json
-import os
 import warnings
 from pathlib import Path
 
 import numpy as np
 import torch
 from PIL import Image, ImageOps, PngImagePlugin
+
+from .files import replace
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
 MOST_PIXELS = 100_000_000  # a small file can unpack to gigabytes
@@ -57,19 +58,6 @@ def cover(picture, size):
     top, left = (scaled[0] - size[0]) // 2, (scaled[1] - size[1]) // 2
     picture = picture.resize(scaled[::-1], Image.LANCZOS)
     return picture.crop((left, top, left + size[1], top + size[0])), scaled, (top, left)
-
-
-def replace(path, write):
-    """write(path of a new file beside it), sync, rename: path is the old file or the whole new one, whatever happens."""
-    path = Path(path)
-    new = path.with_name(f".{path.name}.new")
-    try:
-        write(new)
-        with open(new, "rb+") as f:
-            os.fsync(f.fileno())
-        new.replace(path)
-    finally:
-        new.unlink(missing_ok=True)
 
 
 def save_png(picture, path, facts):

@@ -56,7 +56,7 @@ class LoRALinear(nn.Linear):
         if self.original is None and any(a.scale for a in self.lora.values()):
             self.original = self.weight.detach().to("cpu", copy=True)
             change = sum(a.delta() for a in self.lora.values() if a.scale)
-            self.weight.copy_((self.weight.to(change.dtype) + change).to(self.weight.dtype))
+            self.weight.copy_(self.weight + change)  # added in the finer of the two dtypes, then rounded
 
     @torch.no_grad()
     def unmerge(self):
@@ -100,9 +100,9 @@ def add_lora(sdxl, rank=16, alpha=None, name="default", seed=0):
     return parameters
 
 
-def remove_lora(model, name):
-    for layer in layers(model).values():
-        layer.lora.pop(name) if name in layer.lora else None
+def names(model):
+    """The names of the adapters on a network."""
+    return list(dict.fromkeys(name for layer in layers(model).values() for name in layer.lora))
 
 
 def merge(model):

@@ -73,7 +73,7 @@ class Schedule:
         elif spacing == "trailing":
             ts = [round(T - i * (T / steps)) - 1 for i in range(steps)]
         elif spacing == "linspace":
-            ts = np.linspace(0, T - 1, steps)[::-1]
+            ts = np.linspace(0, T - 1, steps, dtype=np.float32 if fractional else None)[::-1]  # float32 as Euler is published
             ts = ts.tolist() if fractional else [int(t) for t in ts.round()]
         else:
             raise ValueError(f"grid is {spacing!r}; known are {', '.join(SPACINGS)}")

@@ -164,12 +164,127 @@ def train_vae(args, log, device):
     (args.work / "scaling.json").write_text(json.dumps({"scaling_factor": round(1 / float(mean.std()), 5)}))
 
 
+class Pool:
+    """Scenes of one size as latents, each used several times: drawing and encoding one costs a third of a training sample."""
+
+    def __init__(self, vae, factor, size, seed, device, most=20000):
+        self.vae, self.factor, self.size, self.next, self.device, self.most, self.items = vae, factor, size, seed, device, most, []
+
+    @torch.no_grad()
+    def grow(self, count):
+        """count fresh scenes: two thirds drawn at the size, the others larger and cropped, which the UNet is told."""
+        scenes, told = [], []
+        for _ in range(count):
+            rng = torch.Generator().manual_seed(self.next)
+            cut = torch.rand((), generator=rng) < 0.33
+            h, w = (int(side * 1.25) // 4 * 4 if cut else side for side in self.size)
+            top, left = (int(torch.randint(extra // 4 + 1, (), generator=rng)) * 4 for extra in (h - self.size[0], w - self.size[1]))
+            scene = world.scene(self.next, size=(h, w))
+            scenes.append(torch.from_numpy(scene.image[top:top + self.size[0], left:left + self.size[1]].copy()))
+            told.append((scene.caption, [h, w, top, left, *self.size]))
+            self.next += 1
+        x = torch.stack(scenes).permute(0, 3, 1, 2).to(self.device).float() / 127.5 - 1
+        mean, std = (part.half().cpu() for part in self.vae.encode(x.contiguous(memory_format=torch.channels_last)))
+        new = [(m, s, *what) for m, s, what in zip(mean, std, told)]
+        keep = self.items[len(new):] if len(self.items) >= self.most else self.items
+        self.items = keep + new
+
+    def draw(self, count, generator):
+        chosen = [self.items[i] for i in torch.randint(len(self.items), (count,), generator=generator).tolist()]
+        mean, std, captions, time_ids = zip(*chosen)
+        mean, std = torch.stack(mean).float(), torch.stack(std).float()
+        return (mean + std * torch.randn(mean.shape, generator=generator)).to(self.device), captions, torch.tensor(time_ids).float().to(self.device)
+
+
+def fresh_networks(device):
+    """UNet and text encoders; what ends a branch starts at zero, so that the first prediction is none at all."""
+    torch.manual_seed(0)
+    modules = {"unet": UNet(UNetConfig.from_config(CONFIGS["unet"])),
+               "text_encoder": TextEncoder(TextConfig.from_config(CONFIGS["text_encoder"])),
+               "text_encoder_2": TextEncoder(TextConfig.from_config(CONFIGS["text_encoder_2"]), projection=True)}
+    for name, p in modules["unet"].named_parameters():
+        if name.endswith(("conv2.weight", "proj_out.weight")) or name.startswith("conv_out"):
+            torch.nn.init.zeros_(p)
+    for name in ("text_encoder", "text_encoder_2"):
+        for embedding in modules[name].text_model.embeddings.children():
+            torch.nn.init.normal_(embedding.weight, std=0.05)
+    return {name: m.to(device, memory_format=torch.channels_last) for name, m in modules.items()}
+
+
+def trained_vae(args, device):
+    vae = VAE(VAEConfig.from_config(CONFIGS["vae"] | json.loads((args.work / "scaling.json").read_text())))
+    tensors = load_file(args.work / "vae.safetensors")
+    vae.load_state_dict({k.removeprefix("ema.vae."): v for k, v in tensors.items() if k.startswith("ema.")})
+    return vae.to(device, memory_format=torch.channels_last).eval().requires_grad_(False)
+
+
+def train_unet(args, log, device):
+    vae, modules = trained_vae(args, device), fresh_networks(device)
+    state = State(modules, args.work / "unet.safetensors", args.lr, 0.999)
+    tokenizers = [Tokenizer.from_folder(HERE / "mini" / name) for name in ("tokenizer", "tokenizer_2")]
+    schedule = Schedule.from_config(SCHEDULER)
+    # A stream of seeds for each size, and none twice after a restart. Small pictures first: they cost a quarter.
+    pools = {size: Pool(vae, vae.factor, size, (k << 32) + 40 * state.step, device)
+             for k, size in enumerate([(64, 64), (128, 128), (112, 144), (144, 112), (96, 96)])}
+
+    def loss_of(step):
+        rng = torch.Generator().manual_seed(step)
+        late = state.seconds > args.small * 60 * args.minutes
+        pick = float(torch.rand((), generator=rng))
+        size = ((128, 128) if pick < 0.7 else (112, 144) if pick < 0.78 else (144, 112) if pick < 0.86 else (96, 96)) if late else (
+            (64, 64) if pick < 0.9 else (96, 96))
+        count = max(1, args.batch * 64 * 64 // (size[0] * size[1])) * (2 if late else 1)
+        pool = pools[size]
+        pool.grow(count if len(pool.items) < 32 * count else -(-count // 4))
+        x_0, captions, time_ids = pool.draw(count, rng)
+
+        # Captions: one in ten is dropped to zeros, three in a hundred are empty, so that both kinds of unconditional are learned.
+        lot = torch.rand(count, generator=rng)
+        captions = ["" if 0.10 <= lot[i] < 0.13 else c for i, c in enumerate(captions)]
+        ids = [torch.tensor([t(c) for c in captions], device=device) for t in tokenizers]
+        (first, _), (second, pooled) = modules["text_encoder"](ids[0]), modules["text_encoder_2"](ids[1])
+        keep = (lot >= 0.10).to(device)
+        context = torch.cat([first, second], dim=-1) * keep[:, None, None]
+
+        eps = torch.randn(x_0.shape, generator=rng).to(device)
+        t = torch.randint(1000, (count,), generator=rng)
+        weight = (5 / schedule.snr(t)).clamp(max=1).float().to(device)  # min-SNR with gamma 5
+        x_t = schedule.add_noise(x_0, eps, t).contiguous(memory_format=torch.channels_last)
+        prediction = modules["unet"](x_t, t.to(device), context, pooled * keep[:, None], time_ids)
+        return (weight * (prediction - eps).square().mean((1, 2, 3))).mean()
+
+    train(state, args.minutes, args.lr, loss_of, log)
+
+
+def pack(args, log, device):
+    """The EMA in half precision, in the official folder layout, beside the tokenizers that are there already."""
+    out, tensors = HERE / "mini", load_file(args.work / "unet.safetensors")
+    networks = {name: {k.removeprefix(f"ema.{name}."): v for k, v in tensors.items() if k.startswith(f"ema.{name}.")}
+                for name in ("unet", "text_encoder", "text_encoder_2")} | {"vae": trained_vae(args, "cpu").state_dict()}
+    for name, weights in networks.items():
+        (out / name).mkdir(parents=True, exist_ok=True)
+        file = "model.fp16.safetensors" if name.startswith("text") else "diffusion_pytorch_model.fp16.safetensors"
+        save_file({k: v.half().contiguous() for k, v in weights.items()}, out / name / file, {"format": "pt"})
+        config = CONFIGS[name] | (json.loads((args.work / "scaling.json").read_text()) if name == "vae" else {})
+        (out / name / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+    (out / "scheduler").mkdir(exist_ok=True)
+    (out / "scheduler" / "scheduler_config.json").write_text(json.dumps(SCHEDULER, indent=2) + "\n")
+    index = {"_class_name": "StableDiffusionXLPipeline", "force_zeros_for_empty_prompt": True, "scheduler": ["diffusers", "EulerDiscreteScheduler"],
+             "text_encoder": ["transformers", "CLIPTextModel"], "text_encoder_2": ["transformers", "CLIPTextModelWithProjection"],
+             "tokenizer": ["transformers", "CLIPTokenizer"], "tokenizer_2": ["transformers", "CLIPTokenizer"],
+             "unet": ["diffusers", "UNet2DConditionModel"], "vae": ["diffusers", "AutoencoderKL"]}
+    (out / "model_index.json").write_text(json.dumps(index, indent=2) + "\n")
+    header = read_header(args.work / "unet.safetensors")
+    log(f"packed step {header['step']}, {sum(f.stat().st_size for f in out.rglob('*.safetensors')) / 1e6:.1f} MB")
+
+
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("part", choices=("vae", "unet", "pack"))
     parser.add_argument("--minutes", type=float, default=60, help="of training in all, earlier runs counted in")
     parser.add_argument("--batch", type=int, default=16)
     parser.add_argument("--lr", type=float, default=1e-3)
+    parser.add_argument("--small", type=float, default=0.6, help="share of the UNet's time that is spent on small pictures, before the others")
     parser.add_argument("--work", type=Path, default=HERE.parent / "out" / "mini", help="folder of states and logs")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     args = parser.parse_args(argv)

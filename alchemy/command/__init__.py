@@ -1,0 +1,165 @@
+"""What the three scripts share: flags of one spelling, progress, errors in one line, where files go. Imports no torch."""
+import argparse
+from argparse import BooleanOptionalAction  # noqa: F401  for the scripts
+import json
+import sys
+import time
+import warnings
+from pathlib import Path
+
+from ..defaults import TABLE
+
+ROOT = Path(__file__).resolve().parents[2]
+MINI = ROOT / "weights" / "mini"
+SUBJECT = ROOT / "weights" / "subjects" / "dog-poodle"       # the example: a dog that the miniature has never seen
+TAUGHT = Path("out") / "dog-poodle" / "lora.safetensors"      # what train.py's defaults write
+SHIPPED = ROOT / "weights" / "subjects" / "dog-poodle.safetensors"
+EXAMPLE = dict(class_word="dog", token="sks")
+PLACE = "in a forest"
+
+
+def parser(description):
+    return argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+
+
+def by_checkpoint(name, help):
+    """A flag's help with the two defaults of defaults.TABLE."""
+    mini, sdxl = next(row[1:3] for row in TABLE if row[0] == name)
+    return f"{help} (default: {mini})" if mini == sdxl else f"{help} (default: {mini} for the miniature, {sdxl} for SDXL)"
+
+
+def size(text):
+    """"1024" or "WIDTHxHEIGHT" to (H, W)."""
+    sides = text.lower().split("x")
+    if len(sides) > 2 or not all(side.isascii() and side.isdigit() and int(side) > 0 for side in sides):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a size; give 1024, or WIDTHxHEIGHT")
+    return int(sides[-1]), int(sides[0])
+
+
+def scaled_file(text):
+    """"FILE" or "FILE:0.8" to (path, scale)."""
+    path, colon, scale = text.rpartition(":")
+    try:
+        return (path, float(scale)) if colon else (text, 1.0)
+    except ValueError:
+        return text, 1.0  # the colon belongs to the path
+
+
+def add_checkpoint(p):
+    g = p.add_argument_group("checkpoint")
+    g.add_argument("--weights",  default=str(MINI), metavar="PATH|ID", help="folder, .safetensors file or Hub id of an SDXL checkpoint (default: the miniature that ships)")
+    g.add_argument("--vae",      metavar="PATH|ID",                   help="another VAE")
+    g.add_argument("--config",   metavar="FOLDER",                    help="configurations for a single file (default: SDXL base's)")
+    g.add_argument("--revision", metavar="NAME",                      help="branch, tag or commit on the Hub")
+    g.add_argument("--device",   default="auto",                      help="auto, cuda, mps, cpu (default: auto)")
+    g.add_argument("--dtype",    default="auto", choices=("auto", "float32", "bfloat16", "float16"), help="of the networks (default: auto, float32 on the CPU)")
+
+
+def add_drawing(p):
+    g = p.add_argument_group("drawing")
+    g.add_argument("--lora",     type=scaled_file, action="append", metavar="FILE[:SCALE]", help="a LoRA file, several times for several")
+    g.add_argument("--negative-prompt", metavar="TEXT",               help="what guidance leads away from (default: zeros, as SDXL was trained)")
+    g.add_argument("--sampler",  metavar="NAME",                      help=by_checkpoint("sampler", "euler, euler_ancestral, ddim or ddpm"))
+    g.add_argument("--grid",     metavar="NAME",                      help="timesteps: leading, trailing or linspace (default: the checkpoint's)")
+    g.add_argument("--steps",    type=int,   metavar="N",             help=by_checkpoint("steps", "denoising steps"))
+    g.add_argument("--guidance", type=float, metavar="G",             help=by_checkpoint("guidance", "classifier-free guidance; 1 is none"))
+    g.add_argument("--eta",      type=float, metavar="E",             help="share of the noise drawn anew at each step, 0 to 1 (default: the sampler's)")
+    g.add_argument("--size",     type=size,  metavar="N|WxH",         help=by_checkpoint("size", "pixels"))
+    g.add_argument("--seed",     type=int, default=0, metavar="N",    help="of the first picture (default: 0)")
+
+
+def drawing(args):
+    """The options of alchemy.denoise among the flags."""
+    return {name: getattr(args, name) for name in ("sampler", "grid", "steps", "guidance", "eta")}
+
+
+def load(args):
+    """The checkpoint of the flags. Its adapters are put on by put_loras."""
+    import alchemy
+    return alchemy.load(args.weights, args.device, args.dtype, config=args.config, vae=args.vae, revision=args.revision)
+
+
+def default_lora():
+    """The LoRA that train.py's defaults wrote, or, before that, the one that ships; as a list for --lora."""
+    return [(str(TAUGHT if TAUGHT.exists() else SHIPPED), 1.0)]
+
+
+def put_loras(sdxl, loras):
+    import alchemy
+    for path, scale in loras or ():
+        alchemy.load_lora(sdxl, path, scale)
+
+
+def progress(iterable, total, name, shown=lambda item: ""):
+    """Yield what iterable yields beside a bar with rate and remaining time, or, without a terminal, a line every so often."""
+    if sys.stderr.isatty():
+        from tqdm import tqdm
+        bar = tqdm(total=total, desc=name, dynamic_ncols=True)
+        for item in iterable:
+            bar.set_postfix_str(shown(item), refresh=False)
+            bar.update()
+            yield item
+        bar.close()
+        return
+    start = said = time.monotonic()
+    for count, item in enumerate(iterable, 1):
+        now = time.monotonic()
+        if now - said > 10 or count == total:
+            rate = count / max(now - start, 1e-9)
+            print(f"{name}: {count}/{total}, {rate:.2f}/s, {(total - count) / rate:.0f} s left {shown(item)}".rstrip(), file=sys.stderr, flush=True)
+            said = now
+        yield item
+
+
+def free_path(path):
+    """path, or, where it exists, its name with the next free number: beach.png, beach-1.png, ..."""
+    path, number = Path(path), 0
+    free = path
+    while free.exists():
+        number += 1
+        free = path.with_stem(f"{path.stem}-{number}")
+    return free
+
+
+def folder(path):
+    """The folder, made if need be and proved writable before the work begins."""
+    path = Path(path)
+    path.mkdir(parents=True, exist_ok=True)
+    probe = path / ".writable"
+    probe.touch()
+    probe.unlink()
+    return path
+
+
+def say(text):
+    print(text, file=sys.stderr, flush=True)
+
+
+def wrote(*paths):
+    """The last line of every run: the files it wrote, on stdout."""
+    print("wrote " + " ".join(str(p) for p in paths), flush=True)
+
+
+def run(main):
+    """Call main() as a script does: bad input, a full disk or too little memory end in one line and status 2."""
+    warnings.showwarning = lambda message, *_, **__: say(f"warning: {message}")
+    try:
+        main()
+    except (ValueError, OSError, FloatingPointError, MemoryError) as error:
+        said = f"{error.strerror}: {error.filename}" if isinstance(error, OSError) and error.filename else str(error) or type(error).__name__
+    except RuntimeError as error:
+        if "out of memory" not in str(error).lower() and "can't allocate memory" not in str(error):
+            raise
+        said = "out of memory: use a smaller --size or --batch, or --dtype bfloat16"
+    except KeyboardInterrupt:
+        say("interrupted")
+        sys.exit(130)
+    else:
+        return
+    say("error: " + " ".join(said.split()))
+    sys.exit(2)
+
+
+def settings_of(args):
+    """The flags as JSON knows them."""
+    return json.loads(json.dumps({k: v for k, v in vars(args).items()}, default=str))

@@ -1,0 +1,78 @@
+"""A folder of photos to latents, each encoded once; and what one training sample is made of, as a function of (seed, step, sample).
+
+A photo is scaled until its shorter side is the training size and encoded whole. A sample is a crop of those latents, so the crop may
+differ every time, and its place, which the UNet is told (Podell et al. 2023, 2.2), is the true one.
+"""
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from . import images
+
+
+@dataclass(frozen=True)
+class Photo:
+    """latents: a (mean, std) pair of (4,h,w), and one of the mirrored photo where mirroring is wanted. original: (H,W) as on disk."""
+    latents: tuple
+    original: tuple
+    prompt: str
+
+
+@dataclass(frozen=True)
+class Batch:
+    """x_0, eps (B,4,h,w), t (B,) integers, time_ids (B,6) float32, prompts: a list of B."""
+    x_0: torch.Tensor
+    eps: torch.Tensor
+    t: torch.Tensor
+    time_ids: torch.Tensor
+    prompts: list
+
+
+def find_photos(folder):
+    """The pictures in a folder, sorted by name, and the names of what was skipped. Raises ValueError where there is none."""
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise ValueError(f"{folder}: no such folder")
+    files = sorted(p for p in folder.iterdir() if p.is_file() and not p.name.startswith("."))
+    photos = [p for p in files if p.suffix.lower() in images.SUFFIXES]
+    if not photos:
+        raise ValueError(f"{folder}: no pictures in it ({', '.join(images.SUFFIXES)} are read); put 3 to 5 photos of the subject there")
+    return photos, [p.name for p in files if p not in photos]
+
+
+@torch.no_grad()
+def encode(sdxl, path, size, prompt, mirror=False):
+    """One photo to latents on the CPU. size (H,W): of the crops that training will take from it."""
+    picture = images.read(path)
+    # The side that is longer than the crop keeps its length, to whole latents; less than one latent is cut off.
+    scale = max(size[0] / picture.height, size[1] / picture.width)
+    whole = [max(int(scale * side) // sdxl.factor * sdxl.factor, least) for side, least in zip(picture.size[::-1], size)]
+    x = images.to_tensor(images.cover(picture, whole)[0]).to(sdxl.device)
+    latents = tuple(tuple(part[0].cpu() for part in sdxl.vae.encode(view)) for view in ((x, x.flip(-1)) if mirror else (x,)))
+    return Photo(latents, picture.size[::-1], prompt)
+
+
+def generator(*numbers):
+    """A generator that is a function of these numbers alone: neighbours in them share nothing."""
+    return torch.Generator().manual_seed(int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0] >> 1))
+
+
+def sample(photos, size, factor, T, seed, step, index):
+    """Sample `index` of the whole run, drawn at `step`: (x_0, eps, t, time_ids, prompt). Each photo comes once before one comes twice."""
+    order = torch.randperm(len(photos), generator=generator(seed, 1, index // len(photos)))
+    photo, rng = photos[order[index % len(photos)]], generator(seed, 2, step, index)
+    mean, std = photo.latents[torch.randint(len(photo.latents), (), generator=rng)]
+    h, w = size[0] // factor, size[1] // factor
+    top, left = (int(torch.randint(room + 1, (), generator=rng)) for room in (mean.shape[1] - h, mean.shape[2] - w))
+    mean, std = (part[:, top:top + h, left:left + w] for part in (mean, std))
+    x_0 = mean + std * torch.randn(mean.shape, generator=rng)  # a fresh sample of the posterior each time
+    eps, t = torch.randn(mean.shape, generator=rng), torch.randint(T, (), generator=rng)
+    return x_0, eps, t, torch.tensor([*photo.original, top * factor, left * factor, *size], dtype=torch.float32), photo.prompt
+
+
+def batch(photos, size, factor, T, seed, step, indices, device):
+    """The samples of the indices as a Batch on the device."""
+    *tensors, prompts = zip(*(sample(photos, size, factor, T, seed, step, i) for i in indices))
+    return Batch(*(torch.stack(part).to(device) for part in tensors), list(prompts))

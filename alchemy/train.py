@@ -1,0 +1,128 @@
+"""The training loop: a generator that yields after each optimizer step, so that bars, previews and files are its caller's business.
+
+    loss = w_t · ‖target − prediction(x_t, t, prompt)‖² + λ · w_t · ‖prediction_base(x_t, t, class) − prediction(x_t, t, class)‖²
+
+The first term teaches the subject. The second keeps the class word what it was: on the class prompt, the model with the adapter is
+held to its own prediction without it. It needs no class pictures (DreamBooth's prior preservation, Ruiz et al. 2023, eq. 2, does).
+"""
+import json
+from dataclasses import dataclass, field
+
+import torch
+
+from . import data, lora
+from .files import save_tensors
+from .sdxl import Conditioning
+
+PATIENCE = 5  # steps in a row that may be lost to NaN or infinity
+
+
+@dataclass
+class State:
+    """What a run goes on from. parameters: {name: float32 tensor}; losses: one per step so far (NaN where it was not applied)."""
+    parameters: dict
+    optimizer: torch.optim.Optimizer
+    scaler: torch.amp.GradScaler
+    step: int = 0
+    losses: list = field(default_factory=list)
+
+    def save(self, path, facts):
+        tensors = dict(self.parameters) | {"losses": torch.tensor(self.losses, dtype=torch.float64)}
+        for name, p in self.parameters.items():
+            tensors |= {f"{moment}:{name}": value for moment, value in self.optimizer.state.get(p, {}).items()}
+        save_tensors(tensors, path, facts | {"step": str(self.step), "scaler": self.scaler.state_dict(), "threads": str(torch.get_num_threads())})
+
+    @torch.no_grad()
+    def restore(self, tensors, header):
+        """From an open safetensors file and its header; the thread count too, for it decides the order of sums."""
+        if not self.parameters.keys() <= set(tensors.keys()):
+            raise ValueError("the state is of another kind of run (other layers or rank); start again with --overwrite")
+        for name, p in self.parameters.items():
+            p.copy_(tensors.get_tensor(name))
+            moments = [key for key in tensors.keys() if key.endswith(":" + name)]
+            if moments:
+                self.optimizer.state[p] = {key.split(":")[0]: tensors.get_tensor(key).to(p.device if "exp" in key else "cpu") for key in moments}
+        self.losses, self.step = tensors.get_tensor("losses").tolist(), int(header["step"])
+        self.scaler.load_state_dict(json.loads(header["scaler"]))
+        torch.set_num_threads(int(header["threads"]))
+
+
+def start(parameters, learning_rate, dtype=torch.float32):
+    """A fresh State. parameters: {name: tensor}; all must be float32 (see lora.Adapter)."""
+    wrong = [name for name, p in parameters.items() if p.dtype != torch.float32]
+    if wrong:
+        raise ValueError(f"{wrong[0]} is not float32: trained parameters have to be, whatever the base is")
+    # A moment of float16 gradients would underflow: where only that is to be had, the loss is scaled up, the gradients down again.
+    optimizer = torch.optim.AdamW(parameters.values(), lr=learning_rate, weight_decay=0.01)
+    return State(parameters, optimizer, torch.amp.GradScaler(enabled=dtype == torch.float16))
+
+
+def min_snr(schedule, t, gamma):
+    """The weight of each sample (B,): min(γ, SNR)/SNR for epsilon, min(γ, SNR)/(SNR + 1) for v. Hang et al. 2023, eq. 7."""
+    snr = schedule.snr(t)
+    if not gamma:
+        return torch.ones_like(snr)
+    return snr.clamp(max=gamma) / (snr if schedule.prediction == "epsilon" else snr + 1)
+
+
+def loss(sdxl, batch, prompts, class_prompt=None, prior_weight=1.0, gamma=5.0):
+    """The loss above, a scalar. prompts: {prompt: Conditioning of one}; class_prompt: a key of it, or None for no prior."""
+    schedule, unet, t = sdxl.schedule, sdxl.unet, batch.t
+    x_t = schedule.add_noise(batch.x_0, batch.eps, t)
+    target = schedule.target(batch.x_0, batch.eps, t)
+
+    def tell(names):
+        told = Conditioning.cat([prompts[name] for name in names])
+        return told.context, told.pooled, batch.time_ids
+
+    weight = min_snr(schedule, t, gamma).to(x_t)
+    if class_prompt is None or not prior_weight:
+        return (weight * (unet(x_t, t, *tell(batch.prompts)) - target).square().mean((1, 2, 3))).mean()
+
+    of_class = tell([class_prompt] * len(t))
+    with torch.no_grad(), lora.scaled(unet, 0):
+        kept = unet(x_t, t, *of_class)
+    # Subject and class go through the network together: one batch of 2B.
+    both = [torch.cat(pair) for pair in zip(tell(batch.prompts), of_class)]
+    error = (unet(torch.cat([x_t, x_t]), torch.cat([t, t]), *both) - torch.cat([target, kept])).square().mean((1, 2, 3))
+    subject, prior = (torch.cat([weight, weight]) * error).chunk(2)
+    return subject.mean() + prior_weight * prior.mean()
+
+
+def train(sdxl, photos, prompts, state, *, steps, size, batch=1, accumulation=1, warmup=0, class_prompt=None, prior_weight=1.0, gamma=5.0,
+          seed=0):
+    """Yield (step, loss) after each optimizer step, from state.step to steps; the state is then whole and may be saved.
+
+    photos: of data.encode; prompts: {prompt: Conditioning}, for every photo's prompt and the class_prompt. A step whose loss or gradient
+    is not finite is not applied; FloatingPointError after PATIENCE of them in a row.
+    """
+    unet, lost, T = sdxl.unet, 0, len(sdxl.schedule.alpha_bar)
+    rates = [group["lr"] for group in state.optimizer.param_groups]
+    autocast = torch.autocast(sdxl.device.type, sdxl.dtype, enabled=sdxl.dtype != torch.float32)
+    for step in range(state.step, steps):
+        # Accumulate gradients over batch · accumulation samples.
+        state.optimizer.zero_grad(set_to_none=True)
+        total = 0.0
+        for part in range(accumulation):
+            first = (step * accumulation + part) * batch
+            drawn = data.batch(photos, size, sdxl.factor, T, seed, step, range(first, first + batch), sdxl.device)
+            with autocast:
+                value = loss(sdxl, drawn, prompts, class_prompt, prior_weight, gamma) / accumulation
+            state.scaler.scale(value).backward()
+            total += value.detach()
+
+        # Update the weights, if all is finite.
+        for group, rate in zip(state.optimizer.param_groups, rates):
+            group["lr"] = rate * min(1.0, (step + 1) / (warmup + 1))
+        state.scaler.unscale_(state.optimizer)
+        norm = torch.nn.utils.clip_grad_norm_(state.parameters.values(), 1.0)
+        total, finite = float(total), bool(torch.isfinite(norm))
+        if finite and total == total:
+            state.scaler.step(state.optimizer)
+        state.scaler.update()
+        lost = 0 if finite else lost + 1
+        if lost > PATIENCE:
+            raise FloatingPointError(f"loss or gradient was not finite in {lost} steps in a row, the last is {step + 1}; lower --learning-rate")
+        state.step = step + 1
+        state.losses.append(total if finite else float("nan"))
+        yield state.step, total

@@ -1,0 +1,321 @@
+"""The tokenizer (alchemy/tokenizer.py) against transformers' ids, rule by rule, and what else it promises."""
+import json
+import subprocess
+import sys
+import unicodedata
+from pathlib import Path
+
+import pytest
+from safetensors import safe_open
+
+ROOT = Path(__file__).parents[1]
+sys.path.insert(0, str(ROOT))
+from alchemy.tokenizer import BYTE, Tokenizer  # noqa: E402
+
+MINI = ROOT / "weights" / "mini"
+BOS, EOS = 49406, 49407
+NAMES = ("tokenizer", "tokenizer_2")
+
+
+@pytest.fixture(scope="module")
+def both():
+    return [Tokenizer.from_folder(MINI / name) for name in NAMES]
+
+
+@pytest.fixture
+def one(both):
+    return both[0]
+
+
+@pytest.fixture
+def fresh():
+    return Tokenizer.from_folder(MINI / "tokenizer_2")
+
+
+@pytest.fixture(scope="module")
+def reference():
+    with safe_open(ROOT / "tests" / "reference" / "tokens.safetensors", "np") as file:
+        return json.loads(file.metadata()["prompts"]), [file.get_tensor(name).tolist() for name in ("ids_1", "ids_2")]
+
+
+def lone_json(folder, name):
+    """A tokenizer.json with the parts that transformers 5 writes and a tokenizer reads, made from vocab.json and merges.txt."""
+    vocab = json.loads((MINI / name / "vocab.json").read_text("utf-8"))
+    merges = [line.split(" ") for line in (MINI / name / "merges.txt").read_text("utf-8").split("\n")[1:] if line]
+    flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
+    special = ["<|startoftext|>", "<|endoftext|>"] if name == "tokenizer" else ["!", "<|startoftext|>", "<|endoftext|>"]
+    whole = {
+        "version": "1.0", "truncation": None, "padding": None,
+        "added_tokens": [{"id": vocab[token], "content": token, **flags} for token in special],
+        "model": {"type": "BPE", "unk_token": "<|endoftext|>", "end_of_word_suffix": "</w>", "vocab": vocab, "merges": merges},
+    }
+    folder.mkdir(exist_ok=True)
+    (folder / "tokenizer.json").write_text(json.dumps(whole, indent=2, ensure_ascii=False), "utf-8")
+    return folder
+
+
+def copy(folder, name="tokenizer"):
+    folder.mkdir()
+    for file in (MINI / name).iterdir():
+        (folder / file.name).write_bytes(file.read_bytes())
+    return folder
+
+
+# The ids
+
+@pytest.mark.parametrize("n", [0, 1])
+def test_ids_equal_the_reference(both, reference, n):
+    prompts, ids = reference
+    assert len(prompts) >= 320 and all(len(row) == 77 for row in ids[n])
+    assert [p for p, row in zip(prompts, ids[n]) if both[n](p) != row] == []
+
+
+def test_reference_holds_the_prompts_of_the_list(reference):
+    sys.path.insert(0, str(ROOT / "tests" / "reference"))
+    from prompts import PROMPTS
+    assert reference[0] == PROMPTS
+
+
+def test_a_literal_prompt_has_the_known_ids(both):
+    start = [BOS, 320, 1125, 539, 320, 1929, EOS]
+    assert both[0]("a photo of a dog") == start + [EOS] * 70
+    assert both[1]("a photo of a dog") == start + [0] * 70
+    assert both[0]("") == [BOS] + [EOS] * 76 and both[1]("") == [BOS, EOS] + [0] * 75
+
+
+def test_first_eos_ends_the_text_and_padding_follows(both):
+    for tokenizer, pad in zip(both, (EOS, 0)):
+        assert tokenizer.pad == pad
+        ids = tokenizer("a dog, a cat")
+        end = ids.index(EOS)
+        assert end == 1 + len(tokenizer.pieces("a dog, a cat")) and set(ids[end + 1 :]) == {pad}
+
+
+@pytest.mark.parametrize("count", [74, 75, 76, 77, 200])
+def test_truncation_keeps_eos(both, count):
+    for tokenizer in both:
+        ids = tokenizer("dog " * count)
+        assert len(ids) == 77 and ids.index(EOS) == min(count, 75) + 1
+
+
+# The text rules
+
+def test_lower_case_is_per_character_so_sigma_is_not_final(one):
+    assert one("ΟΔΟΣ") == one("οδοσ") != one("οδος")
+
+
+def test_composed_and_decomposed_accents_are_one(one):
+    assert one("cafe\u0301") == one("caf\u00e9") != one("cafe")
+
+
+def test_white_space_is_unicodes_not_pythons(one):
+    for char in map(chr, range(0x110000)):
+        if unicodedata.category(char)[0] == "Z" or char in "\t\n\v\f\r\x85":
+            assert one(f"a{char}{char}b") == one("a b"), hex(ord(char))
+    for char in "\x1c\x1d\x1e\x1f\u200b\u180e":
+        assert one(f"a{char}b") != one("a b"), hex(ord(char))
+
+
+def test_split_takes_letters_together_digits_alone_and_a_contraction_only_at_the_start_of_a_word(one):
+    spelled = lambda text: [piece for _, piece in one.pieces(text)]  # noqa: E731
+    assert spelled("cat2024,dog") == ["cat", "2", "0", "2", "4", ",", "dog"]
+    assert spelled("it's") == ["it", "'s"] and spelled('"\'s') == ['"\'', "s"]
+    assert spelled("(word:1.2)") == ["(", "word", ":", "1", ".", "2", ")"]
+    assert spelled("&amp;") == ["&", "amp", ";"]  # no html.unescape
+
+
+def test_exclamation_mark_is_special_in_tokenizer_2_only(both):
+    assert both[0]("a!b")[:5] == [BOS, 320, 256, 321, EOS]
+    assert both[1]("a!b")[:5] == [BOS, 320, 0, 321, EOS]
+    assert both[1]("wow!!")[:5] == [BOS, 2781, 0, 0, EOS]
+    assert 0 not in both[1]("！¡")[: both[1]("！¡").index(EOS)]  # only the ASCII one
+
+
+def test_literal_special_tokens_become_their_ids(both):
+    for tokenizer in both:
+        assert tokenizer("a<|endoftext|>b")[:5] == [BOS, 320, EOS, 321, EOS]
+        assert tokenizer("<|STARTOFTEXT|> b")[:4] == [BOS, BOS, 321, EOS]
+    # the padding token is looked for before lower-casing, the other one after it
+    assert both[0]("<|ENDOFTEXT|>")[1] != EOS and both[1]("<|ENDOFTEXT|>")[1] == EOS
+
+
+def test_a_bad_byte_of_the_command_line_is_no_crash(one):
+    assert len(one("a \udcff dog")) == 77
+
+
+# Words and their positions
+
+def test_find_gives_every_occurrence(one):
+    text = "a cat and a caterpillar, cats; the cat's CAT"
+    ids = one(text)
+    found = one.find(text, "cat")
+    assert found == one.find(text, "Cat") == [[2], [10], [12]]
+    assert all(ids[p] == 2368 for [p] in found)
+
+
+def test_find_is_not_inside_other_words(one):
+    assert one.find("caterpillar concatenate cats", "cat") == []
+    assert one.find("cat2 2cat e\u0301cat", "cat") == []
+    assert one.find("124 24 1 24", "24") == [[4, 5], [7, 8]]
+    assert one.find("2 4", "24") == one.find("24", "2 4") == []
+    assert one.find("हिन्दी", "ह") == []  # the mark that follows is no letter, but the word goes on
+    assert one.find("(cat) cat-like my_cat <cat>", "cat") == [[2], [4], [9], [11]]
+
+
+def test_find_words_of_several_tokens_and_phrases(both):
+    text = "Golden Retriever, xqzzyv golden-retriever, goldenretriever golden  retriever"
+    for tokenizer in both:
+        ids = tokenizer(text)
+        [strange] = tokenizer.find(text, "xqzzyv")
+        assert len(strange) > 1 and tokenizer.decode(ids[p] for p in strange) == "xqzzyv"
+        first, second = tokenizer.find(text, "golden retriever")
+        assert first == [1, 2] and tokenizer.decode(ids[p] for p in second) == "golden retriever"
+        assert second[1] == ids.index(EOS) - 1
+
+
+def test_find_leaves_out_what_the_limit_cuts(one):
+    assert one.find("dog " * 80, "dog") == [[p] for p in range(1, 76)]
+    text = "a " * 74 + "golden retriever"
+    assert one.find(text, "golden") == [[75]] and one.find(text, "golden retriever") == []
+    assert one.find("a dog", "cat") == one.find("a dog", "") == one.find("", "dog") == []
+
+
+def test_pieces_stand_at_their_positions(both):
+    text = "a caterpillaresque 🦄, don't! 日本"
+    for tokenizer in both:
+        pieces = tokenizer.pieces(text)
+        assert [i for i, _ in pieces] == tokenizer(text)[1 : len(pieces) + 1]
+        assert "".join(piece for _, piece in pieces).startswith("acaterpillaresque")
+    assert len(tokenizer.pieces("dog " * 100)) == 100
+
+
+def test_lost_names_the_words_that_do_not_fit(both):
+    for tokenizer in both:
+        assert tokenizer.lost("") == tokenizer.lost("dog " * 75) == ""
+        assert tokenizer.lost("dog " * 75 + "red cat") == "red cat"
+        assert tokenizer.lost("dog " * 74 + "caterpillaresque 🦄") == "caterpillaresque 🦄"  # whole, though its start fits
+
+
+def test_decode_is_the_text_again(both):
+    for tokenizer in both:
+        ids = tokenizer("A café, 日本 🦄 don't")
+        assert tokenizer.decode(ids[1 : ids.index(EOS)]) == "a café , 日本 🦄 don 't"
+    assert tokenizer.decode(ids).startswith("<|startoftext|>a café")
+
+
+# New tokens
+
+def test_add_gives_the_next_id_and_matches_literally(fresh):
+    before = fresh("a dog")
+    assert fresh.add("<my-dog>") == 49408 and fresh.add("<my-dog>_1") == 49409 and fresh.add("<häuschen>") == 49410
+    assert fresh("a <my-dog>")[:4] == [BOS, 320, 49408, EOS]
+    assert fresh("a <MY-DOG>")[2] == 49408  # found after lower-casing, as transformers finds an added token
+    assert fresh("x<my-dog>_1, <my-dog>s")[:7] == [BOS, 343, 49409, 267, 49408, 338, EOS]  # the longest of two
+    assert fresh("a dog") == before
+    assert fresh.find("a <my-dog> and a <my-dog>", "<my-dog>") == [[2], [5]]
+    assert fresh.pieces("<my-dog> <häuschen>") == [(49408, "<my-dog>"), (49410, "<häuschen>")]
+    assert fresh("<my-dog> " * 80)[75:] == [49408, EOS]
+
+
+@pytest.mark.parametrize("token", ["dog", "cactus", "!", "<|endoftext|>", "<|EndOfText|>", "", "  "])
+def test_add_refuses_what_exists(fresh, token):
+    with pytest.raises(ValueError, match="token already"):
+        fresh.add(token)
+
+
+def test_add_refuses_a_second_time_in_any_case(fresh):
+    fresh.add("<my-dog>")
+    for token in ("<my-dog>", "<My-Dog>"):
+        with pytest.raises(ValueError, match="token already"):
+            fresh.add(token)
+
+
+# Files
+
+@pytest.mark.parametrize("n", [0, 1])
+def test_tokenizer_json_alone_gives_the_same_ids(tmp_path, both, reference, n):
+    alone = Tokenizer.from_folder(lone_json(tmp_path / "alone", NAMES[n]))
+    assert alone.pad == both[n].pad
+    assert [p for p, row in zip(reference[0], reference[1][n]) if alone(p) != row] == []
+
+
+def test_tokenizer_json_with_placeholders_keeps_its_padding(tmp_path):
+    for name, pad in zip(NAMES, (EOS, 0)):
+        file = lone_json(tmp_path / name, name) / "tokenizer.json"
+        whole = json.loads(file.read_text("utf-8"))
+        whole["added_tokens"].append({"id": 49408, "content": "<my-dog>", "normalized": True})
+        file.write_text(json.dumps(whole), "utf-8")
+        tokenizer = Tokenizer.from_folder(file.parent)
+        assert tokenizer("a <my-dog>")[:5] == [BOS, 320, 49408, EOS, pad] and tokenizer.add("<cat>") == 49409
+
+
+def test_what_transformers_saves_and_reads(tmp_path, both, reference):
+    transformers = pytest.importorskip("transformers")
+    for n, name in enumerate(NAMES):
+        theirs = transformers.AutoTokenizer.from_pretrained(MINI / name)
+        assert theirs.pad_token_id == both[n].pad
+        theirs.add_tokens("<My-Dog>")
+        theirs.save_pretrained(tmp_path / name)
+        ours = Tokenizer.from_folder(tmp_path / name)
+        (tmp_path / name / "tokenizer_config.json").unlink()
+        alone = Tokenizer.from_folder(tmp_path / name)
+        for prompt in [*reference[0], "a <my-dog>", "a<MY-DOG>!"]:
+            ids = theirs(prompt, padding="max_length", max_length=77, truncation=True).input_ids
+            assert ours(prompt) == alone(prompt) == ids, prompt
+        ids = [i for i in both[n]("a café, 日本 🦄 don't!") if i != both[n].pad]
+        assert ours.decode(ids) == theirs.decode(ids)
+
+
+def test_the_padding_is_named_by_any_of_the_files(tmp_path):
+    folder = copy(tmp_path / "t", "tokenizer_2")
+    (folder / "tokenizer_config.json").unlink()
+    assert Tokenizer.from_folder(folder).pad == 0
+    (folder / "special_tokens_map.json").write_text('{"pad_token": {"content": "!", "normalized": false}}')
+    assert Tokenizer.from_folder(folder).pad == 0
+    (folder / "special_tokens_map.json").unlink()
+    assert Tokenizer.from_folder(folder).pad == EOS
+    assert Tokenizer.from_folder(folder, pad=0)("a!b")[:6] == [BOS, 320, 0, 321, EOS, 0]
+    (folder / "added_tokens.json").write_text('{"<my-dog>": 49408}')
+    assert Tokenizer.from_folder(folder)("a <my-dog>")[:5] == [BOS, 320, 49408, EOS, EOS]
+
+
+@pytest.mark.parametrize("file, content, says", [
+    ("vocab.json", None, r"t/vocab.json: cannot be read \(No such file"),
+    ("merges.txt", None, "t/merges.txt: cannot be read"),
+    ("vocab.json", '{"a": 1', "t/vocab.json: cannot be read"),
+    ("vocab.json", '{"a": 1}', "t: not a CLIP vocabulary"),
+    ("vocab.json", "[]", "t: not a CLIP vocabulary"),
+    ("vocab.json", b"\xff\xfe\x00", "t/vocab.json: cannot be read"),
+    ("merges.txt", "", "t: not a CLIP vocabulary"),
+    ("merges.txt", "#version: 0.2\ni n\nt h\n", "t: the merges are incomplete"),
+    ("special_tokens_map.json", "{", "t/special_tokens_map.json: cannot be read"),
+    ("special_tokens_map.json", '{"pad_token": "<pad>"}', "t: not a CLIP vocabulary"),
+])
+def test_a_bad_folder_is_one_line_that_names_it(tmp_path, file, content, says):
+    folder = copy(tmp_path / "t")
+    if content is None:
+        (folder / file).unlink()
+    else:
+        (folder / file).write_bytes(content if isinstance(content, bytes) else content.encode())
+    with pytest.raises(ValueError, match=says) as error:
+        Tokenizer.from_folder(folder)
+    assert "\n" not in str(error.value)
+
+
+def test_a_missing_folder_and_a_bad_tokenizer_json_are_named(tmp_path):
+    with pytest.raises(ValueError, match="nowhere.*cannot be read"):
+        Tokenizer.from_folder(tmp_path / "nowhere")
+    for content, says in (("{", "tokenizer.json: cannot be read"), ("[1]", "not a CLIP vocabulary"), ("{}", "not a CLIP vocabulary")):
+        (tmp_path / "tokenizer.json").write_text(content)
+        with pytest.raises(ValueError, match=says):
+            Tokenizer.from_folder(tmp_path)
+
+
+def test_every_byte_has_its_own_visible_character():
+    assert sorted(BYTE) == list(range(256)) and len(set(BYTE.values())) == 256
+    assert all(char.isprintable() and char != " " for char in BYTE.values())
+
+
+def test_importing_the_tokenizer_needs_the_standard_library_only():
+    code = f"import sys; sys.path.insert(0, {str(ROOT / 'alchemy')!r}); import tokenizer; print(*({{'torch', 'numpy', 'regex'}} & {{*sys.modules}}))"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip() == ""
