@@ -11,6 +11,7 @@ from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
+from torch.overrides import TorchFunctionMode
 
 from . import layout
 from .schedule import Schedule
@@ -61,7 +62,7 @@ def load(source, device="auto", dtype="auto", *, config=None, vae=None, revision
     files = {name: [place] if place.is_file() else weight_files(place, name, half) for name, place in places.items()}
 
     def read(name, dtype):
-        with torch.device("meta"):
+        with torch.device("meta"), Blank():
             network = BUILD[name](configs[name])
         fill(network, name, files[name], dtype, device)
         if name == "text_encoder_2":
@@ -83,7 +84,8 @@ def find(source, networks=(), half=False, revision=None):
     if not re.fullmatch(r"[\w.-]+/[\w.-]+", str(source)) or path.parent.exists():
         raise ValueError(f"{source}: no such folder or file, nor is it a Hub id like stabilityai/stable-diffusion-xl-base-1.0")
     import huggingface_hub as hub
-    failures = (OSError, hub.errors.HTTPError)  # the second is the HTTP library's, whose connection errors need not be OSErrors
+    from huggingface_hub.errors import HTTPError
+    failures = (OSError, HTTPError)  # the second is the HTTP library's, whose connection errors need not be OSErrors
     try:
         names, offline = [file.rfilename for file in hub.model_info(str(source), revision=revision).siblings], None
         wanted = [n for n in names if re.fullmatch(r"((unet|vae|scheduler|text_encoder(_2)?|tokenizer(_2)?)/)?(\w+\.json|merges\.txt)", n)]
@@ -167,6 +169,13 @@ def check_folder(root, configs, pipeline):
     for name, config in configs.items():
         if not config:
             raise ValueError(f"{root}: not a checkpoint folder, it has no {name}/config.json")
+
+
+class Blank(TorchFunctionMode):
+    """Inside, torch.nn.init does nothing: on the meta device it would import a compiler (2.7 s, 70 MB) to initialise no memory."""
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        return func(*args, **(kwargs or {})) if getattr(func, "__module__", None) != "torch.nn.init" else None
 
 
 class Tensors(dict):

@@ -8,10 +8,11 @@ import shutil
 from functools import lru_cache
 from pathlib import Path
 
+import pytest
 import torch
 from safetensors.torch import save_file
 
-from alchemy.checkpoint import BUILD, CONFIGS as KINDS
+from alchemy.checkpoint import BUILD, CONFIGS as KINDS, Tokenizer
 
 SHIPPED = Path(__file__).resolve().parents[1] / "weights" / "mini"
 UNET = dict(_class_name="UNet2DConditionModel", in_channels=4, out_channels=4, block_out_channels=[8, 12, 16], layers_per_block=2,
@@ -34,11 +35,19 @@ FILE = {"unet": "diffusion_pytorch_model", "vae": "diffusion_pytorch_model", "te
 NETWORKS = tuple(CONFIGS)
 
 
+@pytest.fixture(autouse=True, scope="module")
+def vocabulary_read_once():
+    """In the test files that import it, the same vocabulary is read once: it takes longer than everything else here."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Tokenizer, "from_folder", lru_cache(Tokenizer.from_folder))
+        yield
+
+
 @lru_cache
-def weights(seed=0, configs=None):
-    """{network: {name in the folder layout: float32 tensor}}, every element drawn. configs: (network, JSON) pairs for other sizes."""
+def weights(seed=0):
+    """{network: {name in the folder layout: float32 tensor}}, every element drawn."""
     generator, drawn = torch.Generator().manual_seed(seed), {}
-    for name, config in (CONFIGS | {n: json.loads(c) for n, c in configs or ()}).items():
+    for name, config in CONFIGS.items():
         with torch.device("meta"):
             shapes = {key: p.shape for key, p in BUILD[name](KINDS[name].from_config(config)).state_dict().items()}
         drawn[name] = {key: 0.2 * torch.randn(shape, generator=generator) + (len(shape) == 1 and "norm" in key and key.endswith("weight"))
@@ -67,15 +76,15 @@ def write_weights(folder, name, tensors, dtype=torch.float32, variant="", shards
     write_json(folder / f"{FILE[name]}.safetensors.index{variant}.json", {"metadata": {}, "weight_map": place})
 
 
-def write_folder(root, seed=0, configs=CONFIGS, scheduler=SCHEDULER, index=None, **how):
-    """A whole checkpoint in the folder layout (how: see write_weights); returns its path."""
+def write_folder(root, seed=0, configs=CONFIGS, scheduler=SCHEDULER, index=None, vocabulary=False, **how):
+    """A whole checkpoint in the folder layout (how: see write_weights); without a vocabulary, the one that ships serves."""
     root = Path(root)
     write_json(root / "model_index.json", {"_class_name": "StableDiffusionXLPipeline", "force_zeros_for_empty_prompt": True} | (index or {}))
     write_json(root / "scheduler" / "scheduler_config.json", scheduler)
     for name in NETWORKS:
         write_json(root / name / "config.json", configs[name])
         write_weights(root / name, name, weights(seed)[name], **how)
-    for name in ("tokenizer", "tokenizer_2"):
+    for name in ("tokenizer", "tokenizer_2") if vocabulary else ():
         shutil.copytree(SHIPPED / name, root / name, dirs_exist_ok=True)
     return root
 
@@ -174,10 +183,10 @@ def open_clip(tensors):
     return result
 
 
-def single_tensors(seed=0, configs=CONFIGS):
+def single_tensors(seed=0):
     """The whole checkpoint under the names of the single-file layout."""
     w = weights(seed)
-    parts = {"model.diffusion_model.": renamed(w["unet"], unet_modules(configs["unet"])), "first_stage_model.": ldm_vae(w["vae"]),
+    parts = {"model.diffusion_model.": renamed(w["unet"], unet_modules(UNET)), "first_stage_model.": ldm_vae(w["vae"]),
              "conditioner.embedders.0.transformer.": w["text_encoder"], "conditioner.embedders.1.model.": open_clip(w["text_encoder_2"])}
     return {prefix + key: t for prefix, tensors in parts.items() for key, t in tensors.items()}
 

@@ -24,30 +24,8 @@ from alchemy.text import TextConfig, TextEncoder  # noqa: E402
 from alchemy.tokenizer import Tokenizer  # noqa: E402
 from alchemy.unet import UNet, UNetConfig  # noqa: E402
 from alchemy.vae import VAE, VAEConfig  # noqa: E402
+from miniature import CONFIGS, SCHEDULER, header_of, pack  # noqa: E402
 import world  # noqa: E402
-
-LEVELS = dict(down_block_types=["DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"],
-              up_block_types=["CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"])
-CONFIGS = {
-    "vae": dict(_class_name="AutoencoderKL", in_channels=3, out_channels=3, latent_channels=4, block_out_channels=[16, 32, 64],
-                down_block_types=["DownEncoderBlock2D"] * 3, up_block_types=["UpDecoderBlock2D"] * 3, act_fn="silu",
-                layers_per_block=1, norm_num_groups=8, sample_size=128, scaling_factor=1.0, force_upcast=False),
-    "unet": dict(_class_name="UNet2DConditionModel", in_channels=4, out_channels=4, block_out_channels=[32, 96, 192], **LEVELS,
-                 layers_per_block=1, transformer_layers_per_block=[1, 1, 1], attention_head_dim=[1, 3, 6], cross_attention_dim=96,
-                 addition_embed_type="text_time", addition_time_embed_dim=32, projection_class_embeddings_input_dim=64 + 6 * 32,
-                 norm_num_groups=16, norm_eps=1e-5, sample_size=32, use_linear_projection=True, flip_sin_to_cos=True, freq_shift=0,
-                 act_fn="silu", mid_block_scale_factor=1, downsample_padding=1, center_input_sample=False),
-    "text_encoder": dict(architectures=["CLIPTextModel"], model_type="clip_text_model", vocab_size=49408, hidden_size=32,
-                         intermediate_size=128, num_hidden_layers=2, num_attention_heads=2, max_position_embeddings=77,
-                         hidden_act="quick_gelu", layer_norm_eps=1e-5, projection_dim=32, bos_token_id=0, eos_token_id=2, pad_token_id=1),
-}
-CONFIGS["text_encoder_2"] = CONFIGS["text_encoder"] | dict(
-    architectures=["CLIPTextModelWithProjection"], hidden_size=64, intermediate_size=256, num_hidden_layers=3, num_attention_heads=4,
-    hidden_act="gelu", projection_dim=64)
-SCHEDULER = dict(_class_name="EulerDiscreteScheduler", beta_schedule="scaled_linear", beta_start=0.00085, beta_end=0.012,
-                 num_train_timesteps=1000, prediction_type="epsilon", timestep_spacing="leading", steps_offset=1,
-                 interpolation_type="linear", set_alpha_to_one=False, clip_sample=False)
-
 
 class State:
     """Modules under training with their EMA and optimizer; saved as safetensors, the old file replaced in one rename."""
@@ -83,7 +61,7 @@ class State:
 
     @torch.no_grad()
     def load(self):
-        tensors, header = load_file(self.path), read_header(self.path)
+        tensors, header = load_file(self.path), header_of(self.path)
         self.step, self.seconds = int(header["step"]), float(header["seconds"])
         for k, p in self.parameters.items():
             p.copy_(tensors[f"weights.{k}"])
@@ -91,12 +69,6 @@ class State:
             if f"exp_avg.{k}" in tensors:
                 self.optimizer.state[p] = {m: tensors[f"{m}.{k}"].to(p) for m in ("exp_avg", "exp_avg_sq")} | {
                     "step": torch.tensor(float(self.step))}
-
-
-def read_header(path):
-    from safetensors import safe_open
-    with safe_open(path, "pt") as f:
-        return f.metadata()
 
 
 def learning_rate(seconds, total, peak, warmup=60):
@@ -256,28 +228,6 @@ def train_unet(args, log, device):
     train(state, args.minutes, args.lr, loss_of, log)
 
 
-def pack(args, log, device):
-    """The EMA in half precision, in the official folder layout, beside the tokenizers that are there already."""
-    out, tensors = HERE / "mini", load_file(args.work / "unet.safetensors")
-    networks = {name: {k.removeprefix(f"ema.{name}."): v for k, v in tensors.items() if k.startswith(f"ema.{name}.")}
-                for name in ("unet", "text_encoder", "text_encoder_2")} | {"vae": trained_vae(args, "cpu").state_dict()}
-    for name, weights in networks.items():
-        (out / name).mkdir(parents=True, exist_ok=True)
-        file = "model.fp16.safetensors" if name.startswith("text") else "diffusion_pytorch_model.fp16.safetensors"
-        save_file({k: v.half().contiguous() for k, v in weights.items()}, out / name / file, {"format": "pt"})
-        config = CONFIGS[name] | (json.loads((args.work / "scaling.json").read_text()) if name == "vae" else {})
-        (out / name / "config.json").write_text(json.dumps(config, indent=2) + "\n")
-    (out / "scheduler").mkdir(exist_ok=True)
-    (out / "scheduler" / "scheduler_config.json").write_text(json.dumps(SCHEDULER, indent=2) + "\n")
-    index = {"_class_name": "StableDiffusionXLPipeline", "force_zeros_for_empty_prompt": True, "scheduler": ["diffusers", "EulerDiscreteScheduler"],
-             "text_encoder": ["transformers", "CLIPTextModel"], "text_encoder_2": ["transformers", "CLIPTextModelWithProjection"],
-             "tokenizer": ["transformers", "CLIPTokenizer"], "tokenizer_2": ["transformers", "CLIPTokenizer"],
-             "unet": ["diffusers", "UNet2DConditionModel"], "vae": ["diffusers", "AutoencoderKL"]}
-    (out / "model_index.json").write_text(json.dumps(index, indent=2) + "\n")
-    header = read_header(args.work / "unet.safetensors")
-    log(f"packed step {header['step']}, {sum(f.stat().st_size for f in out.rglob('*.safetensors')) / 1e6:.1f} MB")
-
-
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("part", choices=("vae", "unet", "pack"))
@@ -297,7 +247,7 @@ def main(argv=None):
         with open(args.work / f"{args.part}.log", "a") as f:
             f.write(line + "\n")
 
-    {"vae": train_vae, "unet": train_unet, "pack": pack}[args.part](args, log, device)
+    {"vae": train_vae, "unet": train_unet, "pack": lambda *_: log(pack(args.work))}[args.part](args, log, device)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
 """Make the reference tensors with diffusers, transformers and peft; the tests read them without those packages.
 
     python tests/reference/make.py [NAME ...] [--out DIR]        # all of them take about 40 seconds
+    python tests/reference/make.py [NAME ...] --check            # made again elsewhere, are they what is here?
 
 Every file's header holds `seed`, the versions of torch, diffusers, transformers and peft, and with a network's weights
 `config`: the config.json that the library wrote beside them. Made twice on one machine the files are equal to
@@ -89,7 +90,7 @@ NAMES = (*NETWORKS, "schedule", "trajectories", "img2img", "masked", "tokens")
 def make(name, out):
     if name == "tokens":
         from tokens import make_tokens
-        return make_tokens(out / "tokens.json")
+        return make_tokens(out / "tokens.safetensors")
     import networks
     import schedules
     import trajectories
@@ -98,10 +99,38 @@ def make(name, out):
     getattr(module, "make_" + name)(out / f"{name}.safetensors")
 
 
+def differing(made, kept):
+    """Names of tensors that differ: float64 by more than 1e-11 of the largest element, float32 by 5e-6, all else at all."""
+    from safetensors.torch import load_file
+
+    new, old = load_file(made), load_file(kept)
+    tolerance = {"torch.float64": 1e-11, "torch.float32": 5e-6}
+    wrong = sorted(new.keys() ^ old.keys())
+    for name in new.keys() & old.keys():
+        a, b = new[name], old[name]
+        if a.shape != b.shape or (a.double() - b.double()).abs().max() > tolerance.get(str(b.dtype), 0) * b.double().abs().max():
+            wrong.append(name)
+    return wrong
+
+
+def check(names):
+    """Make them in a temporary folder and compare; the exit status."""
+    import tempfile
+
+    wrong = {}
+    with tempfile.TemporaryDirectory() as folder:
+        for name in names:
+            make(name, Path(folder))
+            wrong[name] = differing(Path(folder) / f"{name}.safetensors", Path(__file__).parent / f"{name}.safetensors")
+            print(f"{name}: " + (f"differs in {', '.join(wrong[name][:5])}" if wrong[name] else "the same"))
+    return int(any(wrong.values()))
+
+
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("names", nargs="*", metavar="NAME", help="what to make: " + ", ".join(NAMES) + " (all)")
     parser.add_argument("--out",  type=Path, metavar="DIR", default=Path(__file__).parent, help="folder for the files")
+    parser.add_argument("--check", action="store_true", help="write nothing, compare with the files that are there")
     args = parser.parse_args(argv)
     unknown = [name for name in args.names if name not in NAMES]
     if unknown:
@@ -111,6 +140,8 @@ def main(argv=None):
 
     # the order of additions, and so the last bit, depends on the number of threads
     torch.set_num_threads(1)
+    if args.check:
+        return check(args.names or NAMES)
     args.out.mkdir(parents=True, exist_ok=True)
     for name in args.names or NAMES:
         make(name, args.out)
@@ -120,4 +151,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    main()
+    raise SystemExit(main())
