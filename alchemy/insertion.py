@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from PIL import Image
 
 from . import images, lora, loop
-from .segmentation import WordMaps, grow, positions, segment, to_mask, to_pixels, working_size
+from .segmentation import WordMaps, positions, segment, to_mask, to_pixels, working_size
 
 
 @dataclass(frozen=True)
@@ -29,7 +29,7 @@ class Insertion:
     def seam(self):
         """The mean jump from outside the mask to inside, over the scene's own at the same place: 1 is a seam that nobody can see."""
         jumps = [boundary_jump(images.to_tensor(p)[0], self.feathered > 0) for p in (self.result, self.scene)]
-        return jumps[0] / max(jumps[1], 1e-6)
+        return jumps[0] / max(jumps[1], 1 / 127.5)  # a flat scene counts as one grey level
 
 
 def boundary_jump(x, inside):
@@ -52,8 +52,12 @@ def with_token(prompt, class_word, token):
 
 
 def feather(mask, width):
-    """A mask (H,W) whose value falls off over `width` pixels towards its edge, all within it: the mean of its erosions."""
-    return sum(grow(mask, -k) for k in range(width + 1)) / (width + 1)
+    """A mask (H,W) that falls off linearly over `width` pixels towards its edge, all within it. One too thin for that keeps its peak."""
+    x = mask.double()
+    for _ in range(4):  # coming from the top, it climbs by at most 1/(width + 1) a pixel; then the next side is turned to the top
+        ramp = torch.arange(len(x))[:, None] / (width + 1)
+        x = ((x - ramp).cummin(0).values + ramp).rot90()
+    return torch.minimum((x * (mask.max() / x.max().clamp(min=1e-9))).to(mask), mask)
 
 
 def work_box(sdxl, mask, crop):
@@ -61,10 +65,10 @@ def work_box(sdxl, mask, crop):
 
     The part has the mask and half its size again around it, and the working size its aspect ratio: nothing is stretched.
     """
-    picture = mask.shape
+    picture, least = mask.shape, sdxl.size[0] // 4  # a tiny mask is not magnified without end
     rows, cols = (torch.nonzero(mask.amax(dim)).flatten() for dim in (1, 0))
     spans = [(int(s[0]), int(s[-1]) + 1) for s in (rows, cols)]
-    wanted = [min(2 * (b - a), side) if crop else side for (a, b), side in zip(spans, picture)]
+    wanted = [min(max(2 * (b - a), least), side) if crop else side for (a, b), side in zip(spans, picture)]
     # No more than twice as long as wide, where the picture has the room.
     wanted = [min(max(own, other // 2), side) for own, other, side in zip(wanted, wanted[::-1], picture)]
     size = working_size(sdxl, wanted)
@@ -114,10 +118,10 @@ def insert(sdxl, prompt, class_word, token, *, image=None, mask=None, seed=0, si
     own = image.size[0] * image.size[1] > 1.5 * sdxl.size[0] * sdxl.size[1] if crop is None else crop
     (top, left, height, width), work = work_box(sdxl, mask, own)
     part = image.crop((left, top, left + width, top + height)).resize(work[::-1], Image.LANCZOS)
-    inside = F.interpolate(mask[None, None, top:top + height, left:left + width], work, mode="area")[0, 0]
-    feathered = torch.zeros_like(mask)
-    soft_edge = feather(mask, max(1, round(min(height, width) / 40)))
-    feathered[top:top + height, left:left + width] = soft_edge[top:top + height, left:left + width]
+    in_box = torch.zeros_like(mask)
+    in_box[top:top + height, left:left + width] = mask[top:top + height, left:left + width]
+    feathered = feather(in_box, max(1, round(min(height, width) / 40)))
+    inside = F.adaptive_max_pool2d(mask[None, top:top + height, left:left + width], work)[0]  # the largest: no masked pixel is lost
     _, unconditional, options = loop.settings(sdxl, negative_prompt, work, options)
     drawn = loop.sample(sdxl, sdxl.encode_prompt([named], work), unconditional, seed, work, image=part, mask=inside,
                         strength=chosen["strength"], progress=progress, **options)

@@ -4,12 +4,14 @@ Cross-attention says for each place how much it looks at the word (Tang et al. 2
 together, and so spreads the word over the whole of its object (Wang et al. 2023, DiffSegmenter). At pixel size, a guided filter
 (He et al. 2010) moves the mask's edge to the picture's.
 """
+import math
+
 import torch
 import torch.nn.functional as F
 
 from . import attention, images, loop
 
-MOST_TOKENS = 1024  # self-attention is taken at the finest level of at most 32 x 32 places: N x N numbers
+MOST_PLACES = 2048  # self-attention is taken at the finest level of at most so many: N x N numbers (SDXL: 32 x 32 of 1024 pixels)
 
 
 def positions(sdxl, prompt, word):
@@ -30,23 +32,31 @@ class WordMaps:
         self.unet, self.places, self.size, self.window = unet, places, latent_size, (window[0] * T, window[1] * T)
         self.cross, self.own, self.now = {}, {}, []
 
+    def shape(self, name):
+        """(h, w) where the layer of that name stands: the latents' sides, halved and rounded up at each level down."""
+        block, index = name.split(".")[:2]
+        last = len(self.unet.down_blocks) - 1
+        level = last if block == "mid_block" else int(index) if block == "down_blocks" else last - int(index)
+        return tuple(-(-side // 2 ** level) for side in self.size)
+
     def see(self, name, probabilities):
         """One layer's (B, heads, N, M); of a guided batch, the last row is the conditional one."""
         p = probabilities[-1].mean(0)  # (N, M)
-        if name.endswith("attn2"):
-            self.now.append((self.cross, p[:, self.places].mean(1)))
-        elif len(p) <= MOST_TOKENS:
-            self.now.append((self.own, p))
+        table, p = (self.cross, p[:, self.places].mean(1)) if name.endswith("attn2") else (self.own, p)
+        self.now.append((table, self.shape(name), p))
 
     def watch(self):
-        return attention.watch(self.unet, attention.attentions(self.unet), self.see)
+        """All of cross-attention, but self-attention of one level: finer ones would fill the memory, coarser ones tell less."""
+        shapes = {name: self.shape(name) for name in attention.attentions(self.unet)}
+        own = max((shape for shape in shapes.values() if math.prod(shape) <= MOST_PLACES), default=None)
+        return attention.watch(self.unet, [name for name, shape in shapes.items() if name.endswith("attn2") or shape == own], self.see)
 
     def take(self, t):
         """What was just seen at timestep t counts, if t lies in the window."""
         if self.window[0] <= t <= self.window[1]:
-            for table, p in self.now:  # summed by level, that is by N
-                total, count = table.get(len(p), (0, 0))
-                table[len(p)] = (total + p, count + 1)
+            for table, shape, p in self.now:
+                total, count = table.get(shape, (0, 0))
+                table[shape] = (total + p, count + 1)
         self.now = []
 
     def follow(self, steps):
@@ -55,28 +65,23 @@ class WordMaps:
                 self.take(step.t)
                 yield step
 
-    def shape(self, count):
-        """(h, w) of the level with that many places: the latents' sides, halved and rounded up."""
-        h, w = self.size
-        while h * w > count:
-            h, w = (h + 1) // 2, (w + 1) // 2
-        return h, w
-
     def heat(self, power):
-        """The word's map (h, w) in [0,1] at the finest level that was seen, sharpened `power` times by self-attention."""
-        finest = self.shape(max(self.cross))
-        maps = []
-        for count, (total, seen) in self.cross.items():
-            m = (total / seen).view(1, 1, *self.shape(count))
+        """The word's map (h, w) in [0,1] at the finest level that was seen, spread `power` times by self-attention.
+
+        Raises ValueError where no step lay in the window.
+        """
+        if not self.cross:
+            raise ValueError("no step lies between timesteps {:g} and {:g}, where attention tells: raise --steps".format(*self.window))
+        finest, maps = max(self.cross), []
+        for shape, (total, count) in self.cross.items():
+            m = (total / count).view(1, 1, *shape)
             maps.append(F.interpolate(m / m.mean(), finest, mode="bilinear", align_corners=False))
         heat = sum(maps) / len(maps)
-        if power and self.own:
-            count = max(self.own)
-            own = self.own[count][0] / self.own[count][0].sum(1, keepdim=True)  # rows sum to 1
-            coarse = F.interpolate(heat, self.shape(count), mode="area").flatten()
+        for shape, (total, _) in self.own.items() if power else ():
+            own, coarse = total / total.sum(1, keepdim=True), F.interpolate(heat, shape, mode="area").flatten()  # own's rows sum to 1
             for _ in range(power):
                 coarse = own @ coarse
-            heat = F.interpolate(coarse.view(1, 1, *self.shape(count)), finest, mode="bilinear", align_corners=False)
+            heat = F.interpolate(coarse.view(1, 1, *shape), finest, mode="bilinear", align_corners=False)
         return stretch(heat[0, 0])
 
 
@@ -87,17 +92,20 @@ def stretch(x):
 
 
 def box_mean(x, radius):
-    """The mean over a window of 2 · radius + 1 along both sides, fewer at the border; x (B,1,H,W)."""
-    return F.avg_pool2d(x, 2 * radius + 1, 1, radius, count_include_pad=False)
+    """The mean of x (H,W) over a window of 2 · radius + 1 along both sides, cut at the border, in a time that radius has no part in."""
+    for _ in range(2):  # along the columns, then along the rows
+        place, above = torch.arange(len(x)), F.pad(x.double().cumsum(0), (0, 0, 1, 0))
+        first, end = (place - radius).clamp(min=0), (place + radius + 1).clamp(max=len(x))
+        x = ((above[end] - above[first]) / (end - first)[:, None]).to(x.dtype).T
+    return x
 
 
-def guided_filter(mask, guide, radius, eps=1e-3):
-    """mask and guide (H,W) in [0,1]: within each window the mask becomes a linear function a · guide + b. He et al. 2010, eq. 5, 6, 8."""
-    p, i = mask[None, None], guide[None, None]
+def guided_filter(p, i, radius, eps=1e-3):
+    """The mask p by the guide i, both (H,W) in [0,1]: within each window it becomes a linear function a · i + b. He et al. 2010, eq. 5, 6, 8."""
     mean_p, mean_i = box_mean(p, radius), box_mean(i, radius)
     a = (box_mean(i * p, radius) - mean_i * mean_p) / (box_mean(i * i, radius) - mean_i ** 2 + eps)
     b = mean_p - a * mean_i
-    return (box_mean(a, radius) * i + box_mean(b, radius))[0, 0].clamp(0, 1)
+    return (box_mean(a, radius) * i + box_mean(b, radius)).clamp(0, 1)
 
 
 def to_pixels(heat, picture):
@@ -118,7 +126,8 @@ def segment(sdxl, image, word, *, prompt=None, seed=0, look=None, power=None):
     places = positions(sdxl, prompt, word)
     look, power = (sdxl.defaults[key] if value is None else value for key, value in (("look", look), ("sharpening", power)))
     size = working_size(sdxl, image.size[::-1])
-    x_0 = sdxl.vae.encode(images.to_tensor(images.cover(image, size)[0]).to(sdxl.device))[0]
+    looked_at = image.resize(size[::-1])  # a little stretched, so that all of it is seen and each place stands for its own
+    x_0 = sdxl.vae.encode(images.to_tensor(looked_at).to(sdxl.device))[0]
     maps = WordMaps(sdxl.unet, places, x_0.shape[-2:])
     t = torch.tensor([int(look * (len(sdxl.schedule.alpha_bar) - 1))])
     x_t = sdxl.schedule.add_noise(x_0, loop.noise(x_0.shape, [seed]).to(x_0), t)
@@ -129,23 +138,21 @@ def segment(sdxl, image, word, *, prompt=None, seed=0, look=None, power=None):
 
 
 def working_size(sdxl, size):
-    """(H,W) of about the area the checkpoint was trained at and the aspect ratio of size, both sides multiples of 4 latents."""
-    cell, area = 4 * sdxl.factor, sdxl.size[0] * sdxl.size[1]
-    scale = (area / (size[0] * size[1])) ** 0.5
-    return tuple(max(round(side * scale / cell), 2) * cell for side in size)
+    """(H,W) to draw at: of about the area the checkpoint was trained at and the aspect ratio of size, both sides multiples of 4 latents.
 
-
-def grow(mask, radius):
-    """The largest within a square of 2 · radius + 1 around each pixel; the smallest where radius is negative. Outside counts as inside."""
-    sign = 1 if radius > 0 else -1
-    return sign * F.max_pool2d(sign * mask[None, None], 2 * abs(radius) + 1, 1, abs(radius))[0, 0] if radius else mask
+    A size that is as good (a scene's own) stays: nothing need be resized.
+    """
+    cell, share = 4 * sdxl.factor, size[0] * size[1] / (sdxl.size[0] * sdxl.size[1])
+    if 0.5 <= share <= 1.5 and size[0] % sdxl.factor == size[1] % sdxl.factor == 0:
+        return tuple(size)
+    return tuple(max(round(side / share ** 0.5 / cell), 2) * cell for side in size)
 
 
 def components(mask):
     """Label (H,W) of each connected part of a bool mask, 0 outside: the largest index in it, spread until nothing changes."""
     label = (torch.arange(mask.numel(), dtype=torch.float64).view(mask.shape) + 1) * mask
     while True:
-        spread = grow(label, 1) * mask
+        spread = F.max_pool2d(label[None], 3, 1, 1)[0] * mask
         if torch.equal(spread, label):
             return label.long()
         label = spread
@@ -176,7 +183,7 @@ def to_mask(soft, threshold, dilate):
     mask = soft >= threshold
     if not mask.any():
         raise ValueError("the mask is empty: the word was not found in the picture; lower --threshold, or give --mask")
-    region = grow(clean(mask).float(), round(dilate * min(mask.shape)))
+    region = (box_mean(clean(mask).double(), round(dilate * min(mask.shape))) > 0).float()
     if region.mean() > 0.95:
         raise ValueError("the mask covers the whole picture; raise --threshold, or give --mask")
     return region

@@ -79,10 +79,10 @@ def test_an_argument_is_not_changed_in_place(parts):
     assert all(torch.equal(a, b) for a, b in zip(copies, parts))
 
 
-def test_rounding_below_zero_under_the_root_is_not_nan():
-    ab_prev = 0.1 + 0.2
-    sigma = math.sqrt(1 - ab_prev) * (1 + 1e-15)
-    assert torch.isfinite(samplers.step(torch.ones(1), torch.ones(1), ab_prev, sigma, torch.ones(1))).all()
+def test_a_root_that_rounding_takes_below_zero_is_zero():
+    one, sigma = torch.ones(1, dtype=torch.float64), 0.7 ** 0.5 * (1 + 1e-15)  # at zero terminal SNR sigma² is 1 - ᾱ_prev
+    assert 1 - 0.3 - sigma ** 2 < 0
+    assert torch.equal(samplers.step(one, 1e9 * one, 0.3, sigma, one), 0.3 ** 0.5 * one + sigma)
 
 
 def test_the_table_says_what_diffusers_does_for_sdxl():
