@@ -53,7 +53,7 @@ def load(source, device="auto", dtype="auto", *, config=None, vae=None, revision
     if folder:
         check_folder(folder, configs, index.get("_class_name"))
     if root.is_file():
-        tensors = Tensors([root])
+        tensors = names_in([root])
         check_family(root, tensors)
         schedule |= {"prediction_type": "v_prediction"} if "v_pred" in tensors else {}
         # From pure noise, where such a model was taught to start, only a trailing grid starts. Lin et al. 2023, 3.3.
@@ -114,11 +114,9 @@ def choose_weights(names, half):
 def weight_files(root, name, half):
     """The weight files of one network. Raises ValueError where there are none, or where a shard is missing."""
     folder = root / name if (root / name).is_dir() else root
-    names = sorted(p.name for p in folder.iterdir())
-    chosen = choose_weights(names, half)
+    chosen = choose_weights([p.name for p in folder.iterdir()], half)
     if not chosen:
-        pickles = [n for n in names if n.endswith((".bin", ".ckpt", ".pt"))]
-        raise ValueError(f"{folder}: no safetensors weights" + (f", only {pickles[0]}, a pickle, which is never read" if pickles else ""))
+        raise ValueError(f"{folder}: no safetensors weights here (.bin and .ckpt files are pickles, which are never read)")
     shards = re.search(r"-of-(\d+)", chosen[0])
     whole = [re.sub(r"\d{5}-of", f"{i + 1:05d}-of", chosen[0]) for i in range(int(shards[1]))] if shards else chosen
     lost = [n for n in whole if n not in chosen]
@@ -146,8 +144,9 @@ def check_family(path, tensors):
     first = "model.diffusion_model.input_blocks.0.0.weight"
     if first not in tensors:
         raise ValueError(f"{path}: not an SDXL checkpoint, it has no {first}; its first tensors are {', '.join(list(tensors)[:3])}")
-    if tensors.shape(first)[1:2] != (4,):
-        raise ValueError(f"{path}: an inpainting or editing model, {first} is {tensors.shape(first)}; not an SDXL base checkpoint")
+    shape = tensors[first].get_slice(first).get_shape()
+    if shape[1:2] != [4]:
+        raise ValueError(f"{path}: this is an inpainting or editing model ({first} is {shape}), not an SDXL base checkpoint")
     unknown = [k for k in tensors if not k.startswith(tuple(layout.PREFIX.values())) and not EXTRAS.search(k)]
     if unknown:
         raise ValueError(f"{path}: {len(unknown)} tensors of no known network: {', '.join(unknown[:3])}")
@@ -166,31 +165,18 @@ def check_folder(root, configs, pipeline):
         family = "the SDXL refiner"
     if family:
         raise ValueError(f"{root}: this is {family}, not an SDXL base checkpoint")
-    for name, config in configs.items():
-        if not config:
-            raise ValueError(f"{root}: not a checkpoint folder, it has no {name}/config.json")
+    for name in (name for name in configs if not configs[name]):
+        raise ValueError(f"{root}: not a checkpoint folder, it has no {name}/config.json")
 
 
-class Blank(TorchFunctionMode):
-    """Inside, torch.nn.init does nothing: on the meta device it would import a compiler (2.7 s, 70 MB) to initialise no memory."""
-
+class Blank(TorchFunctionMode):  # inside, torch.nn.init does nothing: on the meta device it would import a compiler (3 s, 70 MB)
     def __torch_function__(self, func, types, args=(), kwargs=None):
         return func(*args, **(kwargs or {})) if getattr(func, "__module__", None) != "torch.nn.init" else None
 
 
-class Tensors(dict):
-    """The tensors of one or several safetensors files by name: {name: its open file}, and each is read when asked for."""
-
-    def __init__(self, paths):
-        for path in paths:
-            file = open_safetensors(path)
-            self.update(dict.fromkeys(file.keys(), file))
-
-    def shape(self, name):
-        return tuple(self[name].get_slice(name).get_shape())
-
-    def read(self, name):
-        return self[name].get_tensor(name)
+def names_in(paths):
+    """{tensor name: the open file that holds it}; a tensor is read by get_tensor, one at a time."""
+    return {key: file for file in map(open_safetensors, paths) for key in file.keys()}
 
 
 def open_safetensors(path):
@@ -209,7 +195,7 @@ def open_safetensors(path):
 
 def fill(network, name, paths, dtype, device):
     """Give each parameter of a meta-device network its tensor. Strict: one missing, left over or of another shape is a ValueError."""
-    tensors, keys = Tensors(paths), list(network.state_dict())
+    tensors, keys = names_in(paths), list(network.state_dict())
     single = {key: layout.single_file_name(name, key, network.config) for key in keys}
     prefixed = {key: layout.PREFIX[name] + single[key] for key in keys}
     shorter = {key: key.removeprefix("text_model.") for key in keys}  # transformers 5 writes the first encoder so
@@ -221,7 +207,8 @@ def fill(network, name, paths, dtype, device):
         first = ", ".join((missing + extra)[:3])
         raise ValueError(f"{paths[0]}: {name}: {len(missing)} tensors missing, {len(extra)} left over: {first}")
     for key, parameter in list(network.named_parameters()):
-        tensor = layout.adapt(name, key, tensors.read(wanted[key])) if is_single else tensors.read(wanted[key])
+        tensor = tensors[wanted[key]].get_tensor(wanted[key])
+        tensor = layout.adapt(name, key, tensor) if is_single else tensor
         if tensor.shape != parameter.shape:
             raise ValueError(f"{paths[0]}: {name}: {key} is {tuple(tensor.shape)}, and {tuple(parameter.shape)} by its configuration")
         owner, _, leaf = key.rpartition(".")
@@ -243,16 +230,12 @@ def choose_device(device="auto", dtype="auto"):
     available = {"cuda": torch.cuda.is_available, "mps": torch.backends.mps.is_available, "cpu": lambda: True}
     name = next(kind for kind, there in available.items() if there()) if str(device) == "auto" else str(device)
     kind = name.partition(":")[0]
-    if kind in available and not available[kind]():
-        raise ValueError(f"device is {name}, but torch sees none here; use --device cpu")
-    try:
-        device = torch.device(name)
-    except RuntimeError:
-        raise ValueError(f"device is {name!r}; known are auto, {', '.join(available)}") from None
+    if kind not in available or not available[kind]():
+        raise ValueError(f"device is {name}, and torch sees none here; use --device cpu")
     if str(dtype) == "auto":
         half = torch.bfloat16 if kind != "cuda" or torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
         dtype = torch.float32 if kind == "cpu" else half
-    dtype = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
-    if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point or dtype.itemsize < 2:
-        raise ValueError(f"dtype is {dtype}; known are auto, float32, bfloat16, float16")
-    return device, dtype
+    known = {kind: getattr(torch, kind) for kind in ("float32", "bfloat16", "float16", "float64")}
+    if str(dtype).removeprefix("torch.") not in known:
+        raise ValueError(f"dtype is {dtype}; known are auto, {', '.join(known)}")
+    return torch.device(name), known[str(dtype).removeprefix("torch.")]

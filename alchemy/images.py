@@ -1,7 +1,7 @@
 """Pictures in and out: files to PIL, PIL to tensors in [-1,1] and back, PNG with the facts of how it was made."""
 import json
+import struct
 import warnings
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -14,24 +14,26 @@ MOST_PIXELS = 100_000_000  # a small file can unpack to gigabytes
 
 
 def read(path, mode="RGB"):
-    """A picture, turned as its EXIF says, in that mode; alpha goes onto white. Raises ValueError that names the file and the fault."""
-    path = Path(path)
+    """A picture, turned as its EXIF says, in that mode; alpha goes onto white, a mask's (mode "L") onto black. Raises ValueError that
+    names the file and the fault."""
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # our own limit is stated below
-            picture = Image.open(path, formats=("JPEG", "PNG", "WEBP"))
-            if picture.width * picture.height > MOST_PIXELS:
-                raise ValueError(f"{path}: {picture.width}x{picture.height} pixels are too many; make it smaller")
-            picture = ImageOps.exif_transpose(picture)
+            warnings.simplefilter("ignore")  # of odd EXIF and of size: our own limit is stated here
+            with Image.open(path, formats=("JPEG", "PNG", "WEBP")) as picture:
+                if picture.width * picture.height > MOST_PIXELS:
+                    raise Image.DecompressionBombError
+                picture = ImageOps.exif_transpose(picture)
     except FileNotFoundError:
         raise ValueError(f"{path}: no such file") from None
     except Image.DecompressionBombError:
-        raise ValueError(f"{path}: too many pixels; make it smaller") from None
-    except (OSError, SyntaxError) as error:  # Pillow's way to say not a picture, or cut short
+        raise ValueError(f"{path}: more than {MOST_PIXELS // 10 ** 6} million pixels; make it smaller") from None
+    except (OSError, SyntaxError, ValueError, struct.error) as error:  # Pillow's ways to say not a picture, or cut short
         raise ValueError(f"{path}: not a readable JPEG, PNG or WebP picture ({error})") from None
-    if mode == "RGB" and (picture.mode in ("RGBA", "LA", "PA") or "transparency" in picture.info):
+    if picture.mode.startswith("I"):  # 16 bits of grey; convert would cut off what is above 255
+        picture = Image.fromarray((np.asarray(picture) >> 8).astype(np.uint8))
+    if picture.mode in ("RGBA", "LA", "PA") or "transparency" in picture.info:
         picture = picture.convert("RGBA")
-        picture = Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture)
+        picture = Image.alpha_composite(Image.new("RGBA", picture.size, "white" if mode == "RGB" else "black"), picture)
     return picture.convert(mode)
 
 
@@ -71,8 +73,9 @@ def facts_of(path):
     """The facts in a PNG's text chunk. Raises ValueError where it has none."""
     read(path)
     with Image.open(path) as picture:
-        picture.load()
-        text = getattr(picture, "text", {}).get("alchemy")
-    if text is None:
-        raise ValueError(f"{path}: has no facts of how it was made (only PNG files written here have)")
-    return json.loads(text)
+        picture.load()  # the chunk may stand behind the pixels
+        text = picture.info.get("alchemy")
+    try:
+        return json.loads(text)
+    except (TypeError, ValueError):
+        raise ValueError(f"{path}: has no facts of how it was made (only PNG files written here have)") from None

@@ -35,6 +35,17 @@ FILE = {"unet": "diffusion_pytorch_model", "vae": "diffusion_pytorch_model", "te
 NETWORKS = tuple(CONFIGS)
 
 
+def refused(action, *words):
+    """action raises a ValueError of one line that holds these words; returns the line."""
+    with pytest.raises(ValueError) as caught:
+        action()
+    line = str(caught.value)
+    assert "\n" not in line and len(line) < 600
+    for word in words:
+        assert str(word) in line, f"{word!r} is not in: {line}"
+    return line
+
+
 @pytest.fixture(autouse=True, scope="module")
 def vocabulary_read_once():
     """In the test files that import it, the same vocabulary is read once: it takes longer than everything else here."""
@@ -43,15 +54,19 @@ def vocabulary_read_once():
         yield
 
 
+def shapes(name, config):
+    """{name in the folder layout: shape} of a network."""
+    with torch.device("meta"):
+        return {key: p.shape for key, p in BUILD[name](KINDS[name].from_config(config)).state_dict().items()}
+
+
 @lru_cache
 def weights(seed=0):
     """{network: {name in the folder layout: float32 tensor}}, every element drawn."""
     generator, drawn = torch.Generator().manual_seed(seed), {}
     for name, config in CONFIGS.items():
-        with torch.device("meta"):
-            shapes = {key: p.shape for key, p in BUILD[name](KINDS[name].from_config(config)).state_dict().items()}
         drawn[name] = {key: 0.2 * torch.randn(shape, generator=generator) + (len(shape) == 1 and "norm" in key and key.endswith("weight"))
-                       for key, shape in shapes.items()}
+                       for key, shape in shapes(name, config).items()}
     return drawn
 
 
@@ -79,7 +94,8 @@ def write_weights(folder, name, tensors, dtype=torch.float32, variant="", shards
 def write_folder(root, seed=0, configs=CONFIGS, scheduler=SCHEDULER, index=None, vocabulary=False, **how):
     """A whole checkpoint in the folder layout (how: see write_weights); without a vocabulary, the one that ships serves."""
     root = Path(root)
-    write_json(root / "model_index.json", {"_class_name": "StableDiffusionXLPipeline", "force_zeros_for_empty_prompt": True} | (index or {}))
+    standard = {"_class_name": "StableDiffusionXLPipeline", "force_zeros_for_empty_prompt": True}
+    write_json(root / "model_index.json", standard | (index or {}))
     write_json(root / "scheduler" / "scheduler_config.json", scheduler)
     for name in NETWORKS:
         write_json(root / name / "config.json", configs[name])
@@ -170,8 +186,8 @@ def ldm_vae(tensors, config=VAE):
 def open_clip(tensors):
     """The second encoder as OpenCLIP saves it: q, k, v stacked in one in_proj, a projection for x @ P."""
     w, layers = dict(tensors), 1 + max(int(key.split(".")[3]) for key in tensors if ".layers." in key)
-    result = {"token_embedding.weight": w["text_model.embeddings.token_embedding.weight"],
-              "positional_embedding": w["text_model.embeddings.position_embedding.weight"], "text_projection": w["text_projection.weight"].T,
+    result = {"token_embedding.weight": w["text_model.embeddings.token_embedding.weight"], "text_projection": w["text_projection.weight"].T,
+              "positional_embedding": w["text_model.embeddings.position_embedding.weight"],
               "ln_final.weight": w["text_model.final_layer_norm.weight"], "ln_final.bias": w["text_model.final_layer_norm.bias"]}
     for i in range(layers):
         ours, theirs = f"text_model.encoder.layers.{i}", f"transformer.resblocks.{i}"
@@ -203,3 +219,19 @@ def write_single(path, tensors=None, dtype=torch.float32, extras=None):
     tensors = (single_tensors() if tensors is None else tensors) | (extras or {})
     save_file({key: (t.to(dtype) if t.is_floating_point() else t).contiguous() for key, t in tensors.items()}, path)
     return path
+
+
+# What tests ask
+
+def same(network, expected, dtype=torch.float32):
+    """Every tensor of the network is, to the bit, the expected one in that dtype, and there are no others."""
+    state = network.state_dict()
+    assert state.keys() == expected.keys()
+    for key, tensor in state.items():
+        assert tensor.dtype == dtype and torch.equal(tensor, expected[key].to(dtype)), key
+
+
+def all_same(sdxl, seed=0, dtype=torch.float32):
+    """All four networks are those that were written."""
+    for name in NETWORKS:
+        same(sdxl.network(name), weights(seed)[name], dtype)

@@ -102,7 +102,7 @@ def test_the_vaes_attention_is_stored_as_1_x_1_convolutions():
     assert layout.adapt("vae", "quant_conv.weight", stored) is stored
 
 
-@pytest.mark.parametrize("name, key", [("unet", "down_blocks.1.attentions.0.proj_in.weight"), ("text_encoder", "text_model.encoder.layers.0.mlp.fc1.weight")])
+@pytest.mark.parametrize("name, key", [("unet", "down_blocks.1.attentions.0.proj_in.weight"), ("text_encoder", "text_model.final_layer_norm.bias")])
 def test_everything_else_is_stored_as_it_is(name, key):
     tensor = torch.zeros(2, 2)
     assert layout.adapt(name, key, tensor) is tensor

@@ -1,6 +1,6 @@
-"""Pictures of pictures: labelled sheets, masks over scenes, the loss curve. Small pictures are enlarged without blur."""
+"""Pictures of pictures: labelled sheets, masks over scenes, the loss curve. Small pictures are enlarged without blur, huge ones reduced."""
 import numpy as np
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw, ImageFont, ImageOps
 
 GAP, INK, PAPER, LINE = 8, (40, 40, 48), (250, 249, 246), (196, 80, 40)
 
@@ -9,15 +9,17 @@ def font(size):
     return ImageFont.load_default(size)
 
 
-def enlarged(picture, least=256):
-    """By a whole factor with sharp pixels, so that the shorter side has at least so many."""
-    factor = max(1, -(-least // min(picture.size)))
+def handy(picture, least=256, most=1024):
+    """Enlarged by a whole factor with sharp pixels until the shorter side has `least`; or reduced until the longer has no more than `most`."""
+    if max(picture.size) > most:
+        return ImageOps.contain(picture, (most, most))
+    factor = max(1, min(-(-least // min(picture.size)), most // max(picture.size)))
     return picture.resize((picture.width * factor, picture.height * factor), Image.NEAREST)
 
 
 def sheet(rows, least=256):
     """A list of rows, each a list of (label, PIL picture), to one picture."""
-    rows = [[(label, enlarged(p.convert("RGB"), least)) for label, p in row] for row in rows]
+    rows = [[(label, handy(p.convert("RGB"), least)) for label, p in row] for row in rows]
     text = max(14, rows[0][0][1].height // 18)
     heights = [max(p.height for _, p in row) + int(text * 1.5) + GAP for row in rows]
     width = max(sum(p.width + GAP for _, p in row) for row in rows) + GAP

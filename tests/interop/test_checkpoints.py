@@ -129,7 +129,8 @@ def test_a_saved_vae_alone_serves_as_vae(pipe, saved, noise, tmp_path):
 
 
 def test_the_schedule_is_read_as_the_pipeline_saves_it(saved, pipe, noise, tmp_path):
-    scheduler = diffusers.EulerDiscreteScheduler.from_config(pipe.scheduler.config, prediction_type="v_prediction", timestep_spacing="trailing")
+    other = dict(prediction_type="v_prediction", timestep_spacing="trailing")
+    scheduler = diffusers.EulerDiscreteScheduler.from_config(pipe.scheduler.config, **other)
     other = diffusers.StableDiffusionXLPipeline(**(pipe.components | {"scheduler": scheduler}), add_watermarker=False)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")

@@ -1,0 +1,361 @@
+"""Planted attention in, masks out: every number against one computed by hand, or by the definition in float64."""
+from collections import deque
+
+import numpy as np
+import pytest
+import torch
+
+import alchemy
+from alchemy import attention, segmentation
+from alchemy.segmentation import WordMaps
+from alchemy.unet import UNet, UNetConfig
+from planted import HEADS, Planted, ellipse, grey, noise_picture
+
+SHAPES = {"square": (64, 64), "wide": (48, 84), "tall": (92, 44)}  # pixels; latents 32 x 32, 24 x 42, 46 x 22, then 21 and 23, 11
+PICTURES = {"square": (300, 300), "wide": (453, 701), "tall": (211, 97)}
+
+
+def drawing(text):
+    """A mask drawn in # and dots."""
+    return torch.tensor([[c == "#" for c in line] for line in text.split()])
+
+
+def iou(a, b):
+    return float((a & b).sum() / (a | b).sum())
+
+
+# The word's place in the prompt
+
+def test_a_word_of_several_tokens_is_all_of_them_and_each_occurrence_counts():
+    sdxl = Planted({})
+    assert segmentation.positions(sdxl, "a photo of a dog", "dog") == [5]
+    assert segmentation.positions(sdxl, "a photo of a schnauzer", "schnauzer") == [5, 6]
+    assert segmentation.positions(sdxl, "a teddy bear on a Teddy Bear", "teddy bear") == [2, 3, 6, 7]
+
+
+@pytest.mark.parametrize("word", ["cat", "do", "", "photo of dog"])
+def test_a_word_that_is_not_in_the_prompt_is_named(word):
+    with pytest.raises(ValueError, match=f"^the word '{word}' is not in the prompt 'a photo of a dogs dog'$"):
+        segmentation.positions(Planted({}), "a photo of a dogs dog", word)
+
+
+# Collecting
+
+def random_tables(sdxl, tokens=77):
+    """(table function, what it returned): {(layer, t): probabilities (B, heads, N, M)}."""
+    generator, made = torch.Generator().manual_seed(0), {}
+
+    def table(name, t, batch):
+        count = int(np.prod(sdxl.level(name)))
+        shape = batch, HEADS, count, count if name.endswith("attn1") else tokens
+        return made.setdefault((name, t), torch.rand(shape, generator=generator).softmax(-1))
+    return table, made
+
+
+def follow(sdxl, maps, timesteps, batch=2):
+    def steps():
+        for t in timesteps:
+            sdxl.unet(torch.zeros(batch, 4, *sdxl.latent_size), t, torch.zeros(batch, 77, 4), None, None)
+            yield type("Step", (), {"t": t})
+    return [step.t for step in maps.follow(steps())]
+
+
+@pytest.mark.parametrize("size", SHAPES.values(), ids=SHAPES)
+def test_maps_are_means_over_layers_heads_tokens_and_steps_of_the_conditional_half(size):
+    sdxl = Planted({"": grey(np.zeros(size))})
+    sdxl.encode_prompt([""], size)
+    sdxl.tables["attn1"], own = random_tables(sdxl)
+    sdxl.tables["attn2"], cross = random_tables(sdxl)
+    maps = WordMaps(sdxl.unet, [3, 4, 9], sdxl.latent_size, T=1000, window=(0.1, 0.7))
+    assert follow(sdxl, maps, [950.0, 700.0, 430.5, 100.0, 99.0]) == [950.0, 700.0, 430.5, 100.0, 99.0]  # the bounds belong to it
+
+    layers = {"down_blocks.1", "down_blocks.2", "mid_block", "up_blocks.0", "up_blocks.1"}
+    for shape in {sdxl.level(name) for name in layers}:
+        rows = [cross[f"{name}.attn2", t][1].double().numpy() for name in layers if sdxl.level(name) == shape for t in (700.0, 430.5, 100.0)]
+        wanted = np.mean([p[head][:, place] for p in rows for head in range(HEADS) for place in (3, 4, 9)], axis=0)
+        total, count = maps.cross[shape]
+        assert np.abs((total / count).numpy() - wanted).max() < 1e-7
+    finest = sdxl.level("down_blocks.1")
+    wanted = np.mean([own[f"{name}.attn1", t][1].double().numpy()[head] for name in ("down_blocks.1", "up_blocks.1")
+                      for t in (700.0, 430.5, 100.0) for head in range(HEADS)], axis=0)
+    total, count = maps.own[finest]
+    assert np.abs((total / count).numpy() - wanted).max() < 1e-7
+    assert len(maps.cross) == 2 and len(maps.own) == 1
+
+
+def test_without_guidance_the_one_row_counts():
+    sdxl = Planted({"": grey(np.zeros((64, 64)))})
+    sdxl.encode_prompt([""], (64, 64))
+    sdxl.tables["attn2"], cross = random_tables(sdxl)
+    maps = WordMaps(sdxl.unet, [5], sdxl.latent_size)
+    follow(sdxl, maps, [400.0], batch=1)
+    assert torch.equal(maps.cross[(16, 16)][0], cross["down_blocks.1.attn2", 400.0][0, :, :, 5].mean(0) + cross["up_blocks.1.attn2", 400.0][0, :, :, 5].mean(0))
+
+
+def test_no_layer_is_watched_after_the_last_step_or_a_stop():
+    sdxl = Planted({"": grey(np.zeros((64, 64)))}, cross=lambda *_: torch.ones(2, HEADS, 4, 77), own=lambda *_: torch.ones(2, HEADS, 4, 4))
+    sdxl.encode_prompt([""], (64, 64))
+    watched = lambda: [layer for layer in attention.attentions(sdxl.unet).values() if layer.watch]  # noqa: E731
+    follow(sdxl, WordMaps(sdxl.unet, [1], sdxl.latent_size), [1.0])
+    assert not watched()
+    steps = WordMaps(sdxl.unet, [1], sdxl.latent_size).follow(iter([type("Step", (), {"t": 1.0})]))
+    next(steps)
+    assert watched()
+    steps.close()
+    assert not watched()
+
+
+@pytest.mark.parametrize("latents", [(16, 16), (13, 18), (7, 25)])
+def test_shapes_are_those_of_the_real_unet_at_odd_sides(latents):
+    sizes = dict(block_out_channels=(8, 8, 8), attention_head_dim=(1, 2, 2), transformer_layers_per_block=(1, 1, 1), cross_attention_dim=4,
+                 layers_per_block=1, addition_time_embed_dim=2, projection_class_embeddings_input_dim=16, norm_num_groups=4)
+    unet = UNet(UNetConfig(**sizes))
+    maps, seen = WordMaps(unet, [1], latents), {}
+    with torch.no_grad(), attention.watch(unet, attention.attentions(unet), lambda name, p: seen.update({name: p.shape[2]})):
+        unet(torch.zeros(1, 4, *latents), 5, torch.zeros(1, 77, 4), torch.zeros(1, 4), torch.zeros(1, 6))
+    assert len(seen) == 2 * 7 and all(np.prod(maps.shape(name)) == count for name, count in seen.items())
+
+
+@pytest.mark.parametrize("size, own", [((128, 128), (32, 32)), ((160, 160), (40, 40)), ((512, 512), None)])
+def test_self_attention_is_watched_at_one_level_that_fits_in_memory(size, own):
+    # As SDXL at 1024 and 1280: of 64 x 64 and 32 x 32 places the coarser, of 80 x 80 and 40 x 40 too; at 4096, none.
+    sdxl = Planted({"": grey(np.zeros(size))})
+    sdxl.encode_prompt([""], size)
+    maps = WordMaps(sdxl.unet, [1], (size[0], size[1]))
+    with maps.watch():
+        watched = [name for name, layer in attention.attentions(sdxl.unet).items() if layer.watch]
+    assert sum(name.endswith("attn2") for name in watched) == 5
+    assert {maps.shape(name) for name in watched if name.endswith("attn1")} == ({own} if own else set())
+
+
+# From maps to heat
+
+def stretched(x):
+    low, high = np.quantile(x, [0.01, 0.99])
+    return np.clip((x - low) / (high - low), 0, 1)
+
+
+def bilinear(x, size):
+    """Half-pixel centres, the border repeated."""
+    for axis, n in enumerate(size):
+        at = np.clip((np.arange(n) + 0.5) * x.shape[axis] / n - 0.5, 0, x.shape[axis] - 1)
+        low = np.minimum(at.astype(int), max(x.shape[axis] - 2, 0))
+        share = (at - low).reshape([-1, 1][:: 1 if axis == 0 else -1])
+        x = np.take(x, low, axis) * (1 - share) + np.take(x, np.minimum(low + 1, x.shape[axis] - 1), axis) * share
+    return x
+
+
+def maps_with(cross, own=None):
+    maps = WordMaps(None, [1], (9, 9))
+    maps.cross = {shape: (torch.tensor(m, dtype=torch.float32).flatten(), 1) for shape, m in cross.items()}
+    maps.own = {shape: (torch.tensor(p, dtype=torch.float32), 1) for shape, p in (own or {}).items()}
+    return maps
+
+
+def test_heat_spreads_by_powers_of_the_normalised_self_attention():
+    cross = np.array([[6.0, 1.0], [3.0, 2.0]])  # mean 3
+    own = np.array([[2, 2, 0, 0], [0, 1, 0, 3], [0, 0, 1, 0], [1, 1, 1, 1]])  # rows are not of sum 1
+    by_hand = {0: [2, 1 / 3, 1, 2 / 3], 1: [7 / 6, 7 / 12, 1, 1]}
+    by_hand[2] = [(7 / 6 + 7 / 12) / 2, (7 / 12 + 3) / 4, 1, (7 / 6 + 7 / 12 + 1 + 1) / 4]
+    for power, wanted in by_hand.items():
+        heat = maps_with({(2, 2): cross}, {(2, 2): own}).heat(power)
+        assert heat.shape == (2, 2) and np.abs(heat.flatten().numpy() - stretched(np.array(wanted))).max() < 1e-6
+
+
+def test_levels_count_alike_whatever_their_scale_and_are_brought_to_the_finest():
+    rng = np.random.default_rng(0)
+    fine, coarse = rng.random((7, 11)), 50 * rng.random((4, 6))  # odd sides, as halved and rounded up
+    heat = maps_with({(4, 6): coarse, (7, 11): fine}).heat(0)
+    wanted = (fine / fine.mean() + bilinear(coarse / coarse.mean(), (7, 11))) / 2
+    assert heat.shape == (7, 11) and np.abs(heat.numpy() - stretched(wanted)).max() < 1e-5
+
+
+def test_self_attention_of_a_coarser_level_spreads_there_and_power_0_leaves_the_detail():
+    fine, own = np.random.default_rng(1).random((8, 4)), np.random.default_rng(2).random((8, 8))
+    areas = (fine / fine.mean()).reshape(4, 2, 2, 2).mean(axis=(1, 3)).flatten()  # the mean of 2 x 2 places
+    wanted = bilinear((own / own.sum(1, keepdims=True) @ areas).reshape(4, 2), (8, 4))
+    maps = maps_with({(8, 4): fine}, {(4, 2): own})
+    assert np.abs(maps.heat(1).numpy() - stretched(wanted)).max() < 1e-5
+    assert np.abs(maps.heat(0).numpy() - stretched(fine)).max() < 1e-6
+
+
+def test_no_step_in_the_window_is_said():
+    sdxl = Planted({"": grey(np.zeros((64, 64)))}, where={"dog": ellipse(64, 64)})
+    sdxl.encode_prompt(["a dog"], (64, 64))
+    maps = WordMaps(sdxl.unet, [2], sdxl.latent_size, window=(0.1, 0.7))
+    follow(sdxl, maps, [999.0, 1.0])
+    with pytest.raises(ValueError, match="no step lies between timesteps 100 and 700, .* raise --steps"):
+        maps.heat(1)
+
+
+def test_an_even_map_is_no_division_by_zero():
+    assert segmentation.stretch(torch.ones(3, 3)).isfinite().all()
+
+
+# To the picture's size and edges
+
+def direct_means(x, radius):
+    """By the definition: the window around each pixel, cut at the border."""
+    means = np.empty(x.shape)
+    for (y, x_), _ in np.ndenumerate(x):
+        means[y, x_] = x[max(y - radius, 0):y + radius + 1, max(x_ - radius, 0):x_ + radius + 1].mean()
+    return means
+
+
+@pytest.mark.parametrize("size, radius", [((9, 14), 2), ((13, 5), 1), ((6, 6), 9), ((1, 7), 2), ((12, 8), 0)])
+def test_guided_filter_is_the_paper_by_its_definition_in_float64(size, radius):
+    rng = np.random.default_rng(radius)
+    p, i, eps = rng.random(size), rng.random(size), 1e-3
+    mean = lambda x: direct_means(x, radius)  # noqa: E731
+    a = (mean(i * p) - mean(i) * mean(p)) / (mean(i * i) - mean(i) ** 2 + eps)
+    wanted = np.clip(mean(a) * i + mean(mean(p) - a * mean(i)), 0, 1)
+    assert np.abs(segmentation.guided_filter(torch.tensor(p), torch.tensor(i), radius, eps).numpy() - wanted).max() < 1e-10
+    assert np.abs(segmentation.guided_filter(torch.tensor(p).float(), torch.tensor(i).float(), radius, eps).numpy() - wanted).max() < 1e-3
+
+
+def test_a_window_mean_costs_the_same_whatever_its_radius_and_keeps_a_constant():
+    x = torch.full((40, 60), 0.7)
+    assert (segmentation.box_mean(x, 1000) - 0.7).abs().max() < 1e-6
+
+
+def test_the_masks_edge_moves_to_the_pictures():
+    picture = np.full((64, 96), 40)
+    picture[:, 50:] = 210
+    heat = torch.zeros(8, 12)
+    heat[:, 7:] = 1  # its edge is at pixel 56, and blurred
+    soft = segmentation.to_pixels(heat, grey(picture))
+    assert soft.shape == (64, 96) and soft[32, 49] < 0.3 and soft[32, 50] > 0.7
+    flat = segmentation.to_pixels(heat, grey(np.full((64, 96), 40)))
+    assert abs(float(flat[32, 50] - flat[32, 49])) < 0.1  # where the picture has none, it stays soft
+
+
+@pytest.mark.parametrize("height, width", PICTURES.values(), ids=PICTURES)
+def test_heat_lands_on_its_own_place_at_pixel_size(height, width):
+    blob = ellipse(height, width, (0.4, 0.6), (0.3, 0.25))
+    heat = torch.nn.functional.interpolate(blob[None, None], (24, 31), mode="area")[0, 0]
+    soft = segmentation.to_pixels(heat, noise_picture(height, width))
+    assert soft.shape == (height, width) and soft.min() >= 0 and soft.max() <= 1
+    assert iou(soft > 0.5, blob > 0) > 0.9
+
+
+# To a region
+
+def flood(mask):
+    """The parts of a bool array by walking through them, diagonals too: a set of frozensets of pixels."""
+    left, parts = {tuple(p) for p in np.argwhere(mask)}, set()
+    while left:
+        part, ahead = set(), deque([left.pop()])
+        while ahead:
+            y, x = ahead.popleft()
+            part.add((y, x))
+            near = {(y + i, x + j) for i in (-1, 0, 1) for j in (-1, 0, 1)} & left
+            left -= near
+            ahead.extend(near)
+        parts.add(frozenset(part))
+    return parts
+
+
+@pytest.mark.parametrize("size, share", [((1, 1), 1.0), ((9, 13), 0.4), ((20, 7), 0.3), ((15, 15), 0.6), ((5, 5), 0.0)])
+def test_components_are_what_a_walk_finds(size, share):
+    mask = np.random.default_rng(3).random(size) < share
+    labels = segmentation.components(torch.tensor(mask)).numpy()
+    assert ((labels > 0) == mask).all()
+    assert {frozenset(map(tuple, np.argwhere(labels == n))) for n in np.unique(labels) if n} == flood(mask)
+
+
+def test_specks_go_holes_are_filled_and_shapes_at_the_border_stay():
+    mask = drawing("""
+        ####......#
+        #..#.......
+        #..#...###.
+        ####...#.#.
+        .......###.
+        #..........
+        #....#.....
+        ##.........""")
+    assert torch.equal(segmentation.clean(mask), drawing("""
+        ####.......
+        ####.......
+        ####...###.
+        ####...###.
+        .......###.
+        #..........
+        #..........
+        ##........."""))
+
+
+def test_a_bay_that_opens_to_the_border_is_no_hole():
+    mask = drawing("#####  #...#  #...#".replace("  ", "\n"))
+    assert torch.equal(segmentation.clean(mask), mask)
+
+
+def test_a_part_counts_from_a_fifth_of_the_largest():
+    mask = torch.zeros(20, 40, dtype=torch.bool)
+    mask[2:12, 2:12] = True     # 100
+    mask[2:6, 20:25] = True     # 20
+    mask[12:13, 20:39] = True   # 19
+    wanted = mask.clone()
+    wanted[12:13, 20:39] = False
+    assert torch.equal(segmentation.clean(mask), wanted)
+
+
+def test_large_masks_are_cleaned_on_a_coarse_grid_to_their_own_edges():
+    blob = ellipse(613, 1001, (0.45, 0.5), (0.3, 0.2)) > 0
+    mask = blob.clone()
+    mask[20:30, 900:910], mask[600:, 40:50] = True, True            # specks, one at the border
+    mask[250:275, 480:505] = False                                  # a hole
+    assert torch.equal(segmentation.clean(mask), blob)
+
+
+@pytest.mark.parametrize("size", [(40, 40), (23, 60), (61, 20)])
+def test_a_region_is_grown_by_a_square_of_a_share_of_the_shorter_side(size):
+    mask = torch.zeros(size)
+    mask[5:9, 6:9] = 0.4
+    wanted = torch.zeros(size)
+    r = round(0.1 * min(size))
+    wanted[5 - r:9 + r, 6 - r:9 + r] = 1
+    assert torch.equal(segmentation.to_mask(mask, 0.4, 0.1), wanted)
+    assert torch.equal(segmentation.to_mask(mask, 0.4, 0), (mask > 0).float())
+
+
+def test_an_empty_mask_and_one_that_covers_everything_are_errors_that_name_the_flag():
+    soft = torch.linspace(0, 0.9, 10000).view(100, 100)
+    with pytest.raises(ValueError, match="the mask is empty.*lower --threshold, or give --mask"):
+        segmentation.to_mask(soft, 0.95, 0.03)
+    with pytest.raises(ValueError, match="the mask covers the whole picture; raise --threshold"):
+        segmentation.to_mask(soft, 0.0, 0.03)
+    assert segmentation.to_mask(soft, 0.5, 0.03).max() == 1
+
+
+# The size to work at, and the whole way for a picture of one's own
+
+@pytest.mark.parametrize("size, wanted", [
+    ((64, 64), (64, 64)), ((48, 84), (48, 84)), ((46, 82), (46, 82)),   # a scene's own size stays, odd latent sides too
+    ((65, 64), (64, 64)), ((640, 640), (64, 64)), ((16, 16), (64, 64)), ((400, 1000), (40, 104)), ((3000, 1500), (88, 48)),
+    ((128, 128), (64, 64)), ((32, 32), (64, 64)), ((3, 3000), (16, 2024))])
+def test_working_size_has_the_trained_area_and_fits_the_latents(size, wanted):
+    assert segmentation.working_size(Planted({}), size) == wanted
+
+
+@pytest.mark.parametrize("height, width", PICTURES.values(), ids=PICTURES)
+@pytest.mark.parametrize("centre", [(0.5, 0.5), (0.3, 0.14), (0.86, 0.6)])
+def test_segment_finds_a_planted_blob_where_it_is(height, width, centre):
+    blob = ellipse(height, width, centre, (0.2, 0.15))
+    sdxl = Planted({"dog": None}, where={"dog": blob})
+    soft = alchemy.segment(sdxl, noise_picture(height, width), "dog", prompt="a photo of a dog on the grass")
+    assert soft.shape == (height, width) and iou(soft > 0.5, blob > 0) > 0.85
+    edge = ellipse(height, width, centre, (0.26, 0.21)) > 0
+    assert soft[~edge].max() < 0.25  # and nowhere else: all of the picture was looked at, each place stands for its own
+
+
+def test_segment_looks_once_at_the_whole_picture_noised_to_its_level():
+    sdxl = Planted({"dog": None}, where={"dog": ellipse(64, 64)}, look=0.3)
+    picture = noise_picture(64, 64)
+    alchemy.segment(sdxl, picture, "dog", seed=7)
+    call, = sdxl.unet.calls
+    assert sdxl.prompts == ["a photo of a dog"] and call["t"] == 299 and call["time_ids"].tolist() == [[64, 64, 0, 0, 64, 64]]
+    ab = float(sdxl.schedule.alpha_bar[299])
+    wanted = ab ** 0.5 * sdxl.vae.seen + (1 - ab) ** 0.5 * alchemy.noise((1, 4, 32, 32), [7])
+    assert (call["x_t"] - wanted).abs().max() < 1e-6
+    alchemy.segment(sdxl, picture, "dog", look=0.5)
+    assert sdxl.unet.calls[-1]["t"] == 499
