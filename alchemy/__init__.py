@@ -3,7 +3,7 @@ from importlib import import_module
 
 # A module is never named as the function it holds: importing the one would hide the other.
 HOME = {
-    "load": "checkpoint", "SDXL": "sdxl", "Conditioning": "sdxl",
+    "load": "formats.checkpoint", "SDXL": "sdxl", "Conditioning": "sdxl",
     "noise": "loop", "generators": "loop", "denoise": "loop", "Step": "loop", "keep": "loop",
     "text_to_image": "loop", "image_to_image": "loop",
     "segment": "segmentation", "insert": "insertion", "add_lora": "lora",

@@ -167,12 +167,12 @@ def clean(mask, least=0.2):
     areas[0] = 0
     kept = (areas >= least * areas.max())[labels] & small
     outside = components(~F.pad(kept, (1, 1, 1, 1)))
-    filled = (outside != outside[0, 0])[1:-1, 1:-1]  # all that the border cannot reach
+    within = F.max_pool2d((outside == outside[0, 0])[None].float(), 3, 1)[0] == 0  # no neighbour is reached from the border
 
     def to_full(x):
         return F.interpolate(x[None, None].float(), scale_factor=scale, mode="nearest")[0, 0, :mask.shape[0], :mask.shape[1]] > 0
 
-    return (mask & to_full(kept)) | to_full(filled & ~kept)
+    return (mask & to_full(kept)) | to_full(within)
 
 
 def to_mask(soft, threshold, dilate):

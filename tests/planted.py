@@ -146,6 +146,6 @@ class Planted:
 
     def look_at_each_other(self, name, t, batch):
         shape = self.level(name)
-        inside = sum(self.blob(phrase, shape) for phrase in self.where) > 0.5
+        inside = sum((self.blob(phrase, shape) for phrase in self.where), torch.zeros(shape[0] * shape[1])) > 0.5
         same = (inside[:, None] == inside[None]).float()
         return (same / same.sum(1, keepdim=True)).expand(batch, HEADS, -1, -1)

@@ -5,8 +5,9 @@ Written by default are kohya's names with `.alpha`, the one spelling that diffus
 """
 import torch
 
-from .. import layout, lora
-from ..checkpoint import open_safetensors
+from .. import lora
+from . import layout
+from .checkpoint import open_safetensors
 from ..files import save_tensors
 
 FACTS = "alchemy."  # our own keys in the header begin so

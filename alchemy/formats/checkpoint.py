@@ -14,14 +14,14 @@ from safetensors import SafetensorError, safe_open
 from torch.overrides import TorchFunctionMode
 
 from . import layout
-from .schedule import Schedule
-from .sdxl import SDXL
-from .text import TextConfig, TextEncoder
-from .tokenizer import Tokenizer
-from .unet import UNet, UNetConfig
-from .vae import VAE, VAEConfig
+from ..schedule import Schedule
+from ..sdxl import SDXL
+from ..text import TextConfig, TextEncoder
+from ..tokenizer import Tokenizer
+from ..unet import UNet, UNetConfig
+from ..vae import VAE, VAEConfig
 
-SHIPPED = Path(__file__).resolve().parent.parent / "weights" / "mini"
+SHIPPED = Path(__file__).resolve().parents[2] / "weights" / "mini"
 CONFIGS = {"unet": UNetConfig, "vae": VAEConfig, "text_encoder": TextConfig, "text_encoder_2": TextConfig}
 BUILD = {"unet": UNet, "vae": VAE, "text_encoder": TextEncoder, "text_encoder_2": partial(TextEncoder, projection=True)}
 BASE = {"unet": {}, "vae": {}, "text_encoder": {}, "text_encoder_2": dict(  # where SDXL base differs from the classes' defaults
