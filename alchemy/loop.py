@@ -108,6 +108,8 @@ def sample(sdxl, conditioning, unconditional, seed, size, *, image=None, mask=No
     """
     if size[0] % sdxl.factor or size[1] % sdxl.factor:
         raise ValueError(f"size {size[1]}x{size[0]} does not fit: both sides must be multiples of {sdxl.factor}")
+    if mask is not None and image is None:
+        raise ValueError("a mask needs an image: it says what of the image may change")
     made = generators([seed])
     start = noise((1, 4, size[0] // sdxl.factor, size[1] // sdxl.factor), made).to(sdxl.device)
     latents = image and sdxl.vae.encode(images.to_tensor(image).to(sdxl.device))[0]

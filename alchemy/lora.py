@@ -53,7 +53,8 @@ class LoRALinear(nn.Linear):
     @torch.no_grad()
     def merge(self):
         """Add every adapter at its scale to the weight. The original waits on the CPU, since subtracting again would round."""
-        if self.original is None and any(a.scale for a in self.lora.values()):
+        self.unmerge()
+        if any(a.scale for a in self.lora.values()):
             self.original = self.weight.detach().to("cpu", copy=True)
             change = sum(a.delta() for a in self.lora.values() if a.scale)
             self.weight.copy_(self.weight + change)  # added in the finer of the two dtypes, then rounded
@@ -119,6 +120,8 @@ def unmerge(model):
 @contextmanager
 def scaled(model, scale):
     """Inside, every adapter of the network has this scale (0: the unmodified model); the old scales come back afterwards."""
+    if any(layer.original is not None for layer in layers(model).values()):
+        raise ValueError("adapters are merged; unmerge before their scale is changed")
     adapters = [a for layer in layers(model).values() for a in layer.lora.values()]
     before = [a.scale for a in adapters]
     try:

@@ -1,6 +1,6 @@
 """Small synthetic SDXL checkpoints with random weights, written in each layout that the loader has to read.
 
-The single-file layout is written here from the other side than alchemy.layout reads it: by walking the blocks in the order in which
+The single-file layout is written here from the other side than alchemy.formats.layout reads it: by walking the blocks in the order in which
 the original code (sgm) counts them. Sizes are uneven, so that a tensor in another's place has another shape wherever that can be.
 """
 import json
@@ -12,7 +12,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from alchemy.checkpoint import BUILD, CONFIGS as KINDS, Tokenizer
+from alchemy.formats.checkpoint import BUILD, CONFIGS as KINDS, Tokenizer
 
 SHIPPED = Path(__file__).resolve().parents[1] / "weights" / "mini"
 UNET = dict(_class_name="UNet2DConditionModel", in_channels=4, out_channels=4, block_out_channels=[8, 12, 16], layers_per_block=2,

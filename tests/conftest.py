@@ -37,7 +37,7 @@ def read(name):
 
 
 def build(name, dtype=torch.float64):
-    from alchemy.checkpoint import BUILD, CONFIGS
+    from alchemy.formats.checkpoint import BUILD, CONFIGS
 
     kind, stored = KINDS[name], read(name)
     prefix = "text_model." if name == "text_1" else ""  # transformers 5 saves the first encoder without it

@@ -11,8 +11,8 @@ import torch
 from safetensors.torch import save_file
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from alchemy.checkpoint import BASE, BUILD, CONFIGS  # noqa: E402
-from alchemy import layout  # noqa: E402
+from alchemy.formats.checkpoint import BASE, BUILD, CONFIGS  # noqa: E402
+from alchemy.formats import layout  # noqa: E402
 
 # What FACTS every official config.json says beyond the sizes that are our defaults.
 SAID = {"unet": {"addition_embed_type": "text_time", "cross_attention_dim": 2048}, "vae": {"force_upcast": True}}

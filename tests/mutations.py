@@ -147,7 +147,7 @@ FAULTS = {
         ("scales do not come back", "a.scale = old", "pass"),
         ("the last adapter wins", "y = adapter.add_to(y, x)", "y = adapter.add_to(super().forward(x), x)"),
     ),
-    ("layout", "manifest"): (
+    ("formats/layout", "manifest"): (
         ("thirds of in_proj", '"qkv".index', '"kqv".index'),
         ("text_projection as stored", "tensor.T.contiguous()", "tensor"),
         ("the VAE's levels from the coarsest", "levels - 1 - int(m[1])", "int(m[1])"),

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 import alchemy
-from alchemy import checkpoint, layout
+from alchemy.formats import checkpoint, layout
 from alchemy.schedule import Schedule
 import checkpoints as synthetic
 from checkpoints import (CONFIGS, NETWORKS, SCHEDULER, VAE, all_same, same, vocabulary_read_once, weights, write_folder,  # noqa: F401

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import alchemy
-from alchemy import checkpoint
+from alchemy.formats import checkpoint
 from checkpoints import FILE, NETWORKS, vocabulary_read_once, weights, write_folder, write_single  # noqa: F401
 
 ID, COMMIT = "org/tiny-xl", "0123456789abcdef0123456789abcdef01234567"

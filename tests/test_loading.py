@@ -11,7 +11,7 @@ import pytest
 import torch
 
 import alchemy
-from alchemy import checkpoint
+from alchemy.formats import checkpoint
 import checkpoints as synthetic
 from checkpoints import (CONFIGS, NETWORKS, VAE, all_same, same, vocabulary_read_once, weights, write_folder, write_json,  # noqa: F401
                          write_single, write_weights)

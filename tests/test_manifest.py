@@ -5,8 +5,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from alchemy import layout
-from alchemy.checkpoint import BASE, BUILD, CONFIGS, EXTRAS
+from alchemy.formats import layout
+from alchemy.formats.checkpoint import BASE, BUILD, CONFIGS, EXTRAS
 
 MANIFEST = Path(__file__).resolve().parents[2] / "shared" / "reference" / "sdxl_base_manifest.json"
 NAMES = tuple(BUILD)

@@ -7,7 +7,7 @@ import torch
 from safetensors.torch import save_file
 
 import alchemy
-from alchemy import checkpoint
+from alchemy.formats import checkpoint
 import checkpoints as synthetic
 from checkpoints import NETWORKS, UNET, refused, vocabulary_read_once, weights, write_folder, write_json, write_single  # noqa: F401
 

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 import alchemy
-from alchemy import checkpoint
+from alchemy.formats import checkpoint
 from alchemy.sdxl import SDXL, Conditioning
 from checkpoints import vocabulary_read_once, write_folder  # noqa: F401
 

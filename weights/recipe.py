@@ -139,8 +139,8 @@ def train_vae(args, log, device):
 class Pool:
     """Scenes of one size as latents, each used several times: drawing and encoding one costs a third of a training sample."""
 
-    def __init__(self, vae, factor, size, seed, device, most=20000):
-        self.vae, self.factor, self.size, self.next, self.device, self.most, self.items = vae, factor, size, seed, device, most, []
+    def __init__(self, vae, size, seed, device, most=20000):
+        self.vae, self.size, self.next, self.device, self.most, self.items = vae, size, seed, device, most, []
 
     @torch.no_grad()
     def grow(self, count):
@@ -157,9 +157,7 @@ class Pool:
             self.next += 1
         x = torch.stack(scenes).permute(0, 3, 1, 2).to(self.device).float() / 127.5 - 1
         mean, std = (part.half().cpu() for part in self.vae.encode(x.contiguous(memory_format=torch.channels_last)))
-        new = [(m, s, *what) for m, s, what in zip(mean, std, told)]
-        keep = self.items[len(new):] if len(self.items) >= self.most else self.items
-        self.items = keep + new
+        self.items = (self.items + [(m, s, *what) for m, s, what in zip(mean, std, told)])[-self.most:]
 
     def draw(self, count, generator):
         chosen = [self.items[i] for i in torch.randint(len(self.items), (count,), generator=generator).tolist()]
@@ -196,7 +194,7 @@ def train_unet(args, log, device):
     tokenizers = [Tokenizer.from_folder(HERE / "mini" / name) for name in ("tokenizer", "tokenizer_2")]
     schedule = Schedule.from_config(SCHEDULER)
     # A stream of seeds for each size, and none twice after a restart. Small pictures first: they cost a quarter.
-    pools = {size: Pool(vae, vae.factor, size, (k << 32) + 40 * state.step, device)
+    pools = {size: Pool(vae, size, (k << 32) + 40 * state.step, device)
              for k, size in enumerate([(64, 64), (128, 128), (112, 144), (144, 112), (96, 96)])}
 
     def loss_of(step):

@@ -212,7 +212,10 @@ def fill(network, name, paths, dtype, device):
         if tensor.shape != parameter.shape:
             raise ValueError(f"{paths[0]}: {name}: {key} is {tuple(tensor.shape)}, and {tuple(parameter.shape)} by its configuration")
         owner, _, leaf = key.rpartition(".")
-        setattr(network.get_submodule(owner), leaf, torch.nn.Parameter(tensor.to(device, dtype), requires_grad=False))
+        # Convolutions are faster where a place's channels lie together, and everything behind them follows their format.
+        form = torch.channels_last if tensor.ndim == 4 else torch.contiguous_format
+        parameter = torch.nn.Parameter(tensor.to(device, dtype).contiguous(memory_format=form), requires_grad=False)
+        setattr(network.get_submodule(owner), leaf, parameter)
     return network.eval()
 
 
