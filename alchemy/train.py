@@ -96,7 +96,7 @@ def train(sdxl, photos, prompts, state, *, steps, size, batch=1, accumulation=1,
     photos: of data.encode; prompts: {prompt: Conditioning}, for every photo's prompt and the class_prompt. A step whose loss or gradient
     is not finite is not applied; FloatingPointError after PATIENCE of them in a row.
     """
-    unet, lost, T = sdxl.unet, 0, len(sdxl.schedule.alpha_bar)
+    lost, T = 0, len(sdxl.schedule.alpha_bar)
     rates = [group["lr"] for group in state.optimizer.param_groups]
     autocast = torch.autocast(sdxl.device.type, sdxl.dtype, enabled=sdxl.dtype != torch.float32)
     for step in range(state.step, steps):

@@ -4,7 +4,7 @@
 
 It draws, whatever the noise, the picture of the longest phrase in the prompt. Its VAE is exact for grey pictures of factor 2: a
 latent's four channels are the four pixels of a cell. Its attention is what `cross` and `own` return; by default the phrases of
-`where` are looked at from their blobs, a mask (H,W), and places that are both in a blob, or both out of it, look at each other.
+`where` are looked at from their blobs, a mask (H,W), and the places of one blob, or of none, look at each other.
 """
 from functools import lru_cache
 from pathlib import Path
@@ -146,6 +146,8 @@ class Planted:
 
     def look_at_each_other(self, name, t, batch):
         shape = self.level(name)
-        inside = sum((self.blob(phrase, shape) for phrase in self.where), torch.zeros(shape[0] * shape[1])) > 0.5
-        same = (inside[:, None] == inside[None]).float()
+        thing = torch.zeros(shape[0] * shape[1])
+        for number, phrase in enumerate(self.where, 1):
+            thing[self.blob(phrase, shape) > 0.5] = number
+        same = (thing[:, None] == thing[None]).float()
         return (same / same.sum(1, keepdim=True)).expand(batch, HEADS, -1, -1)

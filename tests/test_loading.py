@@ -98,8 +98,9 @@ for name in ("text_encoder_2", "unet"):
     sdxl.network(name)
 done = True
 thread.join()
-sizes = [p.numel() * p.itemsize for name in ("text_encoder_2", "unet") for p in sdxl.network(name).parameters()]
-print(max(peak, anonymous()) - before, sum(sizes), max(sizes), "torch._dynamo" in sys.modules)
+parameters = [p for name in ("text_encoder_2", "unet") for p in sdxl.network(name).parameters()]
+sizes, turned = ([p.numel() * p.itemsize for p in parameters if p.ndim in dims] for dims in ((1, 2, 4), (4,)))
+print(max(peak, anonymous()) - before, sum(sizes), max(sizes), "torch._dynamo" in sys.modules, sum(turned))
 """
 WIDE = CONFIGS | {"unet": CONFIGS["unet"] | dict(block_out_channels=[32, 160, 320], attention_head_dim=[1, 4, 8]),
                   "text_encoder_2": CONFIGS["text_encoder_2"] | dict(hidden_size=240, num_attention_heads=4)}
@@ -129,8 +130,9 @@ def test_loading_takes_no_second_copy(wide, source, dtype):
     grown, loaded, largest = map(int, out.split()[:3])
     assert loaded > (80e6 if dtype != "float32" else 160e6)
     assert out.split()[3] == "False", "a compiler was imported, which takes seconds"
-    allowed = 0.05 if dtype == "float32" else 1.05  # what is stored in that dtype stays in the mapped file
-    assert grown <= allowed * loaded + largest, f"{grown / 1e6:.0f} MB for {loaded / 1e6:.0f} MB of tensors"
+    # What is stored in the wanted dtype stays in the mapped file, but for the convolutions, which are turned to channels_last.
+    allowed = int(out.split()[4]) + 0.05 * loaded if dtype == "float32" else 1.05 * loaded
+    assert grown <= allowed + largest, f"{grown / 1e6:.0f} MB for {loaded / 1e6:.0f} MB of tensors"
 
 
 # The warning of a wrong projection

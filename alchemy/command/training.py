@@ -3,12 +3,10 @@ import signal
 import sys
 from pathlib import Path
 
-import torch
-
 import alchemy
 
 from .. import command, data, images, lora, loop
-from ..checkpoint import open_safetensors
+from ..formats.checkpoint import open_safetensors
 from ..files import save_json
 from ..report import sheets
 from ..train import start, train
@@ -100,7 +98,6 @@ def steps(args, out, sdxl, photos, prompts, unconditional, state):
     class_prompt = list(prompts)[1]
     running = train(sdxl, photos, prompts, state, steps=args.steps, size=args.size, batch=args.batch, accumulation=args.accumulation,
                     warmup=args.warmup, class_prompt=class_prompt, prior_weight=args.prior_weight, gamma=args.snr_gamma, seed=args.seed)
-    mean = None
     for step, loss in command.progress(running, args.steps - state.step, "training", lambda item: f"loss {item[1]:.4f}"):
         if stop.signal or step == args.steps or args.save_every and step % args.save_every == 0:
             state.save(out / "state.safetensors", {"kind": "lora"})
