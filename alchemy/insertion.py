@@ -79,13 +79,11 @@ def work_box(sdxl, mask, crop):
     return (*starts, *box), size
 
 
-def draw_scene(sdxl, prompt, class_word, seed, size, negative_prompt, progress, options):
-    """Stage 1: the scene, and the soft mask of the class word from the attention with which it was drawn. Every LoRA is off."""
+def draw_scene(sdxl, prompt, class_word, size, progress, **drawing):
+    """The scene, and the soft mask of the class word from the attention with which it was drawn."""
     maps = WordMaps(sdxl.unet, positions(sdxl, prompt, class_word), (size[0] // sdxl.factor, size[1] // sdxl.factor),
                     len(sdxl.schedule.alpha_bar), sdxl.defaults["window"])
-    with lora.scaled(sdxl.unet, 0):
-        scene = loop.text_to_image(sdxl, prompt, size=size, seed=seed, negative_prompt=negative_prompt,
-                                   progress=lambda steps: maps.follow(progress(steps) if progress else steps), **options)
+    scene = loop.text_to_image(sdxl, prompt, size=size, progress=lambda steps: maps.follow(progress(steps) if progress else steps), **drawing)
     return scene, to_pixels(maps.heat(sdxl.defaults["sharpening"]), scene)
 
 
@@ -101,13 +99,15 @@ def insert(sdxl, prompt, class_word, token, *, image=None, mask=None, seed=0, si
     named = with_token(prompt, class_word, token)
     chosen = {k: sdxl.defaults[k] if v is None else v for k, v in
               (("strength", strength), ("threshold", threshold), ("dilate", dilate))}
-    soft = None
-    if image is None:
-        image, soft = draw_scene(sdxl, prompt, class_word, seed, size or sdxl.size, negative_prompt, progress, options)
+    soft, drawing = mask, dict(seed=seed, negative_prompt=negative_prompt, progress=progress, **options)
+    with lora.scaled(sdxl.unet, 0):  # stage 1 is the unmodified model's
+        if image is None and mask is None:
+            image, soft = draw_scene(sdxl, prompt, class_word, size or sdxl.size, **drawing)
+        elif image is None:
+            image = loop.text_to_image(sdxl, prompt, size=size, **drawing)
+        elif mask is None:
+            soft = segment(sdxl, image, class_word, prompt=prompt, seed=seed)
     if mask is None:
-        if soft is None:
-            with lora.scaled(sdxl.unet, 0):
-                soft = segment(sdxl, image, class_word, prompt=prompt, seed=seed)
         mask = to_mask(soft, chosen["threshold"], chosen["dilate"])
     elif mask.shape != image.size[::-1]:
         raise ValueError(f"the mask is {mask.shape[1]}x{mask.shape[0]}, the picture {image.width}x{image.height}")
@@ -123,11 +123,12 @@ def insert(sdxl, prompt, class_word, token, *, image=None, mask=None, seed=0, si
     feathered = feather(in_box, max(1, round(min(height, width) / 40)))
     inside = F.adaptive_max_pool2d(mask[None, top:top + height, left:left + width], work)[0]  # the largest: no masked pixel is lost
     _, unconditional, options = loop.settings(sdxl, negative_prompt, work, options)
-    drawn = loop.sample(sdxl, sdxl.encode_prompt([named], work), unconditional, seed, work, image=part, mask=inside,
+    # Another noise than the scene's, which would lead back to it.
+    drawn = loop.sample(sdxl, sdxl.encode_prompt([named], work), unconditional, seed + 1, work, image=part, mask=inside,
                         strength=chosen["strength"], progress=progress, **options)
 
     # Back into the picture at its own resolution.
     pasted = image.copy()
     pasted.paste(drawn.resize((width, height), Image.LANCZOS), (left, top))
-    return Insertion(image, mask if soft is None else soft, mask, feathered, (top, left, height, width), part, drawn,
+    return Insertion(image, soft, mask, feathered, (top, left, height, width), part, drawn,
                      images.composite(image, pasted, feathered))

@@ -46,6 +46,19 @@ def ellipse(height, width, centre=(0.5, 0.5), radii=(0.25, 0.25)):
     return (((y[:, None] - centre[0]) / radii[0]) ** 2 + ((x - centre[1]) / radii[1]) ** 2 <= 1).float()
 
 
+def iou(a, b):
+    return float((a & b).sum() / (a | b).sum())
+
+
+def cone(mask, width):
+    """feather by its definition: for each pixel the least of (value there + steps to it / (width + 1)) over all pixels."""
+    y, x = np.indices(mask.shape)
+    lowest = np.empty(mask.shape)
+    for at in np.ndindex(mask.shape):
+        lowest[at] = (mask + (abs(y - at[0]) + abs(x - at[1])) / (width + 1)).min()
+    return np.minimum(lowest * mask.max() / lowest.max(), mask)
+
+
 class PlantedAttention(Attention):
     """Shows whoever watches it what table(name, t, B) returns, and computes nothing."""
 

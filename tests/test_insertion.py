@@ -7,7 +7,7 @@ import torch.nn.functional as F
 import alchemy
 from alchemy import images, insertion
 from checkpoints import vocabulary_read_once, write_folder  # noqa: F401
-from planted import Planted, ellipse, grey, noise_picture
+from planted import Planted, cone, ellipse, grey, iou, noise_picture
 
 SHAPES = {"square": (64, 64), "wide": (48, 84), "tall": (92, 44)}
 OWN = {"square": (300, 300), "wide": (453, 701), "tall": (331, 97), "panorama": (90, 700), "small": (40, 33)}
@@ -18,15 +18,6 @@ def pixels(picture):
     return np.asarray(picture).astype(int)
 
 
-def cone(mask, width):
-    """feather by its definition: for each pixel the least of (value there + steps to it / (width + 1)) over all pixels."""
-    y, x = np.indices(mask.shape)
-    lowest = np.empty(mask.shape)
-    for at in np.ndindex(mask.shape):
-        lowest[at] = (mask + (abs(y - at[0]) + abs(x - at[1])) / (width + 1)).min()
-    return np.minimum(lowest * mask.max() / lowest.max(), mask)
-
-
 def planted(scene=None, subject=200, blob=None, **more):
     pictures = {"dog": scene, "sks dog": subject if subject is None else grey(np.full((8, 8), subject))}
     return Planted(pictures, where={} if blob is None else {"dog": blob}, **more)
@@ -34,95 +25,6 @@ def planted(scene=None, subject=200, blob=None, **more):
 
 def insert(sdxl, prompt=PROMPT, **more):
     return alchemy.insert(sdxl, prompt, "dog", "sks", **more)
-
-
-# Words
-
-@pytest.mark.parametrize("prompt, wanted", [
-    ("a dog on a beach", "a sks dog on a beach"), ("Dog and dog", "sks Dog and dog"), ("a hotdog, a dog.", "a hotdog, a sks dog."),
-    ("dogs and dog-like dogs", "dogs and sks dog-like dogs")])
-def test_the_token_stands_before_the_first_class_word(prompt, wanted):
-    assert insertion.with_token(prompt, "dog", "sks") == wanted
-
-
-def test_class_words_and_tokens_are_taken_literally():
-    assert insertion.with_token("a (c.t) cat", "c.t", r"\1<x>") == r"a (\1<x> c.t) cat"
-    assert insertion.with_token("a teddy bear", "teddy bear", "sks") == "a sks teddy bear"
-    with pytest.raises(ValueError, match="the class word 'dog' is not in the prompt 'two dogs'"):
-        insertion.with_token("two dogs", "dog", "sks")
-
-
-# The feather
-
-@pytest.mark.parametrize("width", [1, 2, 5])
-@pytest.mark.parametrize("size", [(17, 17), (12, 23), (25, 9)])
-def test_feather_is_the_lowest_cone_over_every_pixel_and_lies_within(size, width):
-    rng = np.random.default_rng(width)
-    hard = ellipse(*size, (0.5, 0.4), (0.4, 0.4)).numpy()
-    for mask in (hard, hard * rng.random(size), rng.random(size), np.ones(size)):
-        made = insertion.feather(torch.tensor(mask, dtype=torch.float32), width).numpy()
-        assert np.abs(made - cone(mask, width)).max() < 1e-6
-        assert (made <= mask.astype(np.float32)).all() and (made[mask == 0] == 0).all() and (made[mask > 0] > 0).all()
-
-
-def test_feather_falls_off_linearly_to_the_first_pixel_outside():
-    mask = torch.zeros(30, 30)
-    mask[5:25, :20] = 1  # reaches the picture's left edge, where nothing is to be hidden
-    made = insertion.feather(mask, 3)
-    assert made[15, 14:22].tolist() == [1, 1, 1, 0.75, 0.5, 0.25, 0, 0]
-    assert made[3:10, 8].tolist() == [0, 0, 0.25, 0.5, 0.75, 1, 1] and made[15, 0] == 1
-
-
-def test_a_mask_thinner_than_its_feather_keeps_its_peak():
-    mask = torch.zeros(20, 40)
-    mask[9:12] = 0.8
-    made = insertion.feather(mask, 10)
-    assert torch.allclose(made[8:13, 20], torch.tensor([0, 0.4, 0.8, 0.4, 0]))
-    line = torch.zeros(9, 9)
-    line[4, 2:7] = 1
-    assert torch.equal(insertion.feather(line, 4), line)
-    assert insertion.feather(torch.zeros(5, 5), 2).max() == 0
-
-
-# The box
-
-def boxes():
-    for name, (height, width) in {"portrait": (1200, 800), "landscape": (453, 701), "panorama": (300, 2400), "tower": (1999, 260), "small": (50, 61)}.items():
-        for place, (top, left) in {"middle": (0.4, 0.45), "corner": (0, 0), "far corner": (0.75, 0.75), "border": (0.3, 0.75)}.items():
-            for share, (down, across) in {"part": (0.25, 0.25), "flat": (0.03, 0.2), "upright": (0.25, 0.02), "tiny": (0, 0)}.items():
-                yield pytest.param((height, width), (top, left), (down, across), id=f"{name}-{place}-{share}")
-
-
-@pytest.mark.parametrize("picture, corner, extent", list(boxes()))
-@pytest.mark.parametrize("crop", [True, False])
-def test_the_box_holds_the_mask_and_has_the_working_sizes_aspect_ratio(picture, corner, extent, crop):
-    sdxl, mask = Planted({}), torch.zeros(picture)
-    first = [int(side * c) for side, c in zip(picture, corner)]
-    end = [min(f + max(1, round(side * e)), side) for f, side, e in zip(first, picture, extent)]
-    mask[first[0]:end[0], first[1]:end[1]] = 1
-    (top, left, height, width), work = insertion.work_box(sdxl, mask, crop)
-    assert 0 <= top and 0 <= left and top + height <= picture[0] and left + width <= picture[1]
-    scale = max(height / work[0], width / work[1])
-    assert abs(work[0] * scale - height) <= 1 and abs(work[1] * scale - width) <= 1  # nothing is stretched
-    assert all(side % sdxl.factor == 0 for side in work) and 0.4 * 64 ** 2 < work[0] * work[1] <= 1.5 * 64 ** 2
-    for start, length, a, b, side, other, whole in zip((top, left), (height, width), first, end, picture, (width, height), picture[::-1]):
-        if b - a <= length:
-            assert start <= a and b <= start + length
-        else:
-            assert other == whole  # as far as the aspect ratio lets it: the other side takes all there is
-        if crop and other < whole:
-            assert length >= min(2 * (b - a), side)  # half its size again around it
-    if crop and extent == (0, 0):
-        assert min(height, width) <= 40 and max(height, width) >= 16 and height * width < 0.6 * mask.numel()
-    if not crop:
-        assert height == picture[0] or width == picture[1]
-
-
-@pytest.mark.parametrize("size", [(64, 64), (48, 84), (92, 44), (46, 82), (56, 60)])
-def test_a_picture_of_a_size_that_is_drawn_is_worked_on_as_it_is(size):
-    mask = torch.zeros(size)
-    mask[10:20, 10:20] = 1
-    assert insertion.work_box(Planted({}), mask, False) == ((0, 0, *size), size)
 
 
 # Stage 1, stage 2, composite
@@ -145,9 +47,12 @@ def test_the_subject_stands_in_the_words_region_and_the_rest_is_the_scene_to_the
 
 @pytest.mark.parametrize("size", SHAPES.values(), ids=SHAPES)
 def test_a_users_soft_mask_weighs_how_much_of_a_drawn_scene_changes(size):
-    mask = ellipse(*size) * 0.5
-    made = insert(planted(noise_picture(*size)), size=size, mask=mask)
+    mask, blob = ellipse(*size) * 0.5, ellipse(*size, (0.3, 0.3), (0.2, 0.2))
+    made = insert(planted(noise_picture(*size), blob=blob), size=size, mask=mask)
     assert made.mask is mask and (made.feathered <= mask).all() and made.feathered.max() == 0.5
+    assert torch.equal(made.soft, mask)
+    jumps = [insertion.boundary_jump(images.to_tensor(p)[0], mask > 0) for p in (made.result, made.scene)]
+    assert made.seam == jumps[0] / jumps[1]
     old, new = pixels(made.scene), pixels(made.result)
     assert np.array_equal(new[mask.numpy() == 0], old[mask.numpy() == 0])
     # The latents' blend has the mask's weight too: where it is a half, they stay half the scene's.
@@ -226,7 +131,7 @@ def test_strength_is_the_share_of_steps_that_stage_2_runs(strength, ran):
     insert(sdxl, image=picture, mask=ellipse(64, 64), strength=strength, seed=3)
     first = sdxl.schedule.grid(8)[8 - ran][0]
     assert len(sdxl.unet.calls) == ran and sdxl.unet.calls[0]["t"] == first
-    ab, noise = sdxl.schedule.at(first), alchemy.noise((1, 4, 32, 32), [3])
+    ab, noise = sdxl.schedule.at(first), alchemy.noise((1, 4, 32, 32), [4])
     wanted = noise if strength == 1 else ab ** 0.5 * sdxl.vae.seen + (1 - ab) ** 0.5 * noise
     assert (sdxl.unet.calls[0]["x_t"][-1:] - wanted).abs().max() < 1e-6
 
@@ -241,7 +146,7 @@ def test_while_stage_2_runs_the_latents_outside_the_mask_are_the_pictures_at_eac
     sdxl, picture, mask = planted(), noise_picture(64, 64), ellipse(64, 64)
     insert(sdxl, image=picture, mask=mask, seed=3)
     free = F.max_pool2d(mask[None, None], 2).bool().expand(1, 4, -1, -1)  # a cell with one masked pixel may change
-    noise = alchemy.noise((1, 4, 32, 32), [3])
+    noise = alchemy.noise((1, 4, 32, 32), [4])
     for call in sdxl.unet.calls:
         ab = sdxl.schedule.at(call["t"])
         wanted = ab ** 0.5 * sdxl.vae.seen + (1 - ab) ** 0.5 * noise
@@ -300,14 +205,6 @@ def test_a_word_that_is_looked_at_everywhere_is_an_error_that_names_the_flag():
 
 
 # The seam
-
-def test_boundary_jump_is_the_mean_over_neighbours_across_the_boundary():
-    x = torch.tensor([[0.0, 1, 5], [2, 4, 9]]).expand(3, 2, 3)
-    inside = torch.tensor([[False, True, True], [False, False, True]])
-    assert insertion.boundary_jump(x, inside) == pytest.approx((1 + 5 + 3) / 3)  # 0|1 and 4|9 across, 1|4 down; 5|9 are both inside
-    assert insertion.boundary_jump(x * torch.tensor([0, 1, 2])[:, None, None], inside) == pytest.approx(3)
-    assert insertion.boundary_jump(x, torch.ones(2, 3, dtype=torch.bool)) == 0
-
 
 def test_seam_is_1_where_nothing_changed_and_grows_with_the_step():
     picture, mask = noise_picture(64, 64), ellipse(64, 64)

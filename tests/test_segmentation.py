@@ -1,30 +1,19 @@
-"""Planted attention in, masks out: every number against one computed by hand, or by the definition in float64."""
-from collections import deque
-
+"""Planted attention in, soft masks out: every number against one computed by hand, or by the definition in float64."""
 import numpy as np
 import pytest
 import torch
 
 import alchemy
-from alchemy import attention, segmentation
+from alchemy import attention, insertion, segmentation
 from alchemy.segmentation import WordMaps
 from alchemy.unet import UNet, UNetConfig
-from planted import HEADS, Planted, ellipse, grey, noise_picture
+from planted import HEADS, Planted, ellipse, grey, iou, noise_picture
 
 SHAPES = {"square": (64, 64), "wide": (48, 84), "tall": (92, 44)}  # pixels; latents 32 x 32, 24 x 42, 46 x 22, then 21 and 23, 11
 PICTURES = {"square": (300, 300), "wide": (453, 701), "tall": (211, 97)}
 
 
-def drawing(text):
-    """A mask drawn in # and dots."""
-    return torch.tensor([[c == "#" for c in line] for line in text.split()])
-
-
-def iou(a, b):
-    return float((a & b).sum() / (a | b).sum())
-
-
-# The word's place in the prompt
+# The word in the prompt
 
 def test_a_word_of_several_tokens_is_all_of_them_and_each_occurrence_counts():
     sdxl = Planted({})
@@ -37,6 +26,20 @@ def test_a_word_of_several_tokens_is_all_of_them_and_each_occurrence_counts():
 def test_a_word_that_is_not_in_the_prompt_is_named(word):
     with pytest.raises(ValueError, match=f"^the word '{word}' is not in the prompt 'a photo of a dogs dog'$"):
         segmentation.positions(Planted({}), "a photo of a dogs dog", word)
+
+
+@pytest.mark.parametrize("prompt, wanted", [
+    ("a dog on a beach", "a sks dog on a beach"), ("Dog and dog", "sks Dog and dog"), ("a hotdog, a dog.", "a hotdog, a sks dog."),
+    ("dogs and dog-like dogs", "dogs and sks dog-like dogs")])
+def test_the_token_stands_before_the_first_class_word(prompt, wanted):
+    assert insertion.with_token(prompt, "dog", "sks") == wanted
+
+
+def test_class_words_and_tokens_are_taken_literally():
+    assert insertion.with_token("a (c.t) cat", "c.t", r"\1<x>") == r"a (\1<x> c.t) cat"
+    assert insertion.with_token("a teddy bear", "teddy bear", "sks") == "a sks teddy bear"
+    with pytest.raises(ValueError, match="the class word 'dog' is not in the prompt 'two dogs'"):
+        insertion.with_token("two dogs", "dog", "sks")
 
 
 # Collecting
@@ -194,151 +197,7 @@ def test_an_even_map_is_no_division_by_zero():
     assert segmentation.stretch(torch.ones(3, 3)).isfinite().all()
 
 
-# To the picture's size and edges
-
-def direct_means(x, radius):
-    """By the definition: the window around each pixel, cut at the border."""
-    means = np.empty(x.shape)
-    for (y, x_), _ in np.ndenumerate(x):
-        means[y, x_] = x[max(y - radius, 0):y + radius + 1, max(x_ - radius, 0):x_ + radius + 1].mean()
-    return means
-
-
-@pytest.mark.parametrize("size, radius", [((9, 14), 2), ((13, 5), 1), ((6, 6), 9), ((1, 7), 2), ((12, 8), 0)])
-def test_guided_filter_is_the_paper_by_its_definition_in_float64(size, radius):
-    rng = np.random.default_rng(radius)
-    p, i, eps = rng.random(size), rng.random(size), 1e-3
-    mean = lambda x: direct_means(x, radius)  # noqa: E731
-    a = (mean(i * p) - mean(i) * mean(p)) / (mean(i * i) - mean(i) ** 2 + eps)
-    wanted = np.clip(mean(a) * i + mean(mean(p) - a * mean(i)), 0, 1)
-    assert np.abs(segmentation.guided_filter(torch.tensor(p), torch.tensor(i), radius, eps).numpy() - wanted).max() < 1e-10
-    assert np.abs(segmentation.guided_filter(torch.tensor(p).float(), torch.tensor(i).float(), radius, eps).numpy() - wanted).max() < 1e-3
-
-
-def test_a_window_mean_costs_the_same_whatever_its_radius_and_keeps_a_constant():
-    x = torch.full((40, 60), 0.7)
-    assert (segmentation.box_mean(x, 1000) - 0.7).abs().max() < 1e-6
-
-
-@pytest.mark.parametrize("edge", [53, 54, 58, 60])
-def test_the_masks_edge_moves_to_the_pictures(edge):
-    picture = np.full((128, 128), 40)
-    picture[:, edge:] = 210
-    heat = torch.zeros(16, 16)
-    heat[:, 7:] = 1  # its own edge is at pixel 56, and blurred
-    rise = segmentation.to_pixels(heat, grey(picture))[64].diff()
-    assert int(rise.argmax()) == edge - 1 and rise.max() > 0.25
-    flat = segmentation.to_pixels(heat, grey(np.full((128, 128), 40)))[64].diff()
-    assert flat.max() < 0.1  # where the picture has none, it stays soft
-
-
-@pytest.mark.parametrize("height, width", PICTURES.values(), ids=PICTURES)
-def test_heat_lands_on_its_own_place_at_pixel_size(height, width):
-    blob = ellipse(height, width, (0.4, 0.6), (0.3, 0.25))
-    heat = torch.nn.functional.interpolate(blob[None, None], (24, 31), mode="area")[0, 0]
-    soft = segmentation.to_pixels(heat, noise_picture(height, width))
-    assert soft.shape == (height, width) and soft.min() >= 0 and soft.max() <= 1
-    assert iou(soft > 0.5, blob > 0) > 0.9
-
-
-# To a region
-
-def flood(mask):
-    """The parts of a bool array by walking through them, diagonals too: a set of frozensets of pixels."""
-    left, parts = {tuple(p) for p in np.argwhere(mask)}, set()
-    while left:
-        part, ahead = set(), deque([left.pop()])
-        while ahead:
-            y, x = ahead.popleft()
-            part.add((y, x))
-            near = {(y + i, x + j) for i in (-1, 0, 1) for j in (-1, 0, 1)} & left
-            left -= near
-            ahead.extend(near)
-        parts.add(frozenset(part))
-    return parts
-
-
-@pytest.mark.parametrize("size, share", [((1, 1), 1.0), ((9, 13), 0.4), ((20, 7), 0.3), ((15, 15), 0.6), ((5, 5), 0.0)])
-def test_components_are_what_a_walk_finds(size, share):
-    mask = np.random.default_rng(3).random(size) < share
-    labels = segmentation.components(torch.tensor(mask)).numpy()
-    assert ((labels > 0) == mask).all()
-    assert {frozenset(map(tuple, np.argwhere(labels == n))) for n in np.unique(labels) if n} == flood(mask)
-
-
-def test_specks_go_holes_are_filled_and_shapes_at_the_border_stay():
-    mask = drawing("""
-        ####......#
-        #..#.......
-        #..#...###.
-        ####...#.#.
-        .......###.
-        #..........
-        #....#.....
-        ##.........""")
-    assert torch.equal(segmentation.clean(mask), drawing("""
-        ####.......
-        ####.......
-        ####...###.
-        ####...###.
-        .......###.
-        #..........
-        #..........
-        ##........."""))
-
-
-def test_a_bay_that_opens_to_the_border_is_no_hole():
-    mask = drawing("#####  #...#  #...#".replace("  ", "\n"))
-    assert torch.equal(segmentation.clean(mask), mask)
-
-
-def test_a_part_counts_from_a_fifth_of_the_largest():
-    mask = torch.zeros(20, 40, dtype=torch.bool)
-    mask[2:12, 2:12] = True     # 100
-    mask[2:6, 20:25] = True     # 20
-    mask[12:13, 20:39] = True   # 19
-    wanted = mask.clone()
-    wanted[12:13, 20:39] = False
-    assert torch.equal(segmentation.clean(mask), wanted)
-
-
-def test_large_masks_are_cleaned_on_a_coarse_grid_to_their_own_edges():
-    blob = ellipse(613, 1001, (0.45, 0.5), (0.3, 0.2)) > 0
-    mask = blob.clone()
-    mask[20:30, 900:910], mask[600:, 40:50] = True, True            # specks, one at the border
-    mask[250:275, 480:505] = False                                  # a hole
-    assert torch.equal(segmentation.clean(mask), blob)
-
-
-@pytest.mark.parametrize("size", [(40, 40), (23, 60), (61, 20)])
-def test_a_region_is_grown_by_a_square_of_a_share_of_the_shorter_side(size):
-    mask = torch.zeros(size)
-    mask[5:9, 6:9] = 0.4
-    wanted = torch.zeros(size)
-    r = round(0.1 * min(size))
-    wanted[5 - r:9 + r, 6 - r:9 + r] = 1
-    assert torch.equal(segmentation.to_mask(mask, 0.4, 0.1), wanted)
-    assert torch.equal(segmentation.to_mask(mask, 0.4, 0), (mask > 0).float())
-
-
-def test_an_empty_mask_and_one_that_covers_everything_are_errors_that_name_the_flag():
-    soft = torch.linspace(0, 0.9, 10000).view(100, 100)
-    with pytest.raises(ValueError, match="the mask is empty.*lower --threshold, or give --mask"):
-        segmentation.to_mask(soft, 0.95, 0.03)
-    with pytest.raises(ValueError, match="the mask covers the whole picture; raise --threshold"):
-        segmentation.to_mask(soft, 0.0, 0.03)
-    assert segmentation.to_mask(soft, 0.5, 0.03).max() == 1
-
-
-# The size to work at, and the whole way for a picture of one's own
-
-@pytest.mark.parametrize("size, wanted", [
-    ((64, 64), (64, 64)), ((48, 84), (48, 84)), ((46, 82), (46, 82)),   # a scene's own size stays, odd latent sides too
-    ((65, 64), (64, 64)), ((640, 640), (64, 64)), ((16, 16), (64, 64)), ((400, 1000), (40, 104)), ((3000, 1500), (88, 48)),
-    ((128, 128), (64, 64)), ((32, 32), (64, 64)), ((3, 3000), (16, 2024))])
-def test_working_size_has_the_trained_area_and_fits_the_latents(size, wanted):
-    assert segmentation.working_size(Planted({}), size) == wanted
-
+# The whole way, for a picture of one's own
 
 @pytest.mark.parametrize("height, width", PICTURES.values(), ids=PICTURES)
 @pytest.mark.parametrize("centre", [(0.5, 0.5), (0.3, 0.14), (0.86, 0.6)])
@@ -362,3 +221,22 @@ def test_segment_looks_once_at_the_whole_picture_noised_to_its_level():
     assert (call["x_t"] - wanted).abs().max() < 1e-6
     alchemy.segment(sdxl, picture, "dog", look=0.5)
     assert sdxl.unet.calls[-1]["t"] == 499
+
+
+# The whole way, while a scene is drawn
+
+def test_the_scenes_attention_counts_within_the_checkpoints_window_and_is_sharpened_as_it_says():
+    blob, other = ellipse(64, 64, (0.5, 0.3), (0.2, 0.2)), ellipse(64, 64, (0.5, 0.7), (0.2, 0.2))
+
+    def misled(name, t, batch):
+        sdxl.where = {"dog": blob if 300 <= t <= 600 else other}
+        return sdxl.look_at_words(name, t, batch)
+    for sharpening in (0, 1):
+        sdxl = Planted({"dog": noise_picture(64, 64)}, window=(0.3, 0.6), sharpening=sharpening, cross=misled,
+                       own=lambda name, t, batch: torch.ones(batch, 1, 16 * 16, 16 * 16))  # every place looks everywhere
+        sdxl.where = {"dog": blob}
+        if sharpening:
+            with pytest.raises(ValueError, match="the mask is empty"):
+                alchemy.insert(sdxl, "a dog", "dog", "sks")
+        else:
+            assert iou(alchemy.insert(sdxl, "a dog", "dog", "sks").soft > 0.5, blob > 0) > 0.8
