@@ -13,32 +13,30 @@ def parse(argv):
     p = command.parser(__doc__)
     p.add_argument("prompt", nargs="?", help=f"what to draw (default: the example subject {command.PLACE})")
     p.add_argument("--out",      default="out/samples", metavar="PATH", help="folder, or a .png file (default: out/samples)")
-    p.add_argument("--count",    type=int, default=1, metavar="N",      help="pictures, of seeds --seed, --seed + 1, ... (default: 1)")
+    p.add_argument("--count",    type=command.COUNT, default=1, metavar="N", help="pictures, of seeds --seed, --seed + 1, ... (default: 1)")
     p.add_argument("--image",    metavar="FILE",                        help="a picture to start from (Img2Img); it is scaled and cropped to --size")
-    p.add_argument("--strength", type=float, metavar="S",               help=command.by_checkpoint("strength", "above 0, to 1: how far back to noise the picture goes"))
+    p.add_argument("--strength", type=command.STRENGTH, metavar="S",    help=command.by_checkpoint("strength", "above 0, to 1: how far back to noise the picture goes"))
     p.add_argument("--like",     metavar="PICTURE",                     help="take every setting from this picture's text chunk; other flags override")
     command.add_checkpoint(p)
     command.add_drawing(p)
-    args = p.parse_args(argv)
+    args = given = p.parse_args(argv)
     if args.like:
         from alchemy.images import facts_of
         facts = facts_of(args.like)
+        if facts.get("script") != "sample.py":
+            raise ValueError(f"--like {args.like}: {facts.get('script', 'another tool')} made it; only pictures by sample.py can be made again so")
         p.set_defaults(**{k: v for k, v in facts.items() if k in vars(args) and k not in ("out", "like")})
         args = p.parse_args(argv)
-        args.prompt, args.size = args.prompt or facts["prompt"], tuple(args.size)
+        args.size, args.lora = tuple(args.size), given.lora or args.lora  # --lora replaces, it does not add
     if args.prompt is None:
         args.prompt = "a photo of a {token} {class_word} ".format(**command.EXAMPLE) + command.PLACE
         args.lora = args.lora or command.default_lora()
-    if args.count < 1:
-        raise ValueError(f"--count is {args.count}; it must be at least 1")
-    if Path(args.out).suffix.lower() not in ("", ".png"):
-        raise ValueError(f"--out {args.out}: pictures are written as .png, which keeps how they were made")
     return args
 
 
 def places(out, seeds):
     """A free path for each seed: in the folder out, or, where out is a file, that file, numbered by seed if there are several."""
-    if not out.suffix:
+    if not command.is_picture(out):
         return [command.free_path(out / f"{seed:04d}.png") for seed in seeds]
     return [command.free_path(out if len(seeds) == 1 else out.with_stem(f"{out.stem}-{seed}")) for seed in seeds]
 
@@ -46,21 +44,21 @@ def places(out, seeds):
 def main(argv=None):
     args = parse(argv)
     out, seeds = Path(args.out), range(args.seed, args.seed + args.count)
-    command.folder(out.parent if out.suffix else out)
+    command.folder(out.parent if command.is_picture(out) else out)
 
-    from alchemy import images, loop
+    from alchemy import images, loop, samplers
     image = args.image and images.read(args.image)
     sdxl = command.load(args)
-    command.put_loras(sdxl, args.lora)
     size, unconditional, options = loop.settings(sdxl, args.negative_prompt, args.size, command.drawing(args))
     strength = sdxl.defaults["strength"] if args.strength is None else args.strength
     image = image and images.cover(image, size)[0]
-    grid = sdxl.schedule.grid(options["steps"], options.get("grid"), strength if image else 1.0)
+    grid = sdxl.schedule.grid(options["steps"], options.get("grid"), strength if image else 1.0, samplers.find(options["sampler"]).fractional)
     command.say(f"{options['sampler']}: {sdxl.schedule.describe(grid, options['steps'])}, {size[1]}x{size[0]}")
 
     conditioning = sdxl.encode_prompt([args.prompt], size)
     sdxl.free("text_encoders")  # the UNet can use the memory
-    facts = command.settings_of(args) | {"size": size, "strength": strength, "count": 1} | options
+    command.put_loras(sdxl, args.lora)
+    facts = command.settings_of(args) | {"script": "sample.py", "size": size, "strength": strength, "count": 1} | options
     for seed, path in zip(seeds, places(out, seeds)):
         def bar(steps):
             return command.progress(steps, len(grid), f"seed {seed}")

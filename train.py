@@ -15,27 +15,28 @@ def parser():
     p.add_argument("--token",                default="sks", metavar="WORD", help="a rare word that will name the subject (default: sks)")
     p.add_argument("--caption",              default="a photo of a {}",  help='with {} for "token class word" (default: "a photo of a {}")')
     p.add_argument("--out",                  metavar="FOLDER",           help="(default: out/ and the name of SUBJECT_DIR)")
-    p.add_argument("--overwrite",            action="store_true",        help="start again where --out holds a run")
-    p.add_argument("--resume",               action="store_true",        help="go on with the run in --out, with its settings")
+    g = p.add_mutually_exclusive_group()
+    g.add_argument("--overwrite",            action="store_true",        help="start again where --out holds a run")
+    g.add_argument("--resume",               action="store_true",        help="go on with the run in --out, with its settings")
     g = p.add_argument_group("training")
     g.add_argument("--method",        default="lora", choices=("lora",), help="(default: lora)")
-    g.add_argument("--steps",         type=int,   metavar="N",           help=command.by_checkpoint("training_steps", "optimizer steps"))
-    g.add_argument("--learning-rate", type=float, metavar="X",           help=command.by_checkpoint("learning_rate", "of AdamW"))
-    g.add_argument("--warmup",        type=int,   default=0, metavar="N", help="steps over which the learning rate rises (default: 0)")
-    g.add_argument("--batch",         type=int,   metavar="N",           help=command.by_checkpoint("batch", "photos per step"))
-    g.add_argument("--accumulation",  type=int,   default=1, metavar="N", help="batches per step (default: 1)")
-    g.add_argument("--size",          type=command.size, metavar="N|WxH", help=command.by_checkpoint("size", "pixels"))
-    g.add_argument("--rank",          type=int,   metavar="N",           help=command.by_checkpoint("rank", "of the LoRA"))
-    g.add_argument("--alpha",         type=float, metavar="X",           help="the LoRA is scaled by alpha/rank (default: rank)")
-    g.add_argument("--prior-weight",  type=float, default=1.0, metavar="X", help="how much the class word is held to what it was; 0 halves the time (default: 1)")
-    g.add_argument("--snr-gamma",     type=float, default=5.0, metavar="X", help="min-SNR weighting; 0 is none (default: 5)")
+    g.add_argument("--steps",         type=command.COUNT, metavar="N",   help=command.by_checkpoint("training_steps", "optimizer steps"))
+    g.add_argument("--learning-rate", type=command.POSITIVE, metavar="X", help=command.by_checkpoint("learning_rate", "of AdamW"))
+    g.add_argument("--warmup",        type=command.WHOLE, default=0, metavar="N", help="steps over which the learning rate rises (default: 0)")
+    g.add_argument("--batch",         type=command.COUNT, metavar="N",   help=command.by_checkpoint("batch", "photos per step"))
+    g.add_argument("--accumulation",  type=command.COUNT, default=1, metavar="N", help="batches per step (default: 1)")
+    g.add_argument("--size",          type=command.size,  metavar="N|WxH", help=command.by_checkpoint("size", "pixels"))
+    g.add_argument("--rank",          type=command.COUNT, metavar="N",   help=command.by_checkpoint("rank", "of the LoRA"))
+    g.add_argument("--alpha",         type=command.POSITIVE, metavar="X", help="the LoRA is scaled by alpha/rank (default: rank)")
+    g.add_argument("--prior-weight",  type=command.WEIGHT, default=1.0, metavar="X", help="how much the class word is held to what it was; 0 halves the time (default: 1)")
+    g.add_argument("--snr-gamma",     type=command.WEIGHT, default=5.0, metavar="X", help="min-SNR weighting; 0 is none (default: 5)")
     g.add_argument("--mirror",        action=command.BooleanOptionalAction, default=False, help="photos mirrored too; not for what has writing on it")
     g.add_argument("--checkpointing", action=command.BooleanOptionalAction, default=None, help="less memory, a third more time (default: for SDXL)")
-    g.add_argument("--seed",          type=int,   default=0, metavar="N", help="(default: 0)")
+    g.add_argument("--seed",          type=command.SEED,  default=0, metavar="N", help="(default: 0)")
     g = p.add_argument_group("files")
     g.add_argument("--format",        default="kohya", choices=("kohya", "diffusers"), help="names in lora.safetensors (default: kohya, which all tools read)")
-    g.add_argument("--preview-every", type=int,   metavar="N",           help="steps between previews; 0 is none (default: a quarter of the steps)")
-    g.add_argument("--save-every",    type=int,   default=100, metavar="N", help="steps between states to resume from (default: 100)")
+    g.add_argument("--preview-every", type=command.WHOLE, metavar="N",   help="steps between previews; 0 is none (default: a quarter of the steps)")
+    g.add_argument("--save-every",    type=command.COUNT, default=100, metavar="N", help="steps between states to resume from (default: 100)")
     command.add_checkpoint(p)
     return p
 
@@ -44,16 +45,14 @@ def read_flags(argv):
     """The flags; with --resume, over the settings of the run in --out."""
     p = parser()
     args = p.parse_args(argv)
-    args.out = args.out or str(Path("out") / Path(args.photos or command.SUBJECT).name)
+    args.out = args.out or str(Path("out") / Path(args.photos or command.SUBJECT).resolve().name)
+    run, finished, stopped = (Path(args.out) / name for name in ("settings.json", "lora.safetensors", "state.safetensors"))
     if args.resume:
-        import json
-        saved = Path(args.out) / "settings.json"
-        if not saved.exists():
-            raise ValueError(f"{args.out}: no run to resume, it has no settings.json")
-        p.set_defaults(**{k: v for k, v in json.loads(saved.read_text()).items() if k in vars(args) and k != "resume"})
+        if finished.exists() and not stopped.exists():
+            raise ValueError(f"{args.out}: this run is finished; --overwrite starts again, --out names another folder")
+        p.set_defaults(**command.read_settings(run, args) | {"out": args.out, "resume": True, "overwrite": False})
         args = p.parse_args(argv)
-        args.size = args.size and tuple(args.size)
-    elif (Path(args.out) / "settings.json").exists() and not args.overwrite:
+    elif (run.exists() or finished.exists()) and not args.overwrite:
         raise ValueError(f"{args.out} holds a run already: --resume goes on with it, --overwrite starts again, --out names another folder")
     if args.photos is None:
         args.photos, args.class_word = str(command.SUBJECT), args.class_word or command.EXAMPLE["class_word"]

@@ -1,20 +1,21 @@
 """A folder of photos to latents, each encoded once; and what one training sample is made of, as a function of (seed, step, sample).
 
-A photo is scaled until its shorter side is the training size and encoded whole. A sample is a crop of those latents, so the crop may
-differ every time, and its place, which the UNet is told (Podell et al. 2023, 2.2), is the true one.
+A photo is scaled until it covers the training size and encoded whole. A sample is a crop of those latents, so the crop may differ
+every time, and its place, which the UNet is told (Podell et al. 2023, 2.2), is the true one.
 """
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
+from PIL import Image, ImageOps
 
 from . import images
 
 
 @dataclass(frozen=True)
 class Photo:
-    """latents: a (mean, std) pair of (4,h,w), and one of the mirrored photo where mirroring is wanted. original: (H,W) as on disk."""
+    """latents: a (mean, std) pair of (4,h,w), and one of the mirrored photo where mirroring is wanted. original: (H,W) before it was scaled."""
     latents: tuple
     original: tuple
     prompt: str
@@ -46,11 +47,13 @@ def find_photos(folder):
 def encode(sdxl, path, size, prompt, mirror=False):
     """One photo to latents on the CPU. size (H,W): of the crops that training will take from it."""
     picture = images.read(path)
-    # The side that is longer than the crop keeps its length, to whole latents; less than one latent is cut off.
     scale = max(size[0] / picture.height, size[1] / picture.width)
-    whole = [max(int(scale * side) // sdxl.factor * sdxl.factor, least) for side, least in zip(picture.size[::-1], size)]
-    x = images.to_tensor(images.cover(picture, whole)[0]).to(sdxl.device)
-    latents = tuple(tuple(part[0].cpu() for part in sdxl.vae.encode(view)) for view in ((x, x.flip(-1)) if mirror else (x,)))
+    h, w = (max(round(scale * side), least) for side, least in zip(picture.size[::-1], size))
+    scaled = picture.resize((w, h), Image.LANCZOS)
+    # Less than one latent is cut off, right and below, so that a crop's place counts from the photo's own corner, mirrored or not.
+    views = [view.crop((0, 0, w // sdxl.factor * sdxl.factor, h // sdxl.factor * sdxl.factor))
+             for view in ((scaled, ImageOps.mirror(scaled)) if mirror else (scaled,))]
+    latents = tuple(tuple(part[0].cpu() for part in sdxl.vae.encode(images.to_tensor(view).to(sdxl.device))) for view in views)
     return Photo(latents, picture.size[::-1], prompt)
 
 

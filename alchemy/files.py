@@ -20,6 +20,8 @@ def replace(path, write):
         with open(new, "rb+") as f:
             os.fsync(f.fileno())
         new.replace(path)
+    except (OSError, SafetensorError) as error:  # the second is how safetensors says that the disk is full
+        raise OSError(f"{path}: could not be written ({getattr(error, 'strerror', None) or error})") from None
     finally:
         new.unlink(missing_ok=True)
 
@@ -27,10 +29,15 @@ def replace(path, write):
 def save_tensors(tensors, path, facts):
     """{name: tensor} to safetensors, with facts (a dict) in its header: strings as they are, all else as JSON."""
     header = {k: v if isinstance(v, str) else json.dumps(v, ensure_ascii=False) for k, v in facts.items()}
-    try:
-        replace(path, lambda new: save_file({k: t.detach().contiguous().cpu() for k, t in tensors.items()}, new, header))
-    except SafetensorError as error:  # its way to say that the disk is full
-        raise OSError(f"{path}: could not be written ({error})") from None
+
+    def write(new):
+        save_file({k: t.detach().contiguous().cpu() for k, t in tensors.items()}, new, header)
+        with open(new, "rb+") as f:  # safetensors shuffles the facts; put back in order, equal runs write equal files
+            size = int.from_bytes(f.read(8), "little")
+            ordered = json.loads(f.read(size)) | {"__metadata__": header}
+            f.seek(8)
+            f.write(json.dumps(ordered, ensure_ascii=False, separators=(",", ":")).encode().ljust(size))
+    replace(path, write)
 
 
 def save_json(value, path):

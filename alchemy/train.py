@@ -34,17 +34,18 @@ class State:
 
     @torch.no_grad()
     def restore(self, tensors, header):
-        """From an open safetensors file and its header; the thread count too, for it decides the order of sums."""
-        if not self.parameters.keys() <= set(tensors.keys()):
-            raise ValueError("the state is of another kind of run (other layers or rank); start again with --overwrite")
+        """From an open safetensors file and its header. Raises ValueError, with nothing changed, where it is of another kind of run."""
+        shapes = {key: tuple(tensors.get_slice(key).get_shape()) for key in tensors.keys()}
+        if "step" not in header or any(shapes.get(name) != p.shape for name, p in self.parameters.items()):
+            raise ValueError("the state is of another kind of run (other layers or rank): resume with its settings, or --overwrite it")
         for name, p in self.parameters.items():
             p.copy_(tensors.get_tensor(name))
-            moments = [key for key in tensors.keys() if key.endswith(":" + name)]
+            moments = {key.split(":")[0]: tensors.get_tensor(key) for key in shapes if key.endswith(":" + name)}
             if moments:
-                self.optimizer.state[p] = {key.split(":")[0]: tensors.get_tensor(key).to(p.device if "exp" in key else "cpu") for key in moments}
+                self.optimizer.state[p] = {moment: value.to("cpu" if moment == "step" else p.device) for moment, value in moments.items()}
         self.losses, self.step = tensors.get_tensor("losses").tolist(), int(header["step"])
-        self.scaler.load_state_dict(json.loads(header["scaler"]))
-        torch.set_num_threads(int(header["threads"]))
+        if self.scaler.is_enabled() and header["scaler"] != "{}":
+            self.scaler.load_state_dict(json.loads(header["scaler"]))
 
 
 def start(parameters, learning_rate, dtype=torch.float32):
@@ -54,7 +55,7 @@ def start(parameters, learning_rate, dtype=torch.float32):
         raise ValueError(f"{wrong[0]} is not float32: trained parameters have to be, whatever the base is")
     # A moment of float16 gradients would underflow: where only that is to be had, the loss is scaled up, the gradients down again.
     optimizer = torch.optim.AdamW(parameters.values(), lr=learning_rate, weight_decay=0.01)
-    return State(parameters, optimizer, torch.amp.GradScaler(enabled=dtype == torch.float16))
+    return State(parameters, optimizer, torch.amp.GradScaler(next(iter(parameters.values())).device.type, enabled=dtype == torch.float16))
 
 
 def min_snr(schedule, t, gamma):
@@ -97,7 +98,7 @@ def train(sdxl, photos, prompts, state, *, steps, size, batch=1, accumulation=1,
     is not finite is not applied; FloatingPointError after PATIENCE of them in a row.
     """
     lost, T = 0, len(sdxl.schedule.alpha_bar)
-    rates = [group["lr"] for group in state.optimizer.param_groups]
+    rates = [group.setdefault("full_lr", group["lr"]) for group in state.optimizer.param_groups]  # "lr" itself warms up
     autocast = torch.autocast(sdxl.device.type, sdxl.dtype, enabled=sdxl.dtype != torch.float32)
     for step in range(state.step, steps):
         # Accumulate gradients over batch · accumulation samples.
@@ -116,8 +117,8 @@ def train(sdxl, photos, prompts, state, *, steps, size, batch=1, accumulation=1,
             group["lr"] = rate * min(1.0, (step + 1) / (warmup + 1))
         state.scaler.unscale_(state.optimizer)
         norm = torch.nn.utils.clip_grad_norm_(state.parameters.values(), 1.0)
-        total, finite = float(total), bool(torch.isfinite(norm))
-        if finite and total == total:
+        total, finite = float(total), bool(torch.isfinite(norm) and torch.isfinite(total))
+        if finite:
             state.scaler.step(state.optimizer)
         state.scaler.update()
         lost = 0 if finite else lost + 1

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 import alchemy
 from alchemy import images, insertion
 from checkpoints import vocabulary_read_once, write_folder  # noqa: F401
-from planted import Planted, cone, ellipse, grey, iou, noise_picture
+from planted import Planted, cone, ellipse, grey, noise_picture
 
 SHAPES = {"square": (64, 64), "wide": (48, 84), "tall": (92, 44)}
 OWN = {"square": (300, 300), "wide": (453, 701), "tall": (331, 97), "panorama": (90, 700), "small": (40, 33)}

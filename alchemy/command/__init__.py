@@ -2,12 +2,14 @@
 import argparse
 from argparse import BooleanOptionalAction  # noqa: F401  for the scripts
 import json
+import math
 import sys
 import time
 import warnings
 from pathlib import Path
 
 from ..defaults import TABLE
+from ..samplers import SAMPLERS
 
 ROOT = Path(__file__).resolve().parents[2]
 MINI = ROOT / "weights" / "mini"
@@ -18,14 +20,40 @@ EXAMPLE = dict(class_word="dog", token="sks")
 PLACE = "in a forest"
 
 
+class Parser(argparse.ArgumentParser):
+    def error(self, message):
+        """One line, as every other error; argparse would print the usage too."""
+        say(f"error: {message} (--help shows every flag)")
+        sys.exit(2)
+
+
 def parser(description):
-    return argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    return Parser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
 
 
 def by_checkpoint(name, help):
     """A flag's help with the two defaults of defaults.TABLE."""
     mini, sdxl = next(row[1:3] for row in TABLE if row[0] == name)
     return f"{help} (default: {mini})" if mini == sdxl else f"{help} (default: {mini} for the miniature, {sdxl} for SDXL)"
+
+
+def number(kind, low, high=math.inf, above=False):
+    """A flag's type: int or float in [low, high], or in (low, high] if it must be above low."""
+    def read(text):
+        try:
+            value = kind(text)
+        except ValueError:
+            raise argparse.ArgumentTypeError(f"{text!r} is not a {'whole ' if kind is int else ''}number") from None
+        if not (low < value or low == value and not above) or not value <= high or value == math.inf:
+            limit = f"{'above' if above else 'at least'} {low}" + ("" if high == math.inf else f" and at most {high}")
+            raise argparse.ArgumentTypeError(f"{text} is out of range; it must be {limit}")
+        return value
+    return read
+
+
+COUNT, WHOLE, SEED = number(int, 1), number(int, 0), number(int, 0, 2 ** 63 - 1)
+POSITIVE, WEIGHT = number(float, 0, above=True), number(float, 0)
+STRENGTH, SHARE = number(float, 0, 1, above=True), number(float, 0, 1)
 
 
 def size(text):
@@ -59,13 +87,13 @@ def add_drawing(p):
     g = p.add_argument_group("drawing")
     g.add_argument("--lora",     type=scaled_file, action="append", metavar="FILE[:SCALE]", help="a LoRA file, several times for several")
     g.add_argument("--negative-prompt", metavar="TEXT",               help="what guidance leads away from (default: zeros, as SDXL was trained)")
-    g.add_argument("--sampler",  metavar="NAME",                      help=by_checkpoint("sampler", "euler, euler_ancestral, ddim or ddpm"))
-    g.add_argument("--grid",     metavar="NAME",                      help="timesteps: leading, trailing or linspace (default: the checkpoint's)")
-    g.add_argument("--steps",    type=int,   metavar="N",             help=by_checkpoint("steps", "denoising steps"))
-    g.add_argument("--guidance", type=float, metavar="G",             help=by_checkpoint("guidance", "classifier-free guidance; 1 is none"))
-    g.add_argument("--eta",      type=float, metavar="E",             help="share of the noise drawn anew at each step, 0 to 1 (default: the sampler's)")
+    g.add_argument("--sampler",  metavar="NAME", choices=tuple(SAMPLERS), help=by_checkpoint("sampler", ", ".join(SAMPLERS)))
+    g.add_argument("--grid",     metavar="NAME", choices=("leading", "trailing", "linspace"), help="timesteps: leading, trailing or linspace (default: the checkpoint's)")
+    g.add_argument("--steps",    type=COUNT, metavar="N",             help=by_checkpoint("steps", "denoising steps"))
+    g.add_argument("--guidance", type=WEIGHT, metavar="G",         help=by_checkpoint("guidance", "classifier-free guidance; 1 is none"))
+    g.add_argument("--eta",      type=SHARE, metavar="E",             help="share of the noise drawn anew at each step, 0 to 1 (default: the sampler's)")
     g.add_argument("--size",     type=size,  metavar="N|WxH",         help=by_checkpoint("size", "pixels"))
-    g.add_argument("--seed",     type=int, default=0, metavar="N",    help="of the first picture (default: 0)")
+    g.add_argument("--seed",     type=SEED, default=0, metavar="N",   help="of the first picture (default: 0)")
 
 
 def drawing(args):
@@ -74,8 +102,11 @@ def drawing(args):
 
 
 def load(args):
-    """The checkpoint of the flags. Its adapters are put on by put_loras."""
+    """The checkpoint of the flags. Its adapters are put on by put_loras; here their files are only looked at, before gigabytes are read."""
     import alchemy
+    from ..formats.checkpoint import open_safetensors
+    for path, _ in getattr(args, "lora", None) or ():
+        open_safetensors(path)
     return alchemy.load(args.weights, args.device, args.dtype, config=args.config, vae=args.vae, revision=args.revision)
 
 
@@ -111,6 +142,13 @@ def progress(iterable, total, name, shown=lambda item: ""):
         yield item
 
 
+def is_picture(path):
+    """Whether --out names a file, and not a folder. Raises ValueError for a picture that is no PNG."""
+    if path.suffix.lower() in (".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff"):
+        raise ValueError(f"--out {path}: pictures are written as .png, which keeps how they were made")
+    return path.suffix.lower() == ".png"
+
+
 def free_path(path):
     """path, or, where it exists, its name with the next free number: beach.png, beach-1.png, ..."""
     path, number = Path(path), 0
@@ -123,12 +161,14 @@ def free_path(path):
 
 def folder(path):
     """The folder, made if need be and proved writable before the work begins."""
+    import tempfile
     path = Path(path)
-    path.mkdir(parents=True, exist_ok=True)
-    probe = path / ".writable"
-    probe.touch()
-    probe.unlink()
-    return path
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=path):
+            return path
+    except OSError as error:
+        raise ValueError(f"--out {path}: cannot write there ({error.strerror}); name another folder") from None
 
 
 def say(text):
@@ -145,10 +185,10 @@ def run(main):
     warnings.showwarning = lambda message, *_, **__: say(f"warning: {message}")
     try:
         main()
-    except (ValueError, OSError, FloatingPointError, MemoryError) as error:
-        said = f"{error.strerror}: {error.filename}" if isinstance(error, OSError) and error.filename else str(error) or type(error).__name__
-    except RuntimeError as error:
-        if "out of memory" not in str(error).lower() and "can't allocate memory" not in str(error):
+    except (ValueError, OSError, FloatingPointError) as error:
+        said = f"{error.filename}: {error.strerror}" if isinstance(error, OSError) and error.filename else str(error) or type(error).__name__
+    except (MemoryError, RuntimeError) as error:
+        if not isinstance(error, MemoryError) and "out of memory" not in str(error).lower() and "can't allocate memory" not in str(error):
             raise
         said = "out of memory: use a smaller --size or --batch, or --dtype bfloat16"
     except KeyboardInterrupt:
@@ -162,4 +202,15 @@ def run(main):
 
 def settings_of(args):
     """The flags as JSON knows them."""
-    return json.loads(json.dumps({k: v for k, v in vars(args).items()}, default=str))
+    return json.loads(json.dumps(vars(args), default=str))
+
+
+def read_settings(path, args):
+    """The flags that settings_of wrote to a file, as far as there are such flags."""
+    try:
+        saved = json.loads(path.read_text(encoding="utf-8"))
+        return {k: tuple(v) if k == "size" and v else v for k, v in saved.items() if k in vars(args)}
+    except FileNotFoundError:
+        raise ValueError(f"{path.parent}: no run to resume, it has no {path.name}; without --resume, one starts") from None
+    except (ValueError, AttributeError, TypeError):
+        raise ValueError(f"{path}: not the settings of a run, which train.py writes; --overwrite starts again") from None

@@ -3,6 +3,8 @@ import signal
 import sys
 from pathlib import Path
 
+import torch
+
 import alchemy
 
 from .. import command, data, images, lora, loop
@@ -23,7 +25,11 @@ class Stop:
 
     def note(self, number, _):
         self.signal = number
-        signal.signal(number, self.before[number])
+        self.release()
+
+    def release(self):
+        for number, handler in self.before.items():
+            signal.signal(number, handler)
 
 
 def complete(args, sdxl):
@@ -31,8 +37,6 @@ def complete(args, sdxl):
     for flag, default in (("steps", "training_steps"), ("learning_rate", "learning_rate"), ("batch", "batch"), ("rank", "rank")):
         if getattr(args, flag) is None:
             setattr(args, flag, sdxl.defaults[default])
-        if getattr(args, flag) <= 0:
-            raise ValueError(f"--{flag.replace('_', '-')} is {getattr(args, flag)}; it must be above 0")
     args.alpha = float(args.rank if args.alpha is None else args.alpha)
     args.size = args.size or sdxl.size
     if any(side % sdxl.factor for side in args.size):
@@ -46,7 +50,7 @@ def encode(args, sdxl):
     found, skipped = data.find_photos(args.photos)
     for name in skipped:
         command.say(f"skipped {name}: not a JPEG, PNG or WebP")
-    subject, of_class = (args.caption.format(name) for name in (f"{args.token} {args.class_word}", args.class_word))
+    subject, of_class = (args.caption.replace("{}", name) for name in (f"{args.token} {args.class_word}", args.class_word))
     photos = [data.encode(sdxl, path, args.size, subject, args.mirror)
               for path in command.progress(found, len(found), "encoding", lambda path: path.name)]
     prompts = {prompt: sdxl.encode_prompt([prompt], args.size) for prompt in (subject, of_class, UNRELATED)}
@@ -69,22 +73,24 @@ def main(args):
     out = command.folder(args.out)
     sdxl = command.load(args)
     complete(args, sdxl)
-    if not args.resume:
-        for old in ("lora.safetensors", "state.safetensors", "preview.png", "loss.png"):
-            (out / old).unlink(missing_ok=True)
+    saved = open_safetensors(out / "state.safetensors") if args.resume and (out / "state.safetensors").exists() else None
+    facts = saved and saved.metadata() or {}
+    torch.set_num_threads(int(facts.get("threads", torch.get_num_threads())))  # before any sum: it decides the order of additions
     photos, prompts, unconditional = encode(args, sdxl)
-    save_json(command.settings_of(args), out / "settings.json")
 
     # The adapter, its optimizer, and where an interrupted run had come to.
     alchemy.add_lora(sdxl, args.rank, args.alpha, seed=args.seed)
     sdxl.unet.checkpointing = args.checkpointing
     parameters = {name: p for name, p in sdxl.unet.named_parameters() if ".lora." in name}
     state = start(parameters, args.learning_rate, sdxl.dtype)
-    if args.resume and (out / "state.safetensors").exists():
-        file = open_safetensors(out / "state.safetensors")
-        state.restore(file, file.metadata())
+    if saved:
+        state.restore(saved, facts)
         command.say(f"resuming at step {state.step} of {args.steps}")
 
+    # All that was asked for can be had: what was here before may go.
+    for old in () if args.resume else ("lora.safetensors", "state.safetensors", "preview.png", "loss.png"):
+        (out / old).unlink(missing_ok=True)
+    save_json(command.settings_of(args), out / "settings.json")
     ended = steps(args, out, sdxl, photos, prompts, unconditional, state)
     if ended:
         command.say(f"stopped after step {state.step}; the same command with --resume goes on")
@@ -94,19 +100,25 @@ def main(args):
 
 def steps(args, out, sdxl, photos, prompts, unconditional, state):
     """The loop with its bar, previews and states. Returns the signal that ended it, or None."""
-    stop, rows = Stop(), []
-    class_prompt = list(prompts)[1]
+    stop, rows, path = Stop(), [], out / "state.safetensors"
     running = train(sdxl, photos, prompts, state, steps=args.steps, size=args.size, batch=args.batch, accumulation=args.accumulation,
-                    warmup=args.warmup, class_prompt=class_prompt, prior_weight=args.prior_weight, gamma=args.snr_gamma, seed=args.seed)
-    for step, loss in command.progress(running, args.steps - state.step, "training", lambda item: f"loss {item[1]:.4f}"):
-        if stop.signal or step == args.steps or args.save_every and step % args.save_every == 0:
-            state.save(out / "state.safetensors", {"kind": "lora"})
-        if stop.signal:
-            return stop.signal
-        if args.preview_every and (step % args.preview_every == 0 or step == args.steps):
-            rows.append(preview(args, sdxl, prompts, unconditional, step))
-            page = sheets.sheet(rows + [[("loss", sheets.curve(state.losses))]])
-            images.save_png(page, out / "preview.png", command.settings_of(args))
+                    warmup=args.warmup, class_prompt=list(prompts)[1], prior_weight=args.prior_weight, gamma=args.snr_gamma, seed=args.seed)
+    try:
+        for step, loss in command.progress(running, args.steps - state.step, "training", lambda item: f"loss {item[1]:.4f}"):
+            if stop.signal or step == args.steps or step % args.save_every == 0:
+                state.save(path, {"kind": "lora"})
+            if stop.signal:
+                return stop.signal
+            if args.preview_every and (step % args.preview_every == 0 or step == args.steps):
+                rows.append(preview(args, sdxl, prompts, unconditional, step))
+                page = sheets.sheet(rows + [[("loss", sheets.curve(state.losses))]])
+                images.save_png(page, out / "preview.png", command.settings_of(args))
+    except FloatingPointError as error:
+        if not path.exists():  # an older state is better: what comes just before NaN has often gone astray already
+            state.save(path, {"kind": "lora"})
+        raise FloatingPointError(f"{error}; --resume goes on from {path}") from None
+    finally:
+        stop.release()
     return None
 
 

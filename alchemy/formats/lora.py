@@ -3,6 +3,9 @@
 Reading looks each name up in a table of all spellings of our own layers; nothing is parsed, and what is not in the table is refused.
 Written by default are kohya's names with `.alpha`, the one spelling that diffusers, ComfyUI, kohya's scripts and A1111 all read.
 """
+import json
+from itertools import count
+
 import torch
 
 from .. import lora
@@ -30,32 +33,54 @@ def spellings(unet):
     return table
 
 
+def told_alpha(header, path):
+    """What diffusers says of alpha in the header, since its names have no place for it: a function of (layer, rank)."""
+    try:
+        told = {key.removeprefix("unet."): value for key, value in json.loads(header.get("lora_adapter_metadata", "{}")).items()}
+    except (ValueError, AttributeError):
+        raise ValueError(f"{path}: lora_adapter_metadata in its header is not a JSON object") from None
+
+    def alpha(layer, rank):
+        own = [a for end, a in (told.get("alpha_pattern") or {}).items() if f".{layer}".endswith(f".{end}")]
+        return (own or [told.get("lora_alpha", rank)])[0] * (rank ** 0.5 if told.get("use_rslora") else 1)  # without a word: alpha is rank
+    return alpha
+
+
+def read_pairs(file, table):
+    """{our layer: (down, up, alpha or None)} of an open file, by the table of spellings, and the keys that are no part of one."""
+    keys, found = set(file.keys()), {}
+    for key in sorted(keys):
+        for down, up in PAIRS:
+            stem = key.removesuffix(down)
+            if key.endswith(down) and stem + up in keys and stem in table and table[stem] not in found:
+                pair, alpha = (file.get_tensor(key).float(), file.get_tensor(stem + up).float()), None
+                if stem + ".alpha" in keys and not file.get_slice(stem + ".alpha").get_shape():
+                    alpha = float(file.get_tensor(stem + ".alpha"))
+                    keys -= {stem + ".alpha"}
+                found[table[stem]] = (*pair, alpha)
+                keys -= {key, stem + up}
+    return found, keys
+
+
 def load_lora(sdxl, path, scale=1.0, name=None):
-    """Put the LoRA of a file on sdxl.unet as the adapter `name` (the file's own name, if None), beside any others; returns the name.
+    """Put the LoRA of a file on sdxl.unet as the adapter `name` (the next free number, if None), beside any others; returns the name.
 
     Raises ValueError where a key matches no layer, or a shape does not fit: then nothing has been added.
     """
     file = open_safetensors(path)
-    header, keys, table = file.metadata() or {}, set(file.keys()), spellings(sdxl.unet)
-    layers, found = lora.layers(sdxl.unet), {}
-    for key in sorted(keys):
-        for down, up in PAIRS:
-            stem = key.removesuffix(down)
-            if stem != key and stem in table and stem + up in keys:
-                found[table[stem]] = [file.get_tensor(key).float(), file.get_tensor(stem + up).float(), None]
-                keys -= {key, stem + up}
-                if stem + ".alpha" in keys:
-                    keys -= {stem + ".alpha"}
-                    found[table[stem]][2] = float(file.get_tensor(stem + ".alpha"))
-    if keys or not found:
-        raise ValueError(f"{path}: {len(keys)} of its keys match no layer of {sdxl.source}: {', '.join(sorted(keys)[:3]) or 'it is empty'}")
+    (found, rest), layers = read_pairs(file, spellings(sdxl.unet)), lora.layers(sdxl.unet)
     for layer, (down, up, _) in found.items():
-        shape = tuple(layers[layer].weight.shape)
-        if (up.shape[0], down.shape[1]) != shape or len(down) != up.shape[1]:
-            raise ValueError(f"{path}: made for another base: {layer} is {shape} in {sdxl.source}, {(up.shape[0], down.shape[1])} in the file")
-    name = name or str(header.get(FACTS + "name") or len(lora.names(sdxl.unet)))
+        if down.ndim != 2 or up.ndim != 2 or len(down) != up.shape[1]:
+            raise ValueError(f"{path}: {layer} has down {tuple(down.shape)} and up {tuple(up.shape)}, which are no pair; the file is damaged, or no plain LoRA")
+        ours, theirs = tuple(layers[layer].weight.shape), (up.shape[0], down.shape[1])
+        if ours != theirs:
+            raise ValueError(f"{path}: made for another base: {layer} is {ours} in {sdxl.source}, {theirs} in the file; give its base with --weights")
+    if rest or not found:
+        which = f"{len(rest)} of its {len(file.keys())} keys match no layer of {sdxl.source}: {', '.join(sorted(rest)[:3])}" if rest else "it is empty"
+        raise ValueError(f"{path}: {which}; read are LoRAs of the UNet's linear layers, whole or not at all")
+    told, name = told_alpha(file.metadata() or {}, path), name or next(n for n in map(str, count()) if n not in lora.names(sdxl.unet))
     for layer, (down, up, alpha) in found.items():
-        lora.put(layers[layer], name, down, up, len(down) if alpha is None else alpha, scale)  # without alpha: alpha is rank
+        lora.put(layers[layer], name, down, up, told(layer, len(down)) if alpha is None else alpha, scale)
     return name
 
 
