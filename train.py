@@ -13,17 +13,17 @@ def parser():
     p.add_argument("photos", nargs="?",      metavar="SUBJECT_DIR",      help="folder of JPEG, PNG or WebP photos (default: the example subject)")
     p.add_argument("--class-word",           metavar="WORD",             help="what the subject is: dog, backpack (default: dog, with the example)")
     p.add_argument("--token",                default="sks", metavar="WORD", help="a rare word that will name the subject (default: sks)")
-    p.add_argument("--caption",              default="a photo of a {}",  help='with {} for "token class word" (default: "a photo of a {}")')
-    p.add_argument("--out",                  metavar="FOLDER",           help="(default: out/ and the name of SUBJECT_DIR)")
+    p.add_argument("--caption",              default="a photo of a {}", metavar="TEXT", help='of each photo, {} is token and class word (default: "a photo of a {}")')
+    p.add_argument("--out",                  metavar="FOLDER",           help="where all is written (default: out/ and the name of SUBJECT_DIR)")
     g = p.add_mutually_exclusive_group()
     g.add_argument("--overwrite",            action="store_true",        help="start again where --out holds a run")
     g.add_argument("--resume",               action="store_true",        help="go on with the run in --out, with its settings")
     g = p.add_argument_group("training")
-    g.add_argument("--method",        default="lora", choices=("lora",), help="(default: lora)")
+    g.add_argument("--method",        default="lora", choices=("lora",), help="what is taught (default: lora)")
     g.add_argument("--steps",         type=command.COUNT, metavar="N",   help=command.by_checkpoint("training_steps", "optimizer steps"))
     g.add_argument("--learning-rate", type=command.POSITIVE, metavar="X", help=command.by_checkpoint("learning_rate", "of AdamW"))
     g.add_argument("--warmup",        type=command.WHOLE, default=0, metavar="N", help="steps over which the learning rate rises (default: 0)")
-    g.add_argument("--batch",         type=command.COUNT, metavar="N",   help=command.by_checkpoint("batch", "photos per step"))
+    g.add_argument("--batch",         type=command.COUNT, metavar="N",   help=command.by_checkpoint("batch", "photos per batch"))
     g.add_argument("--accumulation",  type=command.COUNT, default=1, metavar="N", help="batches per step (default: 1)")
     g.add_argument("--size",          type=command.size,  metavar="N|WxH", help=command.by_checkpoint("size", "pixels"))
     g.add_argument("--rank",          type=command.COUNT, metavar="N",   help=command.by_checkpoint("rank", "of the LoRA"))
@@ -63,6 +63,11 @@ def read_flags(argv):
     return args
 
 
+def main(argv=None):
+    args = read_flags(argv)
+    from alchemy.command import training
+    training.main(args)
+
+
 if __name__ == "__main__":
-    from alchemy.command.training import main
-    command.run(lambda: main(read_flags(None)))
+    command.run(main)

@@ -12,6 +12,10 @@ HOME = {
 __all__ = list(HOME)
 
 
+def __dir__():
+    return __all__
+
+
 def __getattr__(name):
     if name not in HOME:
         raise AttributeError(f"module 'alchemy' has no attribute {name!r}")

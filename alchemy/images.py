@@ -38,8 +38,8 @@ def read(path, mode="RGB"):
 
 
 def to_tensor(picture):
-    """An RGB picture to (1,3,H,W) float32 in [-1,1]."""
-    return torch.from_numpy(np.array(picture)).permute(2, 0, 1)[None].float() / 127.5 - 1
+    """A picture to (1,3,H,W) float32 in [-1,1]."""
+    return torch.from_numpy(np.array(picture.convert("RGB"))).permute(2, 0, 1)[None].float() / 127.5 - 1
 
 
 def to_image(tensor):
@@ -48,8 +48,8 @@ def to_image(tensor):
 
 
 def composite(picture, drawn, mask):
-    """picture + mask · (drawn − picture), both RGB of one size, mask (H,W) in [0,1]; where mask is 0, the picture to the bit."""
-    old, new = (np.asarray(p, dtype=np.float32) for p in (picture, drawn))
+    """picture + mask · (drawn − picture), of one size, mask (H,W) in [0,1]; where mask is 0, the picture to the bit."""
+    old, new = (np.asarray(p.convert("RGB"), dtype=np.float32) for p in (picture, drawn))
     return Image.fromarray(np.round(old + mask.cpu().numpy()[:, :, None] * (new - old)).astype(np.uint8))
 
 

@@ -118,6 +118,8 @@ def sample(sdxl, conditioning, unconditional, seed, size, *, image=None, mask=No
     steps = denoise(sdxl, start, conditioning, unconditional, image=latents, strength=strength, generators=made, hook=hook, **options)
     for step in progress(steps) if progress else steps:
         pass
+    if not step.x_prev.isfinite().all():
+        raise FloatingPointError("the UNet's latents became NaN or infinite: is a LoRA damaged, or its scale too large?")
     return images.to_image(sdxl.vae.decode(step.x_prev)[0])
 
 

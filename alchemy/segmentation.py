@@ -18,7 +18,8 @@ def positions(sdxl, prompt, word):
     """Where the word's tokens stand among the 77 of the prompt. Raises ValueError where it is not there."""
     found = sdxl.tokenizers[0].find(prompt, word)
     if not found:
-        raise ValueError(f"the word {word!r} is not in the prompt {prompt!r}")
+        cut = sdxl.tokenizers[0].lost(prompt)
+        raise ValueError(f"the word {word!r} is not in the prompt {prompt!r}" + (f", of which {cut!r} is cut off" if cut else ""))
     return sorted({place for occurrence in found for place in occurrence})
 
 

@@ -10,18 +10,21 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
+import alchemy
 import checkpoints
 import insert
 import sample
 import train
 from alchemy import command
-from alchemy.command import training
 from alchemy.sdxl import SDXL
 
 ROOT = Path(__file__).resolve().parents[1]
-MAIN = {"train.py": lambda argv: training.main(train.read_flags(argv)), "sample.py": sample.main, "insert.py": insert.main}
+MAIN = {"train.py": train.main, "sample.py": sample.main, "insert.py": insert.main}
+PROMPT, SCENE = "a photo of a sks dog in a park", "a photo of a dog in a park"
+MADE = {}  # what one session makes but once, though a fixture that is imported is another one in each file
 STEPS = 3  # of a picture, where a test does not say otherwise
 
 
@@ -96,7 +99,9 @@ def photos(folder, count=3):
 @pytest.fixture(scope="session")
 def tiny(tmp_path_factory):
     """A checkpoint folder of random weights: 32 x 32 pixels, VAE factor 4."""
-    return checkpoints.write_folder(tmp_path_factory.mktemp("tiny") / "tiny")
+    if "tiny" not in MADE:
+        MADE["tiny"] = checkpoints.write_folder(tmp_path_factory.mktemp("tiny") / "tiny")
+    return MADE["tiny"]
 
 
 @pytest.fixture(autouse=True)
@@ -105,3 +110,57 @@ def quick(monkeypatch, tmp_path):
     whole = SDXL.defaults.fget
     monkeypatch.setattr(SDXL, "defaults", property(lambda self: whole(self) | {"steps": STEPS}))
     monkeypatch.chdir(tmp_path)
+
+
+@pytest.fixture(scope="session")
+def lora_file(tiny, tmp_path_factory):
+    """A LoRA file that changes pictures visibly."""
+    if "lora" in MADE:
+        return MADE["lora"]
+    sdxl = alchemy.load(tiny, "cpu")
+    alchemy.add_lora(sdxl, 2)
+    for i, p in enumerate(p for name, p in sdxl.unet.named_parameters() if ".lora." in name):
+        p.data = 0.3 * torch.randn(p.shape, generator=torch.Generator().manual_seed(i))
+    MADE["lora"] = tmp_path_factory.mktemp("lora") / "subject.safetensors"
+    alchemy.save_lora(sdxl, MADE["lora"])
+    return MADE["lora"]
+
+
+@pytest.fixture
+def taught(tiny, tmp_path):
+    """taught(flags): train.py on good photos."""
+    folder = photos(tmp_path / "photos")
+    return lambda *argv: call("train.py", folder, "--class-word", "dog", "--weights", tiny, "--steps", 1, "--rank", 2, "--preview-every", 0, *argv)
+
+
+@pytest.fixture
+def drawn(tiny):
+    return lambda *argv: call("sample.py", "a dog", "--weights", tiny, *argv)
+
+
+@pytest.fixture
+def inserted(tiny, lora_file):
+    return lambda *argv: call("insert.py", SCENE, "--class-word", "dog", "--weights", tiny, "--lora", lora_file, *argv)
+
+
+@pytest.fixture
+def pictures(tiny):
+    """pictures(prompt, flags): the pixels of each picture that sample.py draws."""
+    def draw(*argv):
+        run = good(call("sample.py", *argv, "--weights", tiny))
+        return [pixels(line.split(" ", 1)[1]) for line in run.out.splitlines()]
+    return draw
+
+
+def nothing_written(folder="."):
+    """No file anywhere below, but those of the test's own making."""
+    return not [name for name in contents(folder) if name.startswith("out/") or "/." in name or name.startswith(".")]
+
+
+def pixels(path):
+    with Image.open(path) as image:
+        return np.asarray(image.convert("RGB")).copy()
+
+
+def same(a, b):
+    return a.shape == b.shape and (a == b).all()

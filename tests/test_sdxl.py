@@ -71,7 +71,7 @@ def test_widths_of_sdxl_base_are_77_x_2048_and_1280():
             return checkpoint.BUILD[name](checkpoint.CONFIGS[name].from_config(checkpoint.BASE[name])).to(dtype)
 
     configs = {name: kind.from_config(checkpoint.BASE[name]) for name, kind in checkpoint.CONFIGS.items()}
-    tokenizers = [checkpoint.Tokenizer.from_folder(checkpoint.SHIPPED / name) for name in ("tokenizer", "tokenizer_2")]
+    tokenizers = [checkpoint.Tokenizer.from_folder(checkpoint.VOCABULARY / name) for name in ("tokenizer", "tokenizer_2")]
     base = SDXL("base", read, configs, tokenizers, None, torch.device("meta"), torch.float16)
     made = base.encode_prompt(["a dog", None, "a cat"])
     assert [part.shape for part in made.parts()] == [(3, 77, 2048), (3, 1280), (3, 6)]

@@ -1,157 +1,17 @@
-"""The loss against its formula, the update against what it must not do, and the loop as train.py drives it."""
+"""The update: what it must do, what it must not, and the loop as train.py drives it."""
 import math
-from dataclasses import replace
-from types import SimpleNamespace
 
 import pytest
 import torch
 from safetensors import safe_open
 
-import alchemy
 from alchemy import data, lora
 from alchemy.command import training
-from alchemy.schedule import Schedule
-from alchemy.sdxl import Conditioning
-from alchemy.train import PATIENCE, loss, min_snr, start, train
+from alchemy.train import PATIENCE, start, train
 from checkpoints import vocabulary_read_once  # noqa: F401
+from lessons import SIZE, batch, encoded, model, parameters, run, small, spoiled, told  # noqa: F401
 from running import call, contents, good, photos, quick, refused, tiny  # noqa: F401
 
-SIZE = (32, 32)  # below, self-attention has but one place to look at at the lowest level, and to_q and to_k no gradient
-PROMPTS = ("a photo of a sks dog", "a photo of a dog")
-
-
-def draw(*shape, seed=0):
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
-
-
-@pytest.fixture
-def model(tiny):
-    """model(dtype): the tiny checkpoint with a LoRA whose both halves are random, unless it is to be fresh."""
-    def make(dtype=torch.float32, fresh=False, alpha=3.0, prediction="epsilon"):
-        sdxl = alchemy.load(tiny, "cpu", dtype)
-        sdxl.schedule = replace(sdxl.schedule, prediction=prediction)
-        alchemy.add_lora(sdxl, 2, alpha)
-        if not fresh:
-            for i, layer in enumerate(lora.attention_layers(sdxl.unet).values()):
-                layer.lora["default"].up.data = 0.1 * draw(layer.out_features, 2, seed=i).float()
-        return sdxl
-    return make
-
-
-def told(sdxl):
-    """{prompt: Conditioning}, drawn and not encoded: it takes no text encoder."""
-    dtype = torch.promote_types(sdxl.dtype, torch.float32)
-    return {p: Conditioning(draw(1, 77, 20, seed=i).to(dtype), draw(1, 10, seed=i + 9).to(dtype), torch.zeros(1, 6)) for i, p in enumerate(PROMPTS)}
-
-
-def batch(count=3, dtype=torch.float64):
-    ids = torch.tensor([[40.0 + i, 44, i, 4, *SIZE] for i in range(count)])
-    return data.Batch(draw(count, 4, 8, 8).to(dtype), draw(count, 4, 8, 8, seed=1).to(dtype), torch.tensor([3, 420, 981])[:count], ids,
-                      [PROMPTS[0]] * count)
-
-
-def encoded(count=2, std=0.3):
-    """Photos as data.encode makes them."""
-    return [data.Photo(((draw(4, 10, 10, seed=i).float(), torch.full((4, 10, 10), std)),), (40, 40), PROMPTS[0]) for i in range(count)]
-
-
-def parameters(sdxl):
-    return {name: p for name, p in sdxl.unet.named_parameters() if ".lora." in name}
-
-
-def run(sdxl, state, steps, **options):
-    """(step, loss) of each step; settings are small."""
-    options = dict(size=SIZE, class_prompt=PROMPTS[1]) | options
-    return list(train(sdxl, options.pop("photos", None) or encoded(), told(sdxl), state, steps=steps, **options))
-
-
-class OneLayer(torch.nn.Module):
-    """The least that can be trained, for what the network has no part in."""
-
-    def __init__(self):
-        super().__init__()
-        self.layer = lora.LoRALinear(4, 4)
-        self.layer.requires_grad_(False)
-        lora.put(self.layer, "default", draw(2, 4).float(), draw(4, 2, seed=1).float(), 2)
-
-    def forward(self, x, *_):
-        return self.layer(x.movedim(1, -1)).movedim(-1, 1)
-
-
-def small():
-    torch.manual_seed(0)
-    return SimpleNamespace(unet=OneLayer(), schedule=Schedule.from_config({}), factor=4, device=torch.device("cpu"), dtype=torch.float32)
-
-
-# The loss
-
-def by_hand(sdxl, base, drawn, prior_weight, gamma):
-    """The formula at the top of alchemy/train.py, sample by sample and number by number."""
-    beta = torch.linspace(0.00085 ** 0.5, 0.012 ** 0.5, 1000, dtype=torch.float64) ** 2
-    total, prompts, v = 0.0, told(sdxl), sdxl.schedule.prediction != "epsilon"
-    for i, t in enumerate(drawn.t.tolist()):
-        ab = math.prod(1 - float(b) for b in beta[:t + 1])
-        x_0, eps, ids = drawn.x_0[i:i + 1], drawn.eps[i:i + 1], drawn.time_ids[i:i + 1]
-        x_t = ab ** 0.5 * x_0 + (1 - ab) ** 0.5 * eps
-        target = ab ** 0.5 * eps - (1 - ab) ** 0.5 * x_0 if v else eps
-        snr = ab / (1 - ab)
-        weight = min(gamma, snr) / (snr + 1 if v else snr) if gamma else 1.0
-        subject, of_class = ((unet(x_t, t, prompts[p].context, prompts[p].pooled, ids)) for unet, p in ((sdxl.unet, PROMPTS[0]), (sdxl.unet, PROMPTS[1])))
-        kept = base.unet(x_t, t, prompts[PROMPTS[1]].context, prompts[PROMPTS[1]].pooled, ids).detach()
-        total = total + weight * ((target - subject) ** 2).mean() + prior_weight * weight * ((kept - of_class) ** 2).mean()
-    return total / len(drawn.t)
-
-
-@pytest.mark.parametrize("prediction", ["epsilon", "v_prediction"])
-@pytest.mark.parametrize("prior_weight, gamma", [(0.0, 5.0), (1.0, 5.0), (0.25, 0.0), (0.7, 1.5)])
-def test_the_loss_is_its_formula_and_so_is_its_gradient(model, tiny, prediction, prior_weight, gamma):
-    sdxl, base, drawn = model(torch.float64, prediction=prediction), alchemy.load(tiny, "cpu", torch.float64), batch()
-    ours = loss(sdxl, drawn, told(sdxl), PROMPTS[1], prior_weight, gamma)
-    theirs = by_hand(sdxl, base, drawn, prior_weight, gamma)
-    assert abs((ours - theirs).item()) <= 1e-9 * theirs.item() and theirs.item() > 1e-3
-    ps = list(parameters(sdxl).values())
-    for a, b in zip(torch.autograd.grad(ours, ps), torch.autograd.grad(theirs, ps)):
-        assert (a - b).norm() <= 1e-6 * b.norm()  # the adapter is float32
-
-
-def test_without_a_class_prompt_there_is_no_prior(model):
-    sdxl, drawn = model(torch.float64), batch()
-    assert torch.equal(loss(sdxl, drawn, told(sdxl)), loss(sdxl, drawn, told(sdxl), PROMPTS[1], prior_weight=0))
-    assert not torch.equal(loss(sdxl, drawn, told(sdxl)), loss(sdxl, drawn, told(sdxl), PROMPTS[1]))
-
-
-def test_a_fresh_lora_has_no_prior_loss_yet(model):
-    sdxl, drawn = model(torch.float64, fresh=True), batch()
-    a, b = loss(sdxl, drawn, told(sdxl)), loss(sdxl, drawn, told(sdxl), PROMPTS[1])
-    assert abs((a - b).item()) < 1e-12
-
-
-def test_the_loss_leaves_the_scales_of_adapters_as_they_were(model):
-    sdxl = model()
-    adapters = [layer.lora["default"] for layer in lora.attention_layers(sdxl.unet).values()]
-    for i, a in enumerate(adapters):
-        a.scale = 0.1 * i
-    loss(sdxl, batch(dtype=torch.float32), told(sdxl), PROMPTS[1])
-    assert [a.scale for a in adapters] == [0.1 * i for i in range(len(adapters))]
-
-
-@pytest.mark.parametrize("prediction, expected", [
-    ("epsilon", lambda snr: min(5, snr) / snr), ("v_prediction", lambda snr: min(5, snr) / (snr + 1))])
-def test_min_snr_weights_are_those_of_the_paper(prediction, expected):
-    schedule = replace(Schedule.from_config({}), prediction=prediction)
-    t = torch.tensor([0, 100, 300, 500, 999])
-    ab = schedule.alpha_bar[t]
-    for weight, a in zip(min_snr(schedule, t, 5).tolist(), ab.tolist()):
-        assert math.isclose(weight, expected(a / (1 - a)), rel_tol=1e-12)
-    assert torch.equal(min_snr(schedule, t, 0), torch.ones(5, dtype=torch.float64))
-
-
-def test_v_predictions_weights_are_finite_at_zero_terminal_snr():
-    schedule = replace(Schedule.from_config({}), prediction="v_prediction").zero_terminal_snr()
-    assert min_snr(schedule, torch.tensor([999]), 5).tolist() == [0.0]
-
-
-# The update
 
 def gradients(sdxl, **options):
     state = start(parameters(sdxl), 1e-3)
@@ -228,28 +88,6 @@ def test_an_overfit_brings_the_loss_down(model, monkeypatch):
 
 
 # What is not finite
-
-class Spoiled:
-    """A UNet whose predictions are not finite at the calls of these numbers."""
-
-    def __init__(self, unet, calls, value=float("nan")):
-        self.unet, self.calls, self.value, self.count = unet, calls, value, 0
-
-    def __call__(self, *inputs):
-        self.count += 1
-        out = self.unet(*inputs)
-        return out * self.value if self.count in self.calls else out
-
-    def modules(self):
-        return self.unet.modules()
-
-    def named_modules(self):
-        return self.unet.named_modules()
-
-
-def spoiled(sdxl, calls, value=float("nan")):
-    return SimpleNamespace(unet=Spoiled(sdxl.unet, calls, value), schedule=sdxl.schedule, factor=sdxl.factor, device=sdxl.device, dtype=sdxl.dtype)
-
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_a_step_that_is_not_finite_is_not_applied(value):

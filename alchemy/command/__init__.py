@@ -93,7 +93,7 @@ def add_drawing(p):
     g.add_argument("--guidance", type=WEIGHT, metavar="G",         help=by_checkpoint("guidance", "classifier-free guidance; 1 is none"))
     g.add_argument("--eta",      type=SHARE, metavar="E",             help="share of the noise drawn anew at each step, 0 to 1 (default: the sampler's)")
     g.add_argument("--size",     type=size,  metavar="N|WxH",         help=by_checkpoint("size", "pixels"))
-    g.add_argument("--seed",     type=SEED, default=0, metavar="N",   help="of the first picture (default: 0)")
+    g.add_argument("--seed",     type=SEED, default=0, metavar="N",   help="of the noise: equal seeds draw equal pictures (default: 0)")
 
 
 def drawing(args):

@@ -51,8 +51,7 @@ def encode(args, sdxl):
     for name in skipped:
         command.say(f"skipped {name}: not a JPEG, PNG or WebP")
     subject, of_class = (args.caption.replace("{}", name) for name in (f"{args.token} {args.class_word}", args.class_word))
-    photos = [data.encode(sdxl, path, args.size, subject, args.mirror)
-              for path in command.progress(found, len(found), "encoding", lambda path: path.name)]
+    photos = list(command.progress((data.encode(sdxl, path, args.size, subject, args.mirror) for path in found), len(found), "encoding"))
     prompts = {prompt: sdxl.encode_prompt([prompt], args.size) for prompt in (subject, of_class, UNRELATED)}
     unconditional = sdxl.encode_prompt([None], args.size)
     sdxl.free("text_encoders")
@@ -90,6 +89,8 @@ def main(args):
     # All that was asked for can be had: what was here before may go.
     for old in () if args.resume else ("lora.safetensors", "state.safetensors", "preview.png", "loss.png"):
         (out / old).unlink(missing_ok=True)
+    if args.resume and (out / "preview.png").exists():  # the sheet starts anew; what it showed so far stays beside it
+        (out / "preview.png").rename(command.free_path(out / "preview.png"))
     save_json(command.settings_of(args), out / "settings.json")
     ended = steps(args, out, sdxl, photos, prompts, unconditional, state)
     if ended:
@@ -103,6 +104,8 @@ def steps(args, out, sdxl, photos, prompts, unconditional, state):
     stop, rows, path = Stop(), [], out / "state.safetensors"
     running = train(sdxl, photos, prompts, state, steps=args.steps, size=args.size, batch=args.batch, accumulation=args.accumulation,
                     warmup=args.warmup, class_prompt=list(prompts)[1], prior_weight=args.prior_weight, gamma=args.snr_gamma, seed=args.seed)
+    if not path.exists():
+        state.save(path, {"kind": "lora"})  # so that there is a good one, whatever comes
     try:
         for step, loss in command.progress(running, args.steps - state.step, "training", lambda item: f"loss {item[1]:.4f}"):
             if stop.signal or step == args.steps or step % args.save_every == 0:
@@ -114,9 +117,7 @@ def steps(args, out, sdxl, photos, prompts, unconditional, state):
                 page = sheets.sheet(rows + [[("loss", sheets.curve(state.losses))]])
                 images.save_png(page, out / "preview.png", command.settings_of(args))
     except FloatingPointError as error:
-        if not path.exists():  # an older state is better: what comes just before NaN has often gone astray already
-            state.save(path, {"kind": "lora"})
-        raise FloatingPointError(f"{error}; --resume goes on from {path}") from None
+        raise FloatingPointError(f"{error}; --resume goes on from {path}") from None  # not from now: the steps before NaN went astray
     finally:
         stop.release()
     return None

@@ -21,7 +21,7 @@ from ..tokenizer import Tokenizer
 from ..unet import UNet, UNetConfig
 from ..vae import VAE, VAEConfig
 
-SHIPPED = Path(__file__).resolve().parents[2] / "weights" / "mini"
+VOCABULARY = Path(__file__).resolve().parents[2] / "weights" / "mini"
 CONFIGS = {"unet": UNetConfig, "vae": VAEConfig, "text_encoder": TextConfig, "text_encoder_2": TextConfig}
 BUILD = {"unet": UNet, "vae": VAE, "text_encoder": TextEncoder, "text_encoder_2": partial(TextEncoder, projection=True)}
 BASE = {"unet": {}, "vae": {}, "text_encoder": {}, "text_encoder_2": dict(  # where SDXL base differs from the classes' defaults
@@ -70,7 +70,7 @@ def load(source, device="auto", dtype="auto", *, config=None, vae=None, revision
         return network
 
     # A single file brings no vocabulary; it is the same for all SDXL, and the one that ships serves.
-    words = folder if folder and (folder / "tokenizer").is_dir() else SHIPPED
+    words = folder if folder and (folder / "tokenizer").is_dir() else VOCABULARY
     tokenizers = tuple(Tokenizer.from_folder(words / name) for name in ("tokenizer", "tokenizer_2"))
     return SDXL(str(source), read, configs, tokenizers, Schedule.from_config(schedule), device, dtype,
                 zeros_for_none=index.get("force_zeros_for_empty_prompt", True))

@@ -62,11 +62,12 @@ def curve(values, width=512, height=256):
     good = np.isfinite(values)
     if not good.any():
         return page
-    margin, top = 44, max(float(np.quantile(values[good], 0.98)), 1e-6)
-    mean, means = None, []
-    for v in values:
-        mean = mean if not np.isfinite(v) else v if mean is None else 0.95 * mean + 0.05 * v
-        means.append(mean)
+    margin, top = 52, max(float(np.quantile(values[good], 0.98)), 1e-6)
+    total = weight = 0.0
+    means = []
+    for v in values:  # divided by the weight that there is so far, or the first value would hang on for long
+        total, weight = (0.95 * total + v, 0.95 * weight + 1) if np.isfinite(v) else (total, weight)
+        means.append(total / weight if weight else None)
 
     def at(i, v):
         return (margin + i / max(len(values) - 1, 1) * (width - margin - 10), height - 24 - min(v / top, 1.0) * (height - 40))
@@ -74,9 +75,9 @@ def curve(values, width=512, height=256):
     for i, v in enumerate(values):
         if np.isfinite(v):
             x, y = at(i, v)
-            draw.ellipse((x - 1, y - 1, x + 1, y + 1), fill=(200, 200, 206))
+            draw.ellipse((x - 1.5, y - 1.5, x + 1.5, y + 1.5), fill=(168, 168, 178))
     draw.line([at(i, m) for i, m in enumerate(means) if m is not None], fill=LINE, width=2)
     draw.line([at(0, top), at(0, 0), at(len(values) - 1, 0)], fill=INK)
-    for label, x, y in ((f"{top:.3g}", 4, 10), ("0", margin - 14, height - 32), (f"step {len(values)}", width - 76, height - 20), ("loss", 4, height // 2 - 8)):
+    for label, x, y in ((f"{top:.2g}", 4, 10), ("0", margin - 14, height - 32), (f"step {len(values)}", width - 76, height - 20), ("loss", 4, height // 2 - 8)):
         draw.text((x, y), label, INK, font(13))
     return page

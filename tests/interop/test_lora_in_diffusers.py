@@ -1,0 +1,91 @@
+"""Our LoRA files in diffusers, and its files here: the UNet's output is the same."""
+import pytest
+
+diffusers = pytest.importorskip("diffusers")
+peft = pytest.importorskip("peft")
+
+import torch  # noqa: E402
+
+import alchemy  # noqa: E402
+from alchemy import lora  # noqa: E402
+from test_checkpoints import built  # noqa: E402
+
+RANK, ALPHA = 4, 6.0
+TARGETS = [*lora.ATTENTION]
+
+
+def output(unet, latents, t, context, pooled, ids):
+    return unet(latents, t, context, added_cond_kwargs={"text_embeds": pooled, "time_ids": ids}).sample
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("saved")
+    built().save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def inputs():
+    made = torch.Generator().manual_seed(3)
+    ids = torch.tensor([[40.0, 24, 0, 4, 40, 24]] * 2)
+    return torch.randn(2, 4, 10, 6, generator=made), torch.tensor([7, 801]), torch.randn(2, 77, 20, generator=made), torch.randn(2, 10, generator=made), ids
+
+
+@pytest.fixture
+def ours(saved):
+    sdxl = alchemy.load(saved, "cpu")
+    alchemy.add_lora(sdxl, RANK, ALPHA)
+    for i, layer in enumerate(lora.attention_layers(sdxl.unet).values()):
+        layer.lora["default"].up.data = 0.1 * torch.randn(layer.out_features, RANK, generator=torch.Generator().manual_seed(i))
+    return sdxl
+
+
+def agree(a, b, base):
+    assert (a - b).norm() <= 3e-6 * b.norm() and (a - b).abs().max() <= 3e-6 * b.abs().max()
+    assert (a - base).norm() > 1e-2 * base.norm()  # and the LoRA does something
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("form", ["kohya", "diffusers"])
+@pytest.mark.parametrize("scale", [1.0, 0.6])
+def test_our_files_draw_the_same_there(ours, inputs, tmp_path, form, scale):
+    alchemy.save_lora(ours, tmp_path / "lora.safetensors", format=form, facts={"prompt": "a photo of a sks dog"})
+    pipe = built()
+    base = output(pipe.unet, *inputs)
+    pipe.load_lora_weights(tmp_path, weight_name="lora.safetensors", adapter_name="subject")
+    pipe.set_adapters("subject", scale)
+    for layer in lora.attention_layers(ours.unet).values():
+        layer.lora["default"].scale = scale
+    agree(ours.unet(*inputs), output(pipe.unet, *inputs), base)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("told", ["alpha in the header", "alpha by layer in the header", "no word on alpha"])
+def test_its_files_draw_the_same_here(saved, inputs, tmp_path, told):
+    pipe = built()
+    base = output(pipe.unet, *inputs)
+    alpha = RANK if told == "no word on alpha" else ALPHA
+    pattern = {"mid_block.attentions.0.transformer_blocks.0.attn1.to_q": 1.5, "attn2.to_k": 9.0} if "by layer" in told else {}
+    torch.manual_seed(0)
+    pipe.unet.add_adapter(peft.LoraConfig(r=RANK, lora_alpha=alpha, target_modules=TARGETS, init_lora_weights=False, alpha_pattern=pattern), "default")
+    metadata = None if told == "no word on alpha" else {k: list(v) if isinstance(v, set) else v for k, v in pipe.unet.peft_config["default"].to_dict().items()}
+    state = diffusers.utils.convert_state_dict_to_diffusers(peft.get_peft_model_state_dict(pipe.unet))
+    diffusers.StableDiffusionXLPipeline.save_lora_weights(tmp_path, unet_lora_layers=state, unet_lora_adapter_metadata=metadata)
+    sdxl = alchemy.load(saved, "cpu")
+    alchemy.load_lora(sdxl, tmp_path / "pytorch_lora_weights.safetensors")
+    agree(sdxl.unet(*inputs), output(pipe.unet, *inputs), base)
+
+
+@torch.no_grad()
+def test_its_conversion_to_kohyas_names_draws_the_same_here(saved, inputs, tmp_path):
+    from safetensors.torch import save_file
+    pipe = built()
+    base = output(pipe.unet, *inputs)
+    torch.manual_seed(0)
+    pipe.unet.add_adapter(peft.LoraConfig(r=RANK, lora_alpha=RANK, target_modules=TARGETS, init_lora_weights=False))
+    state = {f"unet.{k}": v for k, v in peft.get_peft_model_state_dict(pipe.unet).items()}
+    save_file({k: v.contiguous() for k, v in diffusers.utils.convert_state_dict_to_kohya(state).items()}, tmp_path / "kohya.safetensors")
+    sdxl = alchemy.load(saved, "cpu")
+    alchemy.load_lora(sdxl, tmp_path / "kohya.safetensors")
+    agree(sdxl.unet(*inputs), output(pipe.unet, *inputs), base)
