@@ -99,8 +99,7 @@ def insert(sdxl, prompt, class_word, token, *, image=None, mask=None, seed=0, si
     named = with_token(prompt, class_word, token)
     chosen = {k: sdxl.defaults[k] if v is None else v for k, v in
               (("strength", strength), ("threshold", threshold), ("dilate", dilate))}
-    if image and image.mode != "RGB":
-        image = image.convert("RGB")
+    image = image.convert("RGB") if image and image.mode != "RGB" else image
     soft, drawing = mask, dict(seed=seed, negative_prompt=negative_prompt, progress=progress, **options)
     with lora.scaled(sdxl.unet, 0):  # stage 1 is the unmodified model's
         if image is None and mask is None:

@@ -119,7 +119,7 @@ class FullDisk:
 def test_when_the_disk_is_full_the_file_is_named_and_no_half_of_it_stays(taught, drawn, inserted, monkeypatch, after):
     picture(32, 32).save("own.png")
     Image.fromarray(np.pad(np.full((16, 16), 255, dtype=np.uint8), 8)).save("mask.png")
-    for name, run, whole in (("t", lambda: taught("--out", "t"), ["settings.json", "state.safetensors", "lora.safetensors", "loss.png"]),
+    for name, run, whole in (("t", lambda: taught("--out", "t"), ["settings.json", "state.safetensors", "state.safetensors", "lora.safetensors"]),
                              ("s", lambda: drawn("--out", "s", "--count", 4), [f"000{i}.png" for i in range(4)]),
                              ("i", lambda: inserted("--image", "own.png", "--mask", "mask.png", "--out", "i"), ["result.png", "scene.png", "soft_mask.png", "mask.png"])):
         with monkeypatch.context() as patch:
@@ -128,7 +128,7 @@ def test_when_the_disk_is_full_the_file_is_named_and_no_half_of_it_stays(taught,
         lines = [line for line in ended.err.splitlines() if line.startswith("error:")]
         assert ended.status == 2 and len(lines) == 1 and "Traceback" not in ended.err
         assert f"{name}/{whole[after]}: could not be written (No space left on device)" in lines[0]
-        assert sorted(contents(name)) == sorted(whole[:after])
+        assert sorted(contents(name)) == sorted(set(whole[:after]))
     good(call("train.py", "--out", "t", "--resume")) if after == 3 else None  # all that was paid for is in the state
 
 

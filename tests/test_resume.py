@@ -76,16 +76,15 @@ HALF_A_STATE = """
 
 
 @pytest.mark.parametrize("step, action, status, saved", [
-    (1, kill("SIGINT"), 130, 1), (5, kill("SIGTERM"), 143, 5), (1, kill("SIGKILL"), -9, None), (5, kill("SIGKILL"), -9, 4), (4, HALF_A_STATE, -9, 2)])
+    (1, kill("SIGINT"), 130, 1), (5, kill("SIGTERM"), 143, 5), (1, kill("SIGKILL"), -9, 0), (5, kill("SIGKILL"), -9, 4), (4, HALF_A_STATE, -9, 2)])
 def test_the_file_after_an_interruption_is_that_of_an_unbroken_run(flags, expected, step, action, status, saved):
     run = process(*flags, before=at(step, action))
     assert run.status == status and "Traceback" not in run.err and "lora.safetensors" not in contents("run"), run.err
     if status > 0:
         assert run.err.splitlines()[-1] == f"stopped after step {step}; the same command with --resume goes on"
-    assert ("state.safetensors" in contents("run")) == bool(saved)
-    assert not saved or step_of("run/state.safetensors") == saved
+    assert step_of("run/state.safetensors") == saved
     run = good(call("train.py", "--out", "run", "--resume"))
-    assert (f"resuming at step {saved} of {STEPS}" in run.err) == bool(saved)
+    assert f"resuming at step {saved} of {STEPS}" in run.err
     assert contents("run")["lora.safetensors"] == expected
     assert not [name for name in contents("run") if name.startswith(".") or "state" in name]
 
@@ -118,8 +117,24 @@ def test_interrupted_after_every_step_it_still_ends_in_the_same_file(flags, expe
 def test_a_second_interrupt_ends_the_run_at_once(flags, stopped):
     before = signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)
     run = stopped(flags, signal.SIGINT, times=2)
-    assert run.status == 130 and run.err.splitlines()[-1] == "interrupted" and sorted(contents("run")) == ["settings.json"]
+    assert run.status == 130 and run.err.splitlines()[-1] == "interrupted" and step_of("run/state.safetensors") == 0
     assert before == (signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM))
+
+
+def test_what_the_previews_showed_before_stays(flags, stopped):
+    assert stopped((*flags, "--preview-every", 1, "--steps", 2), step=1).status == 143
+    before = contents("run")["preview.png"]
+    good(call("train.py", "--out", "run", "--resume", "--steps", 3))
+    after = contents("run")
+    assert after["preview-1.png"] == before != after["preview.png"]
+
+
+def test_stopped_after_its_last_step_a_run_has_only_to_be_finished(flags, stopped):
+    assert stopped((*flags, "--preview-every", 1, "--steps", 2), step=1).status == 143
+    before = contents("run")["preview.png"]
+    run = good(call("train.py", "--out", "run", "--resume"))
+    assert [p.name for p in run.wrote] == ["lora.safetensors", "preview.png", "loss.png", "settings.json"]
+    assert sorted(contents("run")) == sorted(p.name for p in run.wrote) and contents("run")["preview.png"] == before
 
 
 def test_the_settings_come_back_and_flags_go_over_them(flags, stopped):

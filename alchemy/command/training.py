@@ -89,8 +89,6 @@ def main(args):
     # All that was asked for can be had: what was here before may go.
     for old in () if args.resume else ("lora.safetensors", "state.safetensors", "preview.png", "loss.png"):
         (out / old).unlink(missing_ok=True)
-    if args.resume and (out / "preview.png").exists():  # the sheet starts anew; what it showed so far stays beside it
-        (out / "preview.png").rename(command.free_path(out / "preview.png"))
     save_json(command.settings_of(args), out / "settings.json")
     ended = steps(args, out, sdxl, photos, prompts, unconditional, state)
     if ended:
@@ -113,6 +111,8 @@ def steps(args, out, sdxl, photos, prompts, unconditional, state):
             if stop.signal:
                 return stop.signal
             if args.preview_every and (step % args.preview_every == 0 or step == args.steps):
+                if not rows and (out / "preview.png").exists():  # of before a stop: the sheet starts anew, that one stays beside it
+                    (out / "preview.png").rename(command.free_path(out / "preview.png"))
                 rows.append(preview(args, sdxl, prompts, unconditional, step))
                 page = sheets.sheet(rows + [[("loss", sheets.curve(state.losses))]])
                 images.save_png(page, out / "preview.png", command.settings_of(args))
