@@ -15,7 +15,7 @@ TABLE = (
     ("look",          0.2,      0.2,      "share of T that a picture is noised by to be segmented; by the sweep on the miniature"),
     ("window",        (0.1, 0.7), (0.1, 0.7), "timesteps whose attention counts while a scene is drawn, as shares of T; likewise"),
     ("sharpening",    1,        1,        "times that self-attention spreads the word's map; likewise"),
-    ("threshold",     0.5,      0.5,      "of the soft mask; likewise"),
+    ("threshold",     0.4,      0.4,      "of the soft mask; likewise"),
     ("dilate",        0.03,     0.03,     "of the shorter side; likewise"),
 )
 

@@ -97,6 +97,8 @@ def insert(sdxl, prompt, class_word, token, *, image=None, mask=None, seed=0, si
     mask, brought to full resolution (None: only where the picture is larger than what the checkpoint draws). options: of denoise.
     """
     named = with_token(prompt, class_word, token)
+    if mask is not None and not mask.any():
+        raise ValueError("the mask is empty: nothing may change")
     chosen = {k: sdxl.defaults[k] if v is None else v for k, v in
               (("strength", strength), ("threshold", threshold), ("dilate", dilate))}
     image = image.convert("RGB") if image and image.mode != "RGB" else image
@@ -112,8 +114,6 @@ def insert(sdxl, prompt, class_word, token, *, image=None, mask=None, seed=0, si
         mask = to_mask(soft, chosen["threshold"], chosen["dilate"])
     elif mask.shape != image.size[::-1]:
         raise ValueError(f"the mask is {mask.shape[1]}x{mask.shape[0]}, the picture {image.width}x{image.height}")
-    elif not mask.any():
-        raise ValueError("the mask is empty: nothing may change")
 
     # Stage 2, on a part of the picture at the working size.
     own = image.size[0] * image.size[1] > 1.5 * sdxl.size[0] * sdxl.size[1] if crop is None else crop

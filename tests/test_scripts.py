@@ -46,7 +46,7 @@ def test_every_flag_is_explained_and_one_spelling_means_the_same_everywhere():
 
 def test_with_no_argument_each_script_is_complete(tmp_path):
     args = train.read_flags([])
-    assert args.class_word == "dog" and args.token == "sks" and args.out == "out/dog-poodle" and args.weights == str(command.MINI)
+    assert args.class_word == "dog" and args.token == "sks" and args.out == "out/dog-poodle" and args.weights == command.MINI
     assert list(command.SUBJECT.iterdir())
     for given in (sample.parse([]), insert.parse([])):
         assert "dog" in given.prompt and given.lora == [(str(command.SHIPPED), 1.0)]

@@ -12,7 +12,7 @@ from ..defaults import TABLE
 from ..samplers import SAMPLERS
 
 ROOT = Path(__file__).resolve().parents[2]
-MINI = ROOT / "weights" / "mini"
+MINI = "weights/mini"                                         # wherever the repository lies and the script is called from
 SUBJECT = ROOT / "weights" / "subjects" / "dog-poodle"       # the example: a dog that the miniature has never seen
 TAUGHT = Path("out") / "dog-poodle" / "lora.safetensors"      # what train.py's defaults write
 SHIPPED = ROOT / "weights" / "subjects" / "dog-poodle.safetensors"
@@ -68,14 +68,17 @@ def scaled_file(text):
     """"FILE" or "FILE:0.8" to (path, scale)."""
     path, colon, scale = text.rpartition(":")
     try:
-        return (path, float(scale)) if colon else (text, 1.0)
+        path, scale = (path, float(scale)) if colon else (text, 1.0)
     except ValueError:
         return text, 1.0  # the colon belongs to the path
+    if not math.isfinite(scale):
+        raise argparse.ArgumentTypeError(f"{text!r} has no finite scale; give FILE, or FILE:0.8")
+    return path, scale
 
 
 def add_checkpoint(p):
     g = p.add_argument_group("checkpoint")
-    g.add_argument("--weights",  default=str(MINI), metavar="PATH|ID", help="folder, .safetensors file or Hub id of an SDXL checkpoint (default: the miniature that ships)")
+    g.add_argument("--weights",  default=MINI,  metavar="PATH|ID", help="folder, .safetensors file or Hub id of an SDXL checkpoint (default: the miniature that ships)")
     g.add_argument("--vae",      metavar="PATH|ID",                   help="another VAE")
     g.add_argument("--config",   metavar="FOLDER",                    help="configurations for a single file (default: SDXL base's)")
     g.add_argument("--revision", metavar="NAME",                      help="branch, tag or commit on the Hub")
@@ -107,7 +110,8 @@ def load(args):
     from ..formats.checkpoint import open_safetensors
     for path, _ in getattr(args, "lora", None) or ():
         open_safetensors(path)
-    return alchemy.load(args.weights, args.device, args.dtype, config=args.config, vae=args.vae, revision=args.revision)
+    weights = ROOT / MINI if args.weights == MINI else args.weights
+    return alchemy.load(weights, args.device, args.dtype, config=args.config, vae=args.vae, revision=args.revision)
 
 
 def default_lora():
