@@ -15,7 +15,7 @@ ROOT = Path(__file__).resolve().parents[2]
 MINI = "weights/mini"                                         # wherever the repository lies and the script is called from
 SUBJECT = ROOT / "weights" / "subjects" / "dog-poodle"       # the example: a dog that the miniature has never seen
 TAUGHT = Path("out") / "dog-poodle" / "lora.safetensors"      # what train.py's defaults write
-SHIPPED = ROOT / "weights" / "subjects" / "dog-poodle.safetensors"
+SHIPPED = ROOT / "weights" / "example.safetensors"            # the same, before anything is taught
 EXAMPLE = dict(class_word="dog", token="sks")
 PLACE = "in a forest"
 
