@@ -4,7 +4,6 @@ Every comparison goes through `close`; at its end pytest prints the largest devi
 """
 import json
 import os
-import signal
 import sys
 from functools import lru_cache
 from pathlib import Path
@@ -15,7 +14,6 @@ from safetensors import safe_open
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
-signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job starts with it ignored
 torch.set_num_threads(1)  # the order of additions, and so the last bit, depends on it
 
 KINDS = {"text_1": "text_encoder", "text_2": "text_encoder_2", "vae": "vae", "vae_8": "vae", "unet_a": "unet", "unet_b": "unet"}

@@ -2,6 +2,7 @@
 import contextlib
 import io
 import os
+import signal
 import subprocess
 import sys
 import warnings
@@ -106,10 +107,12 @@ def tiny(tmp_path_factory):
 
 @pytest.fixture(autouse=True)
 def quick(monkeypatch, tmp_path):
-    """Pictures of few steps, and a folder of its own to run in."""
-    whole = SDXL.defaults.fget
+    """Pictures of few steps, a folder of its own to run in, and interrupts as at a terminal (in the background they may be ignored)."""
+    whole, before = SDXL.defaults.fget, signal.signal(signal.SIGINT, signal.default_int_handler)
     monkeypatch.setattr(SDXL, "defaults", property(lambda self: whole(self) | {"steps": STEPS}))
     monkeypatch.chdir(tmp_path)
+    yield
+    signal.signal(signal.SIGINT, before)
 
 
 @pytest.fixture(scope="session")
