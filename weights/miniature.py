@@ -53,3 +53,19 @@ def pack(work):
     (out / "scheduler" / "scheduler_config.json").write_text(json.dumps(SCHEDULER, indent=2) + "\n")
     (out / "model_index.json").write_text(json.dumps(INDEX, indent=2) + "\n")
     return (f"packed step {header_of(work / 'unet.safetensors')['step']}, {sum(f.stat().st_size for f in out.rglob('*.safetensors')) / 1e6:.1f} MB")
+
+
+def unpack(work):
+    """The way back: states in work, from which weights/mini is trained on (without the optimizer's moments, which do not ship)."""
+    states = {"vae": {}, "unet": {}}
+    for name in CONFIGS:
+        (file,) = (HERE / "mini" / name).glob("*.fp16.safetensors")
+        for k, v in load_file(file).items():
+            states["vae" if name == "vae" else "unet"] |= {f"{kind}.{name}.{k}": v.float() for kind in ("weights", "ema")}
+    for name, tensors in states.items():
+        if (work / f"{name}.safetensors").exists():
+            raise FileExistsError(f"{work / name}.safetensors is there already")
+        save_file({k: v.clone() for k, v in tensors.items()}, work / f"{name}.safetensors", {"step": "0", "seconds": "0"})
+    scaling = json.loads((HERE / "mini" / "vae" / "config.json").read_text())["scaling_factor"]
+    (work / "scaling.json").write_text(json.dumps({"scaling_factor": scaling}))
+    return f"unpacked to {work}"

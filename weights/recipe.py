@@ -3,6 +3,7 @@
     python weights/recipe.py vae  --minutes 24     first the VAE: it fixes what the latents are
     python weights/recipe.py unet --minutes 90     then the UNet with both text encoders, on the VAE's latents
     python weights/recipe.py pack                  write the EMA in half precision to weights/mini
+    python weights/recipe.py unpack                the way back: states in --work from weights/mini, to go on training what ships
 
 Each goes on from its last state in --work, on CUDA where there is one. The log of each is --work/vae.log and unet.log.
 """
@@ -10,6 +11,7 @@ import argparse
 import json
 import sys
 import time
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -24,7 +26,7 @@ from alchemy.text import TextConfig, TextEncoder  # noqa: E402
 from alchemy.tokenizer import Tokenizer  # noqa: E402
 from alchemy.unet import UNet, UNetConfig  # noqa: E402
 from alchemy.vae import VAE, VAEConfig  # noqa: E402
-from miniature import CONFIGS, SCHEDULER, header_of, pack  # noqa: E402
+from miniature import CONFIGS, SCHEDULER, header_of, pack, unpack  # noqa: E402
 import world  # noqa: E402
 
 
@@ -35,7 +37,7 @@ class State:
         self.modules, self.path, self.decay, self.step, self.seconds = modules, Path(path), decay, 0, 0.0
         self.parameters = {f"{n}.{k}": p for n, m in modules.items() for k, p in m.named_parameters()}
         self.ema = {k: p.detach().clone() for k, p in self.parameters.items()}
-        self.optimizer = torch.optim.AdamW(self.parameters.values(), lr=lr, betas=(0.9, 0.99), weight_decay=0.01)
+        self.optimizer = torch.optim.AdamW(self.parameters.values(), lr=lr, betas=(0.9, 0.99), weight_decay=0.01, fused=True)
         if self.path.exists():
             self.load()
 
@@ -71,27 +73,34 @@ class State:
                     "step": torch.tensor(float(self.step))}
 
 
+FLAT = 0.6  # of the time the learning rate stays at its peak, then it falls linearly
+
+
 def learning_rate(seconds, total, peak, warmup=60):
-    """Linear warm-up, flat, and a linear fall over the last 40 % of the time."""
-    return peak * min(1.0, (1 + seconds) / warmup, max(0.02, (total - seconds) / (0.4 * total)))
+    return peak * min(1.0, (1 + seconds) / warmup, max(0.02, (total - seconds) / ((1 - FLAT) * total)))
 
 
 def train(state, minutes, peak, loss_of, log):
-    """Until the time is spent: loss_of(step) -> a scalar; a line every 50 updates, a state every 5 minutes."""
+    """Until the time is spent: loss_of(step) -> a scalar; a line every 50 updates, a state every 5 minutes and when interrupted."""
     total, before, mean = 60 * minutes, state.seconds, None
     start = saved = time.time()
-    while state.seconds < total:
-        loss = loss_of(state.step)
-        if not loss.isfinite():
-            raise FloatingPointError(f"loss is not finite at step {state.step}; the last good state is {state.path}")
-        state.update(loss, learning_rate(state.seconds, total, peak))
-        mean = loss.item() if mean is None else 0.98 * mean + 0.02 * loss.item()
-        state.seconds = before + time.time() - start
-        if state.step % 50 == 0:
-            log(f"step {state.step} loss {mean:.4f} at {state.seconds:.0f} of {total:.0f} s")
-        if time.time() - saved > 300:
-            state.save()
-            saved = time.time()
+    try:
+        while state.seconds < total:
+            loss = loss_of(state.step)
+            if not loss.isfinite():
+                raise FloatingPointError(f"loss is not finite at step {state.step}; the last good state is {state.path}")
+            state.update(loss, learning_rate(state.seconds, total, peak))
+            mean = loss.item() if mean is None else 0.98 * mean + 0.02 * loss.item()
+            state.seconds = before + time.time() - start
+            if state.step % 50 == 0:
+                log(f"step {state.step} loss {mean:.4f} at {state.seconds:.0f} of {total:.0f} s")
+            if time.time() - saved > 300:
+                state.save()
+                saved = time.time()
+    except KeyboardInterrupt:  # it may have come in the middle of an update, which EMA and Adam forgive
+        log(f"interrupted at step {state.step}; the same command goes on")
+        state.save()
+        raise SystemExit(130) from None
     state.save()
 
 
@@ -107,6 +116,8 @@ def edges(x):
 def train_vae(args, log, device):
     vae = VAE(VAEConfig.from_config(CONFIGS["vae"])).to(device, memory_format=torch.channels_last)
     state = State({"vae": vae}, args.work / "vae.safetensors", args.lr, 0.999)
+    for part in (vae.encoder, vae.quant_conv) if args.decoder_only else ():
+        part.requires_grad_(False)  # what a UNet has learned on these latents stays true
 
     def loss_of(step):
         # Mostly crops, two of each scene; now and then whole pictures go through the attention.
@@ -130,7 +141,8 @@ def train_vae(args, log, device):
         mean, std = vae.encode(x)
         psnr = -10 * torch.log10(((vae.decode(mean) - x).clamp(-2, 2) / 2).square().mean((1, 2, 3))).mean()
     log(f"PSNR {psnr:.2f} dB on 64 fresh scenes; latents: std {mean.std():.4f}, posterior std {std.mean():.4f}")
-    (args.work / "scaling.json").write_text(json.dumps({"scaling_factor": round(1 / float(mean.std()), 5)}))
+    if not args.decoder_only:
+        (args.work / "scaling.json").write_text(json.dumps({"scaling_factor": round(1 / float(mean.std()), 5)}))
 
 
 class Pool:
@@ -149,8 +161,10 @@ class Pool:
             h, w = (int(side * 1.25) // 4 * 4 if cut else side for side in self.size)
             top, left = (int(torch.randint(extra // 4 + 1, (), generator=rng)) * 4 for extra in (h - self.size[0], w - self.size[1]))
             scene = world.scene(self.next, size=(h, w))
-            scenes.append(torch.from_numpy(scene.image[top:top + self.size[0], left:left + self.size[1]].copy()))
-            told.append((scene.caption, [h, w, top, left, *self.size]))
+            window = slice(top, top + self.size[0]), slice(left, left + self.size[1])
+            scenes.append(torch.from_numpy(scene.image[window].copy()))
+            alpha = torch.from_numpy(sum(mask for _, _, mask in scene.objects)[window].copy())
+            told.append((F.avg_pool2d(alpha[None], 4).half(), scene.caption, [h, w, top, left, *self.size]))
             self.next += 1
         x = torch.stack(scenes).permute(0, 3, 1, 2).to(self.device).float() / 127.5 - 1
         mean, std = (part.half().cpu() for part in self.vae.encode(x.contiguous(memory_format=torch.channels_last)))
@@ -158,9 +172,10 @@ class Pool:
 
     def draw(self, count, generator):
         chosen = [self.items[i] for i in torch.randint(len(self.items), (count,), generator=generator).tolist()]
-        mean, std, captions, time_ids = zip(*chosen)
-        mean, std = torch.stack(mean).float(), torch.stack(std).float()
-        return (mean + std * torch.randn(mean.shape, generator=generator)).to(self.device), captions, torch.tensor(time_ids).float().to(self.device)
+        mean, std, alpha, captions, time_ids = zip(*chosen)
+        mean, std, alpha = (torch.stack(part).float() for part in (mean, std, alpha))
+        x = mean + std * torch.randn(mean.shape, generator=generator)
+        return x.to(self.device), alpha.to(self.device), captions, torch.tensor(time_ids).float().to(self.device)
 
 
 def fresh_networks(device):
@@ -176,6 +191,23 @@ def fresh_networks(device):
         for embedding in modules[name].text_model.embeddings.children():
             torch.nn.init.normal_(embedding.weight, std=0.05)
     return {name: m.to(device, memory_format=torch.channels_last) for name, m in modules.items()}
+
+
+@contextmanager
+def bfloat16(device):
+    """Autocast, except for attention on CPUs: its backward pass is several times slower there than in float32."""
+    attention = F.scaled_dot_product_attention
+
+    def in_float32(q, k, v, **options):
+        with torch.autocast(device.type, enabled=False):
+            return attention(q.float(), k.float(), v.float(), **options)
+
+    try:
+        F.scaled_dot_product_attention = attention if device.type == "cuda" else in_float32
+        with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda" or torch.cpu._is_avx512_bf16_supported()):
+            yield
+    finally:
+        F.scaled_dot_product_attention = attention
 
 
 def trained_vae(args, device):
@@ -203,33 +235,38 @@ def train_unet(args, log, device):
         count = max(1, args.batch * 64 * 64 // (size[0] * size[1])) * (2 if late else 1)
         pool = pools[size]
         pool.grow(count if len(pool.items) < 32 * count else -(-count // 4))
-        x_0, captions, time_ids = pool.draw(count, rng)
+        x_0, alpha, captions, time_ids = pool.draw(count, rng)
 
         # Captions: one in ten is dropped to zeros, three in a hundred are empty, so that both kinds of unconditional are learned.
         lot = torch.rand(count, generator=rng)
         captions = ["" if 0.10 <= lot[i] < 0.13 else c for i, c in enumerate(captions)]
         ids = [torch.tensor([tokenizer(c) for c in captions], device=device) for tokenizer in tokenizers]
-        (first, _), (second, pooled) = (modules[name](i) for name, i in zip(("text_encoder", "text_encoder_2"), ids))
         keep = (lot >= 0.10).to(device)
-        context = torch.cat([first, second], dim=-1) * keep[:, None, None]
 
         eps = torch.randn(x_0.shape, generator=rng).to(device)
-        t = torch.randint(1000, (count,), generator=rng)
+        t = ((torch.arange(count) + torch.rand(count, generator=rng)) * 1000 / count).long()  # spread evenly: a steadier gradient
         weight = (5 / schedule.snr(t)).clamp(max=1).float().to(device)  # min-SNR with gamma 5
         x_t = schedule.add_noise(x_0, eps, t).contiguous(memory_format=torch.channels_last)
-        prediction = modules["unet"](x_t, t.to(device), context, pooled * keep[:, None], time_ids)
-        return (weight * (prediction - eps).square().mean((1, 2, 3))).mean()
+        with bfloat16(device):
+            (first, _), (second, pooled) = (modules[name](i) for name, i in zip(("text_encoder", "text_encoder_2"), ids))
+            context = torch.cat([first, second], dim=-1) * keep[:, None, None]
+            prediction = modules["unet"](x_t, t.to(device), context, pooled * keep[:, None], time_ids)
+        # Objects are a sixth of a picture and most of what there is to learn: they count threefold, until the learning rate falls.
+        objects = 1 + 2 * alpha if state.seconds < FLAT * 60 * args.minutes else torch.ones_like(alpha)
+        error = ((prediction.float() - eps).square() * objects).mean((1, 2, 3)) / objects.mean((1, 2, 3))
+        return (weight * error).mean()
 
     train(state, args.minutes, args.lr, loss_of, log)
 
 
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("part", choices=("vae", "unet", "pack"))
+    parser.add_argument("part", choices=("vae", "unet", "pack", "unpack"))
     parser.add_argument("--minutes", type=float, default=60, help="of training in all, earlier runs counted in")
     parser.add_argument("--batch", type=int, default=16)
     parser.add_argument("--lr", type=float, default=1e-3)
     parser.add_argument("--small", type=float, default=0.6, help="share of the UNet's time that is spent on small pictures, before the others")
+    parser.add_argument("--decoder-only", action="store_true", help="train the VAE's decoder on the latents as they are")
     parser.add_argument("--work", type=Path, default=HERE.parent / "out" / "mini", help="folder of states and logs")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     args = parser.parse_args(argv)
@@ -242,7 +279,10 @@ def main(argv=None):
         with open(args.work / f"{args.part}.log", "a") as f:
             f.write(line + "\n")
 
-    {"vae": train_vae, "unet": train_unet, "pack": lambda *_: log(pack(args.work))}[args.part](args, log, device)
+    if args.part in ("pack", "unpack"):
+        log({"pack": pack, "unpack": unpack}[args.part](args.work))
+    else:
+        {"vae": train_vae, "unet": train_unet}[args.part](args, log, device)
 
 
 if __name__ == "__main__":
