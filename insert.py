@@ -36,6 +36,8 @@ def parse(argv):
         raise ValueError("--class-word is missing: the word in the prompt that the subject takes the place of")
     if args.class_word.lower() not in args.prompt.lower():
         raise ValueError(f"the class word {args.class_word!r} is not in the prompt {args.prompt!r}; put it there, or name another with --class-word")
+    if args.image and args.size:
+        raise ValueError("--size is of a drawn scene; the picture of --image keeps its own")
     if not args.lora:
         raise ValueError("--lora is missing: the file that train.py wrote")
     return args

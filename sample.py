@@ -28,6 +28,8 @@ def parse(argv):
         p.set_defaults(**{k: v for k, v in facts.items() if k in vars(args) and k not in ("out", "like")})
         args = p.parse_args(argv)
         args.size, args.lora = tuple(args.size), given.lora or args.lora  # --lora replaces, it does not add
+    if given.strength is not None and not args.image:
+        raise ValueError("--strength is of a picture to start from; --image names it")
     if args.prompt is None:
         args.prompt = "a photo of a {token} {class_word} ".format(**command.EXAMPLE) + command.PLACE
         args.lora = args.lora or command.default_lora()

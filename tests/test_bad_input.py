@@ -33,7 +33,9 @@ from running import (SCENE, call, contents, drawn, good, inserted, lora_file, no
     ("sample.py", ["--eta", "2"], ["--eta", "at least 0 and at most 1"]), ("sample.py", ["--seed", str(2 ** 64)], ["--seed"]),
     ("sample.py", ["--guidance", "nan"], ["--guidance"]), ("sample.py", ["--dtype", "int8"], ["--dtype", "int8", "bfloat16"]),
     *(("sample.py", ["--size", text], ["--size", text, "WIDTHxHEIGHT"]) for text in ("big", "0", "-8", "64x", "64x64x64", "1e3", "²")),
-    ("sample.py", ["--out", "beach.jpg"], ["beach.jpg", ".png"]), ("insert.py", ["--out", "beach.webp"], ["beach.webp", ".png"]),
+    ("sample.py", ["a dog", "--strength", "0.5"], ["--strength", "--image"]),
+    ("insert.py", [SCENE, "--class-word", "dog", "--image", "a.png", "--size", "64"], ["--size", "--image"]),
+    ("sample.py", ["a dog", "--config", "."], ["has configurations of its own", "single file"]), ("sample.py", ["--out", "beach.jpg"], ["beach.jpg", ".png"]), ("insert.py", ["--out", "beach.webp"], ["beach.webp", ".png"]),
     ("insert.py", [SCENE], ["--class-word is missing"]), ("insert.py", [SCENE, "--class-word", "dog"], ["--lora is missing"]),
     ("insert.py", [SCENE, "--class-word", "cat"], ["'cat'", SCENE, "--class-word"]), ("insert.py", ["--strength", "0"], ["--strength"]),
     ("insert.py", ["--strength", "1.5"], ["--strength"]), ("insert.py", ["--threshold", "-1"], ["--threshold"]), ("insert.py", ["--dilate", "7"], ["--dilate"])])

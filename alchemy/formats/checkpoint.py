@@ -45,6 +45,8 @@ def load(source, device="auto", dtype="auto", *, config=None, vae=None, revision
     device, dtype = choose_device(device, dtype)
     half = dtype.itemsize == 2
     root = find(source, [name for name in BUILD if name != "vae" or not vae], half, revision)
+    if config and root.is_dir():
+        raise ValueError(f"{root}: a folder has configurations of its own; those of {config} are for a single file")
     folder = root if root.is_dir() else find(config) if config else None  # None: SDXL base
     places = dict.fromkeys(BUILD, root) | ({"vae": find(vae, ["vae", ""], half)} if vae else {})
     configs = {name: config_of(folder, f"{name}/config.json") for name in BUILD}
