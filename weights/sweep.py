@@ -1,8 +1,9 @@
-"""Which settings segment best? Mean IoU with the true alpha over fresh renders, for each combination; segmentation's defaults come from here.
+"""Which settings segment best? Mean IoU with the true alpha over fresh renders; segmentation's defaults come from here.
 
-    python weights/sweep.py --scenes 48
+    python weights/sweep.py --scenes 24
 
-One UNet forward per scene and noise level; sharpening, threshold and dilation are then tried on the same maps.
+Each scene is noised to each of LOOKS and looked at once; noise levels, layers, sharpening and threshold are then tried on those maps.
+One level is how `segment` looks at a picture; a window of them stands for a scene that is watched while it is drawn.
 """
 import argparse
 import itertools
@@ -16,21 +17,51 @@ HERE = Path(__file__).parent
 sys.path[:0] = [str(HERE.parent), str(HERE)]
 
 import alchemy  # noqa: E402
-from alchemy import segmentation  # noqa: E402
+from alchemy import images, loop, segmentation  # noqa: E402
 import world  # noqa: E402
 
-LOOKS, POWERS, THRESHOLDS = (0.1, 0.2, 0.3, 0.4, 0.5), (0, 1, 2, 3), (0.2, 0.3, 0.4, 0.5, 0.6)
+LOOKS = tuple(k / 10 for k in range(1, 10))  # shares of T
+WINDOWS = ((0.1, 0.5), (0.1, 0.7), (0.1, 0.9), (0.3, 0.7), (0.3, 0.9))
+LAYERS = {"all": slice(None), "finest": slice(0, 1), "coarsest": slice(-1, None)}  # of cross-attention, by the size of their maps
+POWERS, THRESHOLDS = (0, 1, 2, 3), (0.2, 0.3, 0.4, 0.5)
 FIRST_SEED = 2 ** 41  # no training stream comes here
 
 
 def scenes(count):
-    """Fresh scenes of one object in the plain style, classes in turn: (PIL picture, class word, caption, true alpha (H,W))."""
+    """Fresh scenes of one object in the plain style, classes in turn: (PIL picture, class word, true alpha (H,W))."""
     words = list(world.CLASSES)
     for k in range(count):
-        instance = [i for i in world.CLASSES[words[k % len(words)]] if i not in world.HELD_OUT_INSTANCES][k // len(words) % 2]
-        scene = world.scene(FIRST_SEED + k, instance=instance, style="photo")
+        ones = [one for one in world.CLASSES[words[k % len(words)]] if one not in world.HELD_OUT_INSTANCES]
+        scene = world.scene(FIRST_SEED + k, instance=ones[k // len(words) % len(ones)], style="photo")
         word, _, alpha = scene.objects[0]
-        yield Image.fromarray(scene.image), word, scene.caption, torch.from_numpy(alpha)
+        yield Image.fromarray(scene.image), word, torch.from_numpy(alpha)
+
+
+@torch.no_grad()
+def looked_at(sdxl, picture, word):
+    """{look: WordMaps of that noise level}, each as `segment` makes it."""
+    prompt, x_0 = f"a photo of a {word}", sdxl.vae.encode(images.to_tensor(picture))[0]
+    noise, told, made = loop.noise(x_0.shape, [0]), sdxl.encode_prompt([prompt], picture.size[::-1]).parts(), {}
+    for look in LOOKS:
+        maps = segmentation.WordMaps(sdxl.unet, segmentation.positions(sdxl, prompt, word), x_0.shape[-2:])
+        t = torch.tensor([int(look * (len(sdxl.schedule.alpha_bar) - 1))])
+        with maps.watch():
+            sdxl.unet(sdxl.schedule.add_noise(x_0, noise, t), t, *told)
+        maps.take(int(t))
+        made[look] = maps
+    return made
+
+
+def combined(sdxl, made, window, layers):
+    """WordMaps of all that was seen within the window (low, high), of some layers."""
+    whole = segmentation.WordMaps(sdxl.unet, None, None)
+    for maps in (maps for look, maps in made.items() if window[0] <= look <= window[1]):
+        for mine, theirs in ((whole.cross, maps.cross), (whole.own, maps.own)):
+            for shape, (total, count) in theirs.items():
+                before = mine.get(shape, (0, 0))
+                mine[shape] = (before[0] + total, before[1] + count)
+    whole.cross = dict(sorted(whole.cross.items(), reverse=True)[LAYERS[layers]])
+    return whole
 
 
 def iou(mask, alpha):
@@ -40,19 +71,25 @@ def iou(mask, alpha):
 
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--scenes", type=int, default=48, help="(default: 48)")
+    parser.add_argument("--scenes", type=int, default=24, help="(default: 24)")
     parser.add_argument("--weights", default=str(HERE / "mini"))
     args = parser.parse_args(argv)
     sdxl, table = alchemy.load(args.weights), {}
-    for picture, word, caption, alpha in scenes(args.scenes):
-        for look, power in itertools.product(LOOKS, POWERS):
-            soft = alchemy.segment(sdxl, picture, word, look=look, power=power)
-            for threshold in THRESHOLDS:
-                table.setdefault((look, power, threshold), []).append(iou(segmentation.clean(soft >= threshold), alpha))
+    for picture, word, alpha in scenes(args.scenes):
+        made = looked_at(sdxl, picture, word)
+        for window, layers in itertools.product([(look, look) for look in LOOKS[:6]] + list(WINDOWS), LAYERS):
+            maps = combined(sdxl, made, window, layers)
+            for power in POWERS:
+                soft = segmentation.to_pixels(maps.heat(power), picture)
+                for threshold in THRESHOLDS:
+                    table.setdefault((window, layers, power, threshold), []).append(iou(segmentation.clean(soft >= threshold), alpha))
     means = sorted(((sum(v) / len(v), key) for key, v in table.items()), reverse=True)
-    print(f"{args.scenes} scenes; mean IoU of the cleaned mask, before it is grown\n\n| look | sharpening | threshold | mean IoU |\n|---|---|---|---|")
-    for mean, (look, power, threshold) in means[:10] + means[-1:]:
-        print(f"| {look} | {power} | {threshold} | {mean:.3f} |")
+    print(f"{args.scenes} scenes; mean IoU of the cleaned mask, before it is grown")
+    for title, single in (("one noise level", True), ("a window of them", False)):
+        chosen = [row for row in means if (row[1][0][0] == row[1][0][1]) == single]
+        print(f"\n| {title} | layers | sharpening | threshold | mean IoU |\n|---|---|---|---|---|")
+        for mean, (window, layers, power, threshold) in chosen[:8] + chosen[-1:]:
+            print(f"| {window[0] if single else '{} to {}'.format(*window)} | {layers} | {power} | {threshold} | {mean:.3f} |")
 
 
 if __name__ == "__main__":
