@@ -79,6 +79,7 @@ def main(argv=None):
     import torch
     import alchemy
     from alchemy import images, samplers
+    from alchemy.report.seam import seam
     image = args.image and images.read(args.image)
     mask = args.mask and torch.from_numpy(np.array(images.read(args.mask, "L"))).float() / 255
     sdxl = command.load(args)
@@ -100,10 +101,10 @@ def main(argv=None):
 
     made = alchemy.insert(sdxl, args.prompt, args.class_word, args.token, image=image, mask=mask, seed=args.seed, size=args.size, crop=args.crop,
                           negative_prompt=args.negative_prompt, progress=bar, grid=args.grid, eta=args.eta, **chosen)
-    ran = grid(chosen["strength"])
+    ran, edge = grid(chosen["strength"]), seam(made)
     command.say(f"stage 2 ran {sdxl.schedule.describe(ran, chosen['steps'])}")
-    command.say(f"changed {float((made.feathered > 0).float().mean()):.1%} of the picture; seam {made.seam:.2f} (the jump across the mask's edge over the scene's own)")
-    facts = command.settings_of(args) | chosen | {"script": "insert.py", "size": size, "first_timestep": ran[0][0], "box": made.box, "seam": round(made.seam, 4)}
+    command.say(f"changed {float((made.feathered > 0).float().mean()):.1%} of the picture; seam {edge:.2f} (the jump across the mask's edge over the scene's own)")
+    facts = command.settings_of(args) | chosen | {"script": "insert.py", "size": size, "first_timestep": ran[0][0], "box": made.box, "seam": round(edge, 4)}
     command.wrote(*write(made, result, folder, facts))
 
 

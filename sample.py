@@ -48,18 +48,19 @@ def main(argv=None):
     out, seeds = Path(args.out), range(args.seed, args.seed + args.count)
     command.folder(out.parent if command.is_picture(out) else out)
 
+    from PIL import Image, ImageOps
     from alchemy import images, loop, samplers
     image = args.image and images.read(args.image)
     sdxl = command.load(args)
+    command.put_loras(sdxl, args.lora)  # before a prompt is encoded: text encoders may have adapters too
     size, unconditional, options = loop.settings(sdxl, args.negative_prompt, args.size, command.drawing(args))
     strength = sdxl.defaults["strength"] if args.strength is None else args.strength
-    image = image and images.cover(image, size)[0]
+    image = image and ImageOps.fit(image, size[::-1], Image.LANCZOS)
     grid = sdxl.schedule.grid(options["steps"], options.get("grid"), strength if image else 1.0, samplers.find(options["sampler"]).fractional)
     command.say(f"{options['sampler']}: {sdxl.schedule.describe(grid, options['steps'])}, {size[1]}x{size[0]}")
 
     conditioning = sdxl.encode_prompt([args.prompt], size)
     sdxl.free("text_encoders")  # the UNet can use the memory
-    command.put_loras(sdxl, args.lora)
     facts = command.settings_of(args) | {"script": "sample.py", "size": size, "strength": strength, "count": 1} | options
     for seed, path in zip(seeds, places(out, seeds)):
         def bar(steps):

@@ -34,7 +34,7 @@ def parser():
     g.add_argument("--checkpointing", action=command.BooleanOptionalAction, default=None, help="less memory, a third more time (default: for SDXL)")
     g.add_argument("--seed",          type=command.SEED,  default=0, metavar="N", help="(default: 0)")
     g = p.add_argument_group("files")
-    g.add_argument("--format",        default="kohya", choices=("kohya", "diffusers"), help="names in lora.safetensors (default: kohya, which all tools read)")
+    g.add_argument("--format",        default="kohya", choices=("kohya", "diffusers", "peft"), help="names in lora.safetensors (default: kohya, which all tools read)")
     g.add_argument("--preview-every", type=command.WHOLE, metavar="N",   help="steps between previews; 0 is none (default: a quarter of the steps)")
     g.add_argument("--save-every",    type=command.COUNT, default=100, metavar="N", help="steps between states to resume from (default: 100)")
     command.add_checkpoint(p)

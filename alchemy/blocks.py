@@ -2,6 +2,8 @@
 import torch.nn.functional as F
 from torch import nn
 
+from .lora import LoRAConv2d, LoRALinear
+
 
 class ResnetBlock(nn.Module):
     """Two normalised convolutions beside a shortcut; in the UNet, the embedding emb (B, E) of the timestep is added between them."""
@@ -9,13 +11,13 @@ class ResnetBlock(nn.Module):
     def __init__(self, c_in, c_out, groups, eps, embedding=None):
         super().__init__()
         self.norm1 = nn.GroupNorm(groups, c_in, eps=eps)
-        self.conv1 = nn.Conv2d(c_in, c_out, 3, padding=1)
+        self.conv1 = LoRAConv2d(c_in, c_out, 3, padding=1)
         if embedding:
-            self.time_emb_proj = nn.Linear(embedding, c_out)
+            self.time_emb_proj = LoRALinear(embedding, c_out)
         self.norm2 = nn.GroupNorm(groups, c_out, eps=eps)
-        self.conv2 = nn.Conv2d(c_out, c_out, 3, padding=1)
+        self.conv2 = LoRAConv2d(c_out, c_out, 3, padding=1)
         if c_in != c_out:
-            self.conv_shortcut = nn.Conv2d(c_in, c_out, 1)
+            self.conv_shortcut = LoRAConv2d(c_in, c_out, 1)
         self.same = c_in == c_out
 
     def forward(self, x, emb=None):
@@ -32,7 +34,7 @@ class Downsample(nn.Module):
     def __init__(self, channels, padding):
         super().__init__()
         self.padding = padding
-        self.conv = nn.Conv2d(channels, channels, 3, stride=2, padding=padding)
+        self.conv = LoRAConv2d(channels, channels, 3, stride=2, padding=padding)
 
     def forward(self, x):
         return self.conv(x if self.padding else F.pad(x, (0, 1, 0, 1)))
@@ -43,7 +45,7 @@ class Upsample(nn.Module):
 
     def __init__(self, channels):
         super().__init__()
-        self.conv = nn.Conv2d(channels, channels, 3, padding=1)
+        self.conv = LoRAConv2d(channels, channels, 3, padding=1)
 
     def forward(self, x, size=None):
         size = size or (2 * x.shape[-2], 2 * x.shape[-1])

@@ -53,15 +53,6 @@ def composite(picture, drawn, mask):
     return Image.fromarray(np.round(old + mask.cpu().numpy()[:, :, None] * (new - old)).astype(np.uint8))
 
 
-def cover(picture, size):
-    """Scale a picture until it covers size (H, W) and cut the middle out: the picture, its scaled (H, W), and the crop's (top, left)."""
-    scale = max(size[0] / picture.height, size[1] / picture.width)
-    scaled = max(round(picture.height * scale), size[0]), max(round(picture.width * scale), size[1])
-    top, left = (scaled[0] - size[0]) // 2, (scaled[1] - size[1]) // 2
-    picture = picture.resize(scaled[::-1], Image.LANCZOS)
-    return picture.crop((left, top, left + size[1], top + size[0])), scaled, (top, left)
-
-
 def save_png(picture, path, facts):
     """A PNG whose text chunk "alchemy" holds facts (a dict) as JSON."""
     info = PngImagePlugin.PngInfo()

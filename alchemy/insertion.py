@@ -25,23 +25,6 @@ class Insertion:
     drawn: Image.Image
     result: Image.Image
 
-    @property
-    def seam(self):
-        """The mean jump from outside the mask to inside, over the scene's own at the same place: 1 is a seam that nobody can see."""
-        jumps = [boundary_jump(images.to_tensor(p)[0], self.feathered > 0) for p in (self.result, self.scene)]
-        return jumps[0] / max(jumps[1], 1 / 127.5)  # a flat scene counts as one grey level
-
-
-def boundary_jump(x, inside):
-    """The mean absolute difference of x (3,H,W) between neighbours of which one is inside and one is not."""
-    total = count = 0
-    for dim in (0, 1):
-        a, b = (inside.narrow(dim, k, inside.shape[dim] - 1) for k in (0, 1))
-        crossing = a != b
-        jump = x.narrow(dim + 1, 1, x.shape[dim + 1] - 1) - x.narrow(dim + 1, 0, x.shape[dim + 1] - 1)
-        total, count = total + float(jump.abs().mean(0)[crossing].sum()), count + int(crossing.sum())
-    return total / max(count, 1)
-
 
 def with_token(prompt, class_word, token):
     """The prompt with the token before the class word, where it first stands as a word."""
@@ -103,7 +86,7 @@ def insert(sdxl, prompt, class_word, token, *, image=None, mask=None, seed=0, si
               (("strength", strength), ("threshold", threshold), ("dilate", dilate))}
     image = image.convert("RGB") if image and image.mode != "RGB" else image
     soft, drawing = mask, dict(seed=seed, negative_prompt=negative_prompt, progress=progress, **options)
-    with lora.scaled(sdxl.unet, 0):  # stage 1 is the unmodified model's
+    with lora.scaled(sdxl, 0):  # stage 1 is the unmodified model's
         if image is None and mask is None:
             image, soft = draw_scene(sdxl, prompt, class_word, size or sdxl.size, **drawing)
         elif image is None:

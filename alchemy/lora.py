@@ -1,7 +1,9 @@
 """LoRA, a low-rank correction beside a frozen weight: y = W x + scale · (alpha/rank) · up(down(x)).   Hu et al. 2021, eq. 3
 
-LoRALinear is an nn.Linear whose weight keeps its name, so a checkpoint loads the same with and without adapters. It is used wherever
-an adapter may be asked for; without one, it is the linear layer.
+LoRALinear is an nn.Linear, LoRAConv2d an nn.Conv2d, whose weight keeps its name, so a checkpoint loads the same with and without
+adapters. They are used wherever an adapter may be asked for; without one, they are the plain layer.
+
+Where a function here takes a model, it takes a network, or an SDXL for all its networks in memory.
 """
 from contextlib import contextmanager
 
@@ -13,7 +15,9 @@ ATTENTION = ("to_q", "to_k", "to_v", "to_out.0")  # what train.py teaches: the p
 
 
 class Adapter(nn.Module):
-    """down (rank, in) and up (out, rank), float32 whatever the base is: in bf16 a weight above 0.03 would not move at lr 1e-4."""
+    """down (rank, in) and up (out, rank), of a convolution (rank, in, k, k) and (out, rank, 1, 1).
+
+    float32 whatever the base is: in bf16 a weight above 0.03 would not move at lr 1e-4."""
 
     def __init__(self, down, up, alpha, scale=1.0):
         super().__init__()
@@ -25,17 +29,20 @@ class Adapter(nn.Module):
         return self.scale * self.alpha / len(self.down)
 
     def delta(self):
-        """The change of the weight (out, in), in the adapter's own dtype."""
-        return self.factor * (self.up @ self.down)
+        """The change of the weight (out, in) or (out, in, k, k), in the adapter's own dtype."""
+        return self.factor * (self.up.flatten(1) @ self.down.flatten(1)).view(len(self.up), *self.down.shape[1:])
 
-    def add_to(self, y, x):
-        """y + factor · up(down(x)) for x (..., in), y (..., out), the products in the dtype of x."""
+    def add_to(self, y, x, layer):
+        """y + factor · up(down(x)) for x and y of that layer, the products in the dtype of x."""
+        if self.down.ndim == 4:
+            hidden = F.conv2d(x, self.down.to(x.dtype), stride=layer.stride, padding=layer.padding)
+            return y + self.factor * F.conv2d(hidden, self.up.to(x.dtype))
         hidden = F.linear(x.flatten(0, -2), self.down.to(x.dtype))  # (N, rank)
         return torch.addmm(y.flatten(0, -2), hidden, self.up.t().to(x.dtype), alpha=self.factor).view(y.shape)
 
 
-class LoRALinear(nn.Linear):
-    """A linear layer with named adapters beside its weight; several add up, one at scale 0 costs nothing and changes no bit."""
+class Adapted:
+    """A layer with named adapters beside its weight; several add up, one at scale 0 costs nothing and changes no bit."""
 
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
@@ -47,7 +54,7 @@ class LoRALinear(nn.Linear):
         if self.original is None:
             for adapter in self.lora.values():
                 if adapter.scale:
-                    y = adapter.add_to(y, x)
+                    y = adapter.add_to(y, x, self)
         return y
 
     @torch.no_grad()
@@ -66,9 +73,17 @@ class LoRALinear(nn.Linear):
             self.original = None
 
 
+class LoRALinear(Adapted, nn.Linear):
+    """y = W x + b, and what its adapters add."""
+
+
+class LoRAConv2d(Adapted, nn.Conv2d):
+    """A convolution, and what its adapters add."""
+
+
 def layers(model):
-    """{dotted name: LoRALinear} of a network, in its order."""
-    return {name: m for name, m in model.named_modules() if isinstance(m, LoRALinear)}
+    """{dotted name: layer that can hold adapters} of a model, in its order."""
+    return {name: m for name, m in model.named_modules() if isinstance(m, Adapted)}
 
 
 def attention_layers(unet):
@@ -77,8 +92,8 @@ def attention_layers(unet):
 
 
 def put(layer, name, down, up, alpha, scale=1.0):
-    """Give one LoRALinear the adapter `name` (in place of one of that name). Raises ValueError where the shapes do not fit."""
-    if (down.shape[1], up.shape[0]) != (layer.in_features, layer.out_features) or down.shape[0] != up.shape[1]:
+    """Give one layer the adapter `name` (in place of one of that name). Raises ValueError where the shapes do not fit."""
+    if (len(up), *down.shape[1:]) != layer.weight.shape or up.shape[1:] != (len(down), *(1 for _ in down.shape[2:])):
         raise ValueError(f"its down {tuple(down.shape)} and up {tuple(up.shape)} do not fit the weight {tuple(layer.weight.shape)}")
     if layer.original is not None:
         raise ValueError("adapters are merged; unmerge before another one is added")
@@ -102,12 +117,12 @@ def add_lora(sdxl, rank=16, alpha=None, name="default", seed=0):
 
 
 def names(model):
-    """The names of the adapters on a network."""
+    """The names of the adapters on a model."""
     return list(dict.fromkeys(name for layer in layers(model).values() for name in layer.lora))
 
 
 def merge(model):
-    """Fold all adapters of a network into its weights, for speed; unmerge(model) restores every bit."""
+    """Fold all adapters of a model into its weights, for speed; unmerge(model) restores every bit."""
     for layer in layers(model).values():
         layer.merge()
 
@@ -119,7 +134,7 @@ def unmerge(model):
 
 @contextmanager
 def scaled(model, scale):
-    """Inside, every adapter of the network has this scale (0: the unmodified model); the old scales come back afterwards."""
+    """Inside, every adapter of the model has this scale (0: the unmodified model); the old scales come back afterwards."""
     if any(layer.original is not None for layer in layers(model).values()):
         raise ValueError("adapters are merged; unmerge before their scale is changed")
     adapters = [a for layer in layers(model).values() for a in layer.lora.values()]

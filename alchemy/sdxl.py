@@ -51,6 +51,11 @@ class SDXL:
     vae = property(lambda self: self.network("vae"))
     text_encoders = property(lambda self: (self.network("text_encoder"), self.network("text_encoder_2")))
 
+    def named_modules(self):
+        """(dotted name, module) over the networks in memory: unet.down_blocks.0.…, text_encoder.text_model.…"""
+        for name, network in self.loaded.items():
+            yield from network.named_modules(prefix=name)
+
     def free(self, name):
         """Drop "unet", "vae" or "text_encoders" from memory; it is read again when next used (without adapters)."""
         for part in ("text_encoder", "text_encoder_2") if name == "text_encoders" else (name,):

@@ -20,6 +20,7 @@ from torch.utils.checkpoint import checkpoint
 
 from .attention import Transformer2D
 from .blocks import Downsample, ResnetBlock, Upsample
+from .lora import LoRAConv2d, LoRALinear
 
 
 @dataclass(frozen=True)
@@ -64,7 +65,7 @@ class Embedding(nn.Module):
 
     def __init__(self, c_in, c_out):
         super().__init__()
-        self.linear_1, self.linear_2 = nn.Linear(c_in, c_out), nn.Linear(c_out, c_out)
+        self.linear_1, self.linear_2 = LoRALinear(c_in, c_out), LoRALinear(c_out, c_out)
 
     def forward(self, x):
         return self.linear_2(F.silu(self.linear_1(x)))
@@ -145,14 +146,14 @@ class UNet(nn.Module):
         super().__init__()
         cfg, levels, c = config, range(len(config.block_out_channels)), config.block_out_channels[0]
         self.config, self.checkpointing = config, False
-        self.conv_in = nn.Conv2d(cfg.in_channels, c, 3, padding=1)
+        self.conv_in = LoRAConv2d(cfg.in_channels, c, 3, padding=1)
         self.time_embedding = Embedding(c, 4 * c)
         self.add_embedding = Embedding(cfg.projection_class_embeddings_input_dim, 4 * c)
         self.down_blocks = nn.ModuleList([DownBlock(cfg, level) for level in levels])
         self.mid_block = MidBlock(cfg)
         self.up_blocks = nn.ModuleList([UpBlock(cfg, index) for index in levels])
         self.conv_norm_out = nn.GroupNorm(cfg.norm_num_groups, c, eps=cfg.norm_eps)
-        self.conv_out = nn.Conv2d(c, cfg.out_channels, 3, padding=1)
+        self.conv_out = LoRAConv2d(c, cfg.out_channels, 3, padding=1)
 
     def forward(self, latents, t, context, pooled, time_ids):
         """latents (B,4,h,w), t (B,) or a number, context (B,77,C), pooled (B,P), time_ids (B,6) -> prediction (B,4,h,w), latents' dtype.

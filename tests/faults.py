@@ -129,7 +129,7 @@ FAULTS = {
         ("up does not start at zero", "torch.zeros(layer.out_features, rank)", "torch.ones(layer.out_features, rank)"),
         ("to_out is not taught", '("to_q", "to_k", "to_v", "to_out.0")', '("to_q", "to_k", "to_v")'),
         ("scales do not come back", "a.scale = old", "pass"),
-        ("the last adapter wins", "y = adapter.add_to(y, x)", "y = adapter.add_to(super().forward(x), x)"),
+        ("the last adapter wins", "y = adapter.add_to(y, x, self)", "y = adapter.add_to(super().forward(x), x, self)"),
     ),
     ("formats/layout", "manifest"): (
         ("thirds of in_proj", '"qkv".index', '"kqv".index'),

@@ -120,6 +120,9 @@ class Planted:
         self.tables = {"attn2": cross or self.look_at_words, "attn1": own or self.look_at_each_other}
         self.unet = UNet(lambda name, t, batch: self.tables[name[-5:]](name, t, batch), self.drawn, self.schedule)
 
+    def named_modules(self):
+        return self.unet.named_modules(prefix="unet")
+
     def encode_prompt(self, prompts, size=None):
         """The conditioning holds which of self.prompts it is, in its first number."""
         indices = torch.arange(len(prompts)) + len(self.prompts)

@@ -170,18 +170,6 @@ def test_composite_is_the_picture_to_the_bit_where_the_mask_is_0(size):
     assert np.array_equal(np.asarray(images.composite(old, new, torch.ones(size))), np.asarray(new))
 
 
-@pytest.mark.parametrize("picture, size, scaled, corner", [
-    ((100, 200), (50, 50), (50, 100), (0, 25)), ((200, 100), (50, 50), (100, 50), (25, 0)), ((30, 40), (60, 60), (60, 80), (0, 10)),
-    ((453, 701), (128, 128), (128, 198), (0, 35)), ((7, 1000), (64, 64), (64, 9143), (0, 4539)), ((64, 48), (64, 48), (64, 48), (0, 0))])
-def test_cover_scales_until_it_covers_and_cuts_the_middle(picture, size, scaled, corner):
-    y, x = np.indices(picture)
-    coloured = Image.fromarray(np.stack([255 * y / picture[0], 255 * x / picture[1], 0 * x], -1).astype(np.uint8))
-    cut, told, place = images.cover(coloured, size)
-    assert cut.size == size[::-1] and told == scaled and place == corner
-    middle = np.asarray(cut, dtype=int)[size[0] // 2, size[1] // 2]
-    assert np.abs(middle - [127, 127, 0]).max() <= 3 + 255 / min(picture)
-
-
 # Facts
 
 FACTS = {"prompt": "a photo of a “dog”, 犬, \x07 & <b>", "seed": 0, "lora": [["a.safetensors", 0.8]], "guidance": 5.0, "size": None}

@@ -64,8 +64,7 @@ def load(source, device="auto", dtype="auto", *, config=None, vae=None, revision
     files = {name: [place] if place.is_file() else weight_files(place, name, half) for name, place in places.items()}
 
     def read(name, dtype):
-        with torch.device("meta"), Blank():
-            network = BUILD[name](configs[name])
+        network = empty(name, configs[name])
         fill(network, name, files[name], dtype, device)
         if name == "text_encoder_2":
             check_projection(network)
@@ -76,6 +75,12 @@ def load(source, device="auto", dtype="auto", *, config=None, vae=None, revision
     tokenizers = tuple(Tokenizer.from_folder(words / name) for name in ("tokenizer", "tokenizer_2"))
     return SDXL(str(source), read, configs, tokenizers, Schedule.from_config(schedule), device, dtype,
                 zeros_for_none=index.get("force_zeros_for_empty_prompt", True))
+
+
+def empty(name, config):
+    """The network of that name without weights: names and shapes alone."""
+    with torch.device("meta"), Blank():
+        return BUILD[name](config)
 
 
 def find(source, networks=(), half=False, revision=None):
@@ -116,13 +121,11 @@ def choose_weights(names, half):
 def weight_files(root, name, half):
     """The weight files of one network. Raises ValueError where there are none, or where a shard is missing."""
     folder = root / name if (root / name).is_dir() else root
-    chosen = choose_weights([p.name for p in folder.iterdir()], half)
-    if not chosen:
+    if not (chosen := choose_weights([p.name for p in folder.iterdir()], half)):
         raise ValueError(f"{folder}: no safetensors weights here (.bin and .ckpt files are pickles, which are never read)")
     shards = re.search(r"-of-(\d+)", chosen[0])
     whole = [re.sub(r"\d{5}-of", f"{i + 1:05d}-of", chosen[0]) for i in range(int(shards[1]))] if shards else chosen
-    lost = [n for n in whole if n not in chosen]
-    if lost:
+    if lost := [n for n in whole if n not in chosen]:
         raise ValueError(f"{folder}: {len(lost)} of {len(whole)} shards are missing: {', '.join(lost[:3])}")
     return [folder / n for n in chosen]
 

@@ -4,6 +4,7 @@ Reading looks each name up in a table of all spellings of our own layers; nothin
 Written by default are kohya's names with `.alpha`, the one spelling that diffusers, ComfyUI, kohya's scripts and A1111 all read.
 """
 import json
+import re
 from itertools import count
 
 import torch
@@ -14,35 +15,51 @@ from .checkpoint import open_safetensors
 from ..files import save_tensors
 
 FACTS = "alchemy."  # our own keys in the header begin so
-# The ends of a pair's names: down and up, in the dialects of kohya, diffusers, PEFT, and PEFT with an adapter's name.
+KOHYA = {"unet": "lora_unet_", "text_encoder": "lora_te1_", "text_encoder_2": "lora_te2_"}
+FORMATS = ("kohya", "diffusers", "peft")
+# The ends of a pair's names, down and up: kohya's, diffusers', its text encoders', its older processors', PEFT's, and PEFT's with an adapter's name.
 PAIRS = ((".lora_down.weight", ".lora_up.weight"), (".lora.down.weight", ".lora.up.weight"),
+         (".lora_linear_layer.down.weight", ".lora_linear_layer.up.weight"), (".down.weight", ".up.weight"),
          (".lora_A.weight", ".lora_B.weight"), (".lora_A.default.weight", ".lora_B.default.weight"))
+DORA = (".dora_scale", ".lora_magnitude_vector", ".lora_magnitude_vector.weight", ".lora_magnitude_vector.default.weight")
 
 
-def kohya(name, unet):
-    """down_blocks.1.attentions.0.… to lora_unet_input_blocks_4_1_…: the single-file layout's name, dots as underscores."""
-    return "lora_unet_" + layout.single_file_name("unet", name, unet.config).replace(".", "_")
+def kohya(network, name, config):
+    """unet, down_blocks.1.attentions.0.… to lora_unet_input_blocks_4_1_…: dots as underscores, the UNet's blocks by the single file."""
+    inner = layout.single_file_name("unet", name, config) if network == "unet" else name
+    return KOHYA[network] + inner.replace(".", "_")
 
 
-def spellings(unet):
-    """{what a file calls the layer: our name} over every linear layer that can hold an adapter."""
+def spellings(networks):
+    """{what a file calls a layer: our name, with the network's before it} over every layer of networks that can hold an adapter."""
     table = {}
-    for name in lora.layers(unet):
-        for spelling in (kohya(name, unet), "lora_unet_" + name.replace(".", "_"), "unet." + name, "base_model.model.unet." + name):
-            table[spelling] = name
+    for network, model in networks.items():
+        for name in lora.layers(model):
+            full = f"{network}.{name}"
+            old = re.sub(r"\.(to_[qkv]|to_out)(\.0)?$", r".processor.\1_lora", full)
+            for spelling in (kohya(network, name, model.config), KOHYA[network] + name.replace(".", "_"), full, "base_model.model." + full, old):
+                table[spelling] = full
     return table
+
+
+def networks_in(keys):
+    """The networks that the keys of a file speak of; the UNet where they speak of none."""
+    found = [name for name, prefix in KOHYA.items() if any(key.startswith((prefix, f"{name}.", f"base_model.model.{name}.")) for key in keys)]
+    return found or ["unet"]
 
 
 def told_alpha(header, path):
     """What diffusers says of alpha in the header, since its names have no place for it: a function of (layer, rank)."""
     try:
-        told = {key.removeprefix("unet."): value for key, value in json.loads(header.get("lora_adapter_metadata", "{}")).items()}
-    except (ValueError, AttributeError):
+        told = {**json.loads(header.get("lora_adapter_metadata", "{}"))}
+    except (ValueError, TypeError):
         raise ValueError(f"{path}: lora_adapter_metadata in its header is not a JSON object") from None
 
     def alpha(layer, rank):
-        own = [a for end, a in (told.get("alpha_pattern") or {}).items() if f".{layer}".endswith(f".{end}")]
-        return (own or [told.get("lora_alpha", rank)])[0] * (rank ** 0.5 if told.get("use_rslora") else 1)  # without a word: alpha is rank
+        network = layer.partition(".")[0]
+        pattern, common, root = (told.get(f"{network}.{key}", told.get(key)) for key in ("alpha_pattern", "lora_alpha", "use_rslora"))
+        own = [a for end, a in (pattern or {}).items() if f".{layer}".endswith(f".{end}")]
+        return (own or [rank if common is None else common])[0] * (rank ** 0.5 if root else 1)  # without a word: alpha is rank
     return alpha
 
 
@@ -62,44 +79,68 @@ def read_pairs(file, table):
     return found, keys
 
 
+def read_lora(path, networks, base):
+    """{our layer: (down, up, alpha)} of a file. networks: {name: network}, on any device, meta too; base: what they are called.
+
+    Raises ValueError where a key matches no layer, or a shape does not fit.
+    """
+    file = open_safetensors(path)
+    keys, layers = list(file.keys()), {f"{network}.{name}": m for network, model in networks.items() for name, m in lora.layers(model).items()}
+    if dora := [key for key in keys if key.endswith(DORA)]:
+        raise ValueError(f"{path}: a DoRA ({dora[0]}), which splits a weight into length and direction; only plain LoRAs are read")
+    found, rest = read_pairs(file, spellings(networks))
+    for layer, (down, up, _) in found.items():
+        if down.ndim not in (2, 4) or up.ndim != down.ndim or up.shape[1:] != (len(down), *(1 for _ in down.shape[2:])):
+            raise ValueError(f"{path}: {layer} has down {tuple(down.shape)} and up {tuple(up.shape)}, which are no pair; the file is damaged, or no plain LoRA")
+        ours, theirs = tuple(layers[layer].weight.shape), (len(up), *down.shape[1:])
+        if ours != theirs:
+            raise ValueError(f"{path}: made for another base: {layer} is {ours} in {base}, {theirs} in the file; give its base with --weights")
+    if rest or not found:
+        which = f"{len(rest)} of its {len(keys)} keys match no layer of {base}: {', '.join(sorted(rest)[:3])}" if rest else "it is empty"
+        raise ValueError(f"{path}: {which}; read are LoRAs of UNet and text encoders, whole or not at all")
+    told = told_alpha(file.metadata() or {}, path)
+    return {layer: (down, up, told(layer, len(down)) if alpha is None else alpha) for layer, (down, up, alpha) in found.items()}
+
+
 def load_lora(sdxl, path, scale=1.0, name=None):
-    """Put the LoRA of a file on sdxl.unet as the adapter `name` (the next free number, if None), beside any others; returns the name.
+    """Put the LoRA of a file on sdxl's UNet and, if it has such keys, on its text encoders, as the adapter `name` (the next free number, if
+    None), beside any others; returns the name. What sdxl.free drops loses it.
 
     Raises ValueError where a key matches no layer, or a shape does not fit: then nothing has been added.
     """
-    file = open_safetensors(path)
-    (found, rest), layers = read_pairs(file, spellings(sdxl.unet)), lora.layers(sdxl.unet)
-    for layer, (down, up, _) in found.items():
-        if down.ndim != 2 or up.ndim != 2 or len(down) != up.shape[1]:
-            raise ValueError(f"{path}: {layer} has down {tuple(down.shape)} and up {tuple(up.shape)}, which are no pair; the file is damaged, or no plain LoRA")
-        ours, theirs = tuple(layers[layer].weight.shape), (up.shape[0], down.shape[1])
-        if ours != theirs:
-            raise ValueError(f"{path}: made for another base: {layer} is {ours} in {sdxl.source}, {theirs} in the file; give its base with --weights")
-    if rest or not found:
-        which = f"{len(rest)} of its {len(file.keys())} keys match no layer of {sdxl.source}: {', '.join(sorted(rest)[:3])}" if rest else "it is empty"
-        raise ValueError(f"{path}: {which}; read are LoRAs of the UNet's linear layers, whole or not at all")
-    told, name = told_alpha(file.metadata() or {}, path), name or next(n for n in map(str, count()) if n not in lora.names(sdxl.unet))
-    for layer, (down, up, alpha) in found.items():
-        lora.put(layers[layer], name, down, up, told(layer, len(down)) if alpha is None else alpha, scale)
+    networks = {network: sdxl.network(network) for network in networks_in(open_safetensors(path).keys())}
+    pairs = read_lora(path, networks, sdxl.source)
+    name, layers = name or next(n for n in map(str, count()) if n not in lora.names(sdxl)), lora.layers(sdxl)
+    for layer, (down, up, alpha) in pairs.items():
+        lora.put(layers[layer], name, down, up, alpha, scale)
     return name
 
 
 def save_lora(sdxl, path, name="default", format="kohya", facts=None):
-    """Write the adapter `name` of sdxl.unet, float32. format: "kohya", or "diffusers", whose names have no place for alpha: there
+    """Write the adapter `name` of sdxl, float32. format: "kohya", or "diffusers" or "peft", whose names have no place for alpha: there
     alpha/rank is multiplied into up. facts: a dict for the header."""
-    if format not in ("kohya", "diffusers"):
-        raise ValueError(f"format is {format!r}; known are kohya, diffusers")
-    tensors, adapters = {}, {n: m.lora[name] for n, m in lora.layers(sdxl.unet).items() if name in m.lora}
+    adapters = {n: m.lora[name] for n, m in lora.layers(sdxl).items() if name in m.lora}
     if not adapters:
         raise ValueError(f"there is no adapter {name!r} to save")
-    for layer, adapter in adapters.items():
-        rank = len(adapter.down)
+    write_lora(path, {n: (a.down, a.up, a.alpha) for n, a in adapters.items()}, sdxl.configs["unet"], format, facts)
+
+
+def write_lora(path, pairs, config, format="kohya", facts=None):
+    """{our layer: (down, up, alpha)} to a file, in one of FORMATS (see save_lora). config: the UNet's."""
+    if format not in FORMATS:
+        raise ValueError(f"format is {format!r}; known are {', '.join(FORMATS)}")
+    tensors = {}
+    for layer, (down, up, alpha) in pairs.items():
+        network, _, name = layer.partition(".")
         if format == "kohya":
-            stem = kohya(layer, sdxl.unet)
-            tensors |= {stem + ".lora_down.weight": adapter.down, stem + ".lora_up.weight": adapter.up, stem + ".alpha": torch.tensor(adapter.alpha)}
+            stem = kohya(network, name, config)
+            tensors |= {stem + ".lora_down.weight": down, stem + ".lora_up.weight": up, stem + ".alpha": torch.tensor(float(alpha))}
         else:
-            tensors |= {f"unet.{layer}.lora.down.weight": adapter.down, f"unet.{layer}.lora.up.weight": adapter.up * (adapter.alpha / rank)}
-    header = {FACTS + k: v for k, v in (facts or {}).items()} | {FACTS + "rank": rank, FACTS + "alpha": adapter.alpha, "format": "pt",
+            ends = PAIRS[4] if format == "peft" else PAIRS[1] if network == "unet" else PAIRS[2]
+            tensors |= {layer + ends[0]: down, layer + ends[1]: up * (alpha / len(down))}
+    ranks, alphas = (sorted(values) for values in ({len(d) for d, _, _ in pairs.values()}, {float(a) for _, _, a in pairs.values()}))
+    # Of layers that differ, what stands for the file is the largest.
+    header = {FACTS + k: v for k, v in (facts or {}).items()} | {FACTS + "rank": ranks[-1], FACTS + "alpha": alphas[-1], "format": "pt",
               # What kohya's tools and A1111 show of a LoRA:
-              "ss_network_dim": str(rank), "ss_network_alpha": str(adapter.alpha), "ss_base_model_version": "sdxl_base_v1-0"}
+              "ss_network_dim": str(ranks[-1]), "ss_network_alpha": str(alphas[-1]), "ss_base_model_version": "sdxl_base_v1-0"}
     save_tensors(tensors, path, header)

@@ -47,7 +47,7 @@ def agree(a, b, base):
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("form", ["kohya", "diffusers"])
+@pytest.mark.parametrize("form", ["kohya", "diffusers", "peft"])
 @pytest.mark.parametrize("scale", [1.0, 0.6])
 def test_our_files_draw_the_same_there(ours, inputs, tmp_path, form, scale):
     alchemy.save_lora(ours, tmp_path / "lora.safetensors", format=form, facts={"prompt": "a photo of a sks dog"})
@@ -88,4 +88,42 @@ def test_its_conversion_to_kohyas_names_draws_the_same_here(saved, inputs, tmp_p
     save_file({k: v.contiguous() for k, v in diffusers.utils.convert_state_dict_to_kohya(state).items()}, tmp_path / "kohya.safetensors")
     sdxl = alchemy.load(saved, "cpu")
     alchemy.load_lora(sdxl, tmp_path / "kohya.safetensors")
+    agree(sdxl.unet(*inputs), output(pipe.unet, *inputs), base)
+
+
+def every_layer(sdxl, kinds):
+    """A random adapter on every layer of UNet and text encoders whose name ends in one of kinds."""
+    assert sdxl.unet and sdxl.text_encoders
+    made = torch.Generator().manual_seed(5)
+    for name, layer in lora.layers(sdxl).items():
+        if name.startswith(("unet.", "text_encoder")) and name.endswith(kinds):
+            c = layer.weight.shape
+            down, up = torch.randn(RANK, *c[1:], generator=made), torch.randn(c[0], RANK, *(1 for _ in c[2:]), generator=made)
+            lora.put(layer, "default", 0.05 * down, 0.3 * up, ALPHA)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("form", ["kohya", "diffusers", "peft"])
+def test_text_encoders_feed_forward_and_projections_draw_the_same_there(saved, inputs, tmp_path, form):
+    sdxl, pipe = alchemy.load(saved, "cpu"), built()
+    every_layer(sdxl, (*lora.ATTENTION, "ff.net.0.proj", "ff.net.2", "proj_in", "proj_out", "q_proj", "k_proj", "v_proj", "out_proj", "fc1", "fc2"))
+    alchemy.save_lora(sdxl, tmp_path / "lora.safetensors", format=form)
+    ids = torch.tensor([[49406, 320, 1929, 49407, *[49407] * 73]])
+    before = pipe.text_encoder_2(ids, output_hidden_states=True).hidden_states[-2]
+    base = output(pipe.unet, *inputs)
+    pipe.load_lora_weights(tmp_path, weight_name="lora.safetensors", adapter_name="subject")
+    agree(sdxl.unet(*inputs), output(pipe.unet, *inputs), base)
+    for ours, theirs in zip(sdxl.text_encoders, (pipe.text_encoder, pipe.text_encoder_2)):
+        a, b = ours(ids)[0], theirs(ids, output_hidden_states=True).hidden_states[-2]
+        assert (a - b).norm() <= 3e-6 * b.norm()
+    assert (before - b).norm() > 1e-2 * b.norm()
+
+
+@torch.no_grad()
+def test_convolutions_under_pefts_names_draw_the_same_there(saved, inputs, tmp_path):
+    sdxl, pipe = alchemy.load(saved, "cpu"), built()
+    every_layer(sdxl, ("conv1", "conv2", "conv_shortcut", "time_emb_proj", "downsamplers.0.conv", "upsamplers.0.conv"))
+    alchemy.save_lora(sdxl, tmp_path / "lora.safetensors", format="peft")
+    base = output(pipe.unet, *inputs)
+    pipe.load_lora_weights(tmp_path, weight_name="lora.safetensors", adapter_name="subject")
     agree(sdxl.unet(*inputs), output(pipe.unet, *inputs), base)
