@@ -1,11 +1,10 @@
 """The judge: a small network that tells class, instance and place of a one-object scene; what measure.py counts with.
 
-    python weights/judge.py train --minutes 15     train it on renders, held-out instances too, and write weights/judge.safetensors
+    python weights/judge.py train --minutes 9      train it on renders, held-out instances too, and write weights/judge.safetensors
     python weights/judge.py                        its accuracy on fresh renders, with the confusions
 
 It never sees a picture that a model drew.
 """
-import argparse
 import collections
 import sys
 import time
@@ -20,12 +19,14 @@ from torch import nn
 HERE = Path(__file__).parent
 sys.path[:0] = [str(HERE.parent), str(HERE)]
 
+from alchemy import command  # noqa: E402
 import world  # noqa: E402
 
 FILE = HERE / "judge.safetensors"
 WORDS, PLACES = list(world.CLASSES), list(world.BACKGROUNDS)
+HEADS = ("class", "instance", "place")
 INSTANCES = [one for ones in world.CLASSES.values() for one in ones]
-FRESH = 2 ** 42  # seeds from here on are for measuring; training stays below
+FRESH = world.FRESH + 2 ** 31  # training stays far below
 
 
 class Block(nn.Module):
@@ -119,19 +120,19 @@ def train(minutes, batch=64, peak=2e-3, most=24000):
 
 
 def accuracy(judge, count):
-    """On fresh renders: ({"class", "instance", "place"}: share right, Counter of (truth, taken for))."""
-    seeds = range(FRESH, FRESH + count)
-    truth = [(WORDS[int(n[0])], INSTANCES[int(n[1])], PLACES[int(n[2])]) for n in (example(s)[1] for s in seeds)]
-    said = judge.name([example(s)[0].permute(1, 2, 0).numpy() for s in seeds])
-    right = {head: sum(t[k] == s[k] for t, s in zip(truth, said)) / count for k, head in enumerate(("class", "instance", "place"))}
-    return right, collections.Counter((t[k], s[k]) for t, s in zip(truth, said) for k in (1, 2) if t[k] != s[k])
+    """On fresh renders: ({head: share right}, Counter of (truth, taken for))."""
+    pictures, numbers = zip(*map(example, range(FRESH, FRESH + count)))
+    truth = [(WORDS[word], INSTANCES[one], PLACES[place]) for word, one, place in (n.tolist() for n in numbers)]
+    said = judge.name([p.permute(1, 2, 0).numpy() for p in pictures])
+    right = {head: sum(t[k] == s[k] for t, s in zip(truth, said)) / count for k, head in enumerate(HEADS)}
+    return right, collections.Counter((t[k], s[k]) for t, s in zip(truth, said) for k in range(3) if t[k] != s[k])
 
 
 def main(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = command.parser(__doc__)
     parser.add_argument("what", nargs="?", choices=("train", "accuracy"), default="accuracy")
-    parser.add_argument("--minutes", type=float, default=15)
-    parser.add_argument("--renders", type=int, default=1580, help="fresh renders to judge (default: 1580, twenty of each instance)")
+    parser.add_argument("--minutes", type=command.POSITIVE, default=9, help="of training (default: 9)")
+    parser.add_argument("--renders", type=command.COUNT, default=1580, help="fresh renders to judge (default: 1580, twenty of each instance)")
     args = parser.parse_args(argv)
     if args.what == "train":
         train(args.minutes)
@@ -142,4 +143,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    main()
+    command.run(main)

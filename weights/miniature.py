@@ -40,6 +40,8 @@ def header_of(path):
 
 def pack(work):
     """Write the EMA of the states in work to weights/mini, beside the tokenizers that are there already; a line that says what."""
+    for missing in [path for path in (work / "unet.safetensors", work / "vae.safetensors") if not path.exists()]:
+        raise ValueError(f"{missing}: no such state: train it first, or unpack")
     out, tensors = HERE / "mini", load_file(work / "unet.safetensors") | load_file(work / "vae.safetensors")
     networks = {name: {k.removeprefix(f"ema.{name}."): v for k, v in tensors.items() if k.startswith(f"ema.{name}.")}
                 for name in CONFIGS}
@@ -52,19 +54,19 @@ def pack(work):
     (out / "scheduler").mkdir(exist_ok=True)
     (out / "scheduler" / "scheduler_config.json").write_text(json.dumps(SCHEDULER, indent=2) + "\n")
     (out / "model_index.json").write_text(json.dumps(INDEX, indent=2) + "\n")
-    return (f"packed step {header_of(work / 'unet.safetensors')['step']}, {sum(f.stat().st_size for f in out.rglob('*.safetensors')) / 1e6:.1f} MB")
+    return (f"packed step {header_of(work / 'unet.safetensors')['step']}, {sum(f.stat().st_size for f in out.rglob('*') if f.is_file()) / 1e6:.1f} MB with the vocabularies")
 
 
 def unpack(work):
     """The way back: states in work, from which weights/mini is trained on (without the optimizer's moments, which do not ship)."""
     states = {"vae": {}, "unet": {}}
+    for there in [path for path in (work / f"{name}.safetensors" for name in states) if path.exists()]:
+        raise ValueError(f"{there} is there already; --work names another folder")
     for name in CONFIGS:
         (file,) = (HERE / "mini" / name).glob("*.fp16.safetensors")
         for k, v in load_file(file).items():
             states["vae" if name == "vae" else "unet"] |= {f"{kind}.{name}.{k}": v.float() for kind in ("weights", "ema")}
     for name, tensors in states.items():
-        if (work / f"{name}.safetensors").exists():
-            raise FileExistsError(f"{work / name}.safetensors is there already")
         save_file({k: v.clone() for k, v in tensors.items()}, work / f"{name}.safetensors", {"step": "0", "seconds": "0"})
     scaling = json.loads((HERE / "mini" / "vae" / "config.json").read_text())["scaling_factor"]
     (work / "scaling.json").write_text(json.dumps({"scaling_factor": scaling}))

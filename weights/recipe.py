@@ -1,107 +1,33 @@
 """How weights/mini was made: an SDXL in miniature, trained from nothing on the toy world.
 
-    python weights/recipe.py vae  --minutes 24     first the VAE: it fixes what the latents are
-    python weights/recipe.py unet --minutes 90     then the UNet with both text encoders, on the VAE's latents
-    python weights/recipe.py pack                  write the EMA in half precision to weights/mini
-    python weights/recipe.py unpack                the way back: states in --work from weights/mini, to go on training what ships
+    python weights/recipe.py vae        first the VAE: it fixes what the latents are
+    python weights/recipe.py unet       then the UNet with both text encoders, on the VAE's latents
+    python weights/recipe.py pack       write the EMA in half precision to weights/mini
+    python weights/recipe.py unpack     the way back: states in --work from weights/mini, to go on training what ships
 
-Each goes on from its last state in --work, on CUDA where there is one. The log of each is --work/vae.log and unet.log.
+vae and unet go on from their last state in --work, on CUDA where there is one; their logs are vae.log and unet.log there.
 """
-import argparse
 import json
 import sys
-import time
 from contextlib import contextmanager
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
 HERE = Path(__file__).parent
 sys.path[:0] = [str(HERE.parent), str(HERE)]
 
+from alchemy import command  # noqa: E402
 from alchemy.schedule import Schedule  # noqa: E402
 from alchemy.text import TextConfig, TextEncoder  # noqa: E402
 from alchemy.tokenizer import Tokenizer  # noqa: E402
 from alchemy.unet import UNet, UNetConfig  # noqa: E402
 from alchemy.vae import VAE, VAEConfig  # noqa: E402
-from miniature import CONFIGS, SCHEDULER, header_of, pack, unpack  # noqa: E402
+from miniature import CONFIGS, SCHEDULER, pack, unpack  # noqa: E402
+from state import FLAT, State, train  # noqa: E402
 import world  # noqa: E402
-
-
-class State:
-    """Modules under training with their EMA and optimizer; saved as safetensors, the old file replaced in one rename."""
-
-    def __init__(self, modules, path, lr, decay):
-        self.modules, self.path, self.decay, self.step, self.seconds = modules, Path(path), decay, 0, 0.0
-        self.parameters = {f"{n}.{k}": p for n, m in modules.items() for k, p in m.named_parameters()}
-        self.ema = {k: p.detach().clone() for k, p in self.parameters.items()}
-        self.optimizer = torch.optim.AdamW(self.parameters.values(), lr=lr, betas=(0.9, 0.99), weight_decay=0.01, fused=True)
-        if self.path.exists():
-            self.load()
-
-    def update(self, loss, lr):
-        self.optimizer.param_groups[0]["lr"] = lr
-        self.optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(self.parameters.values(), 1.0)
-        self.optimizer.step()
-        self.step += 1
-        keep = min(self.decay, (1 + self.step) / (10 + self.step))
-        torch._foreach_lerp_(list(self.ema.values()), [p.detach() for p in self.parameters.values()], 1 - keep)
-
-    def save(self):
-        tensors = {f"weights.{k}": p.detach() for k, p in self.parameters.items()} | {f"ema.{k}": v for k, v in self.ema.items()}
-        for k, p in self.parameters.items():
-            moments = self.optimizer.state.get(p, {})
-            tensors |= {f"{m}.{k}": moments[m] for m in ("exp_avg", "exp_avg_sq") if m in moments}
-        tensors = {k: v.contiguous() for k, v in tensors.items()}  # channels_last is not for files
-        new = self.path.with_suffix(".new")
-        save_file(tensors, new, {"step": str(self.step), "seconds": str(self.seconds)})
-        new.replace(self.path)
-
-    @torch.no_grad()
-    def load(self):
-        tensors, header = load_file(self.path), header_of(self.path)
-        self.step, self.seconds = int(header["step"]), float(header["seconds"])
-        for k, p in self.parameters.items():
-            p.copy_(tensors[f"weights.{k}"])
-            self.ema[k].copy_(tensors[f"ema.{k}"])
-            if f"exp_avg.{k}" in tensors:
-                self.optimizer.state[p] = {m: tensors[f"{m}.{k}"].to(p) for m in ("exp_avg", "exp_avg_sq")} | {
-                    "step": torch.tensor(float(self.step))}
-
-
-FLAT = 0.6  # of the time the learning rate stays at its peak, then it falls linearly
-
-
-def learning_rate(seconds, total, peak, warmup=60):
-    return peak * min(1.0, (1 + seconds) / warmup, max(0.02, (total - seconds) / ((1 - FLAT) * total)))
-
-
-def train(state, minutes, peak, loss_of, log):
-    """Until the time is spent: loss_of(step) -> a scalar; a line every 50 updates, a state every 5 minutes and when interrupted."""
-    total, before, mean = 60 * minutes, state.seconds, None
-    start = saved = time.time()
-    try:
-        while state.seconds < total:
-            loss = loss_of(state.step)
-            if not loss.isfinite():
-                raise FloatingPointError(f"loss is not finite at step {state.step}; the last good state is {state.path}")
-            state.update(loss, learning_rate(state.seconds, total, peak))
-            mean = loss.item() if mean is None else 0.98 * mean + 0.02 * loss.item()
-            state.seconds = before + time.time() - start
-            if state.step % 50 == 0:
-                log(f"step {state.step} loss {mean:.4f} at {state.seconds:.0f} of {total:.0f} s")
-            if time.time() - saved > 300:
-                state.save()
-                saved = time.time()
-    except KeyboardInterrupt:  # it may have come in the middle of an update, which EMA and Adam forgive
-        log(f"interrupted at step {state.step}; the same command goes on")
-        state.save()
-        raise SystemExit(130) from None
-    state.save()
 
 
 def pixels(scenes, device):
@@ -113,31 +39,35 @@ def edges(x):
     return torch.cat([x.diff(dim=-2).flatten(1), x.diff(dim=-1).flatten(1)], dim=1)
 
 
+def crops(step, count, side):
+    """count crops (B,3,side,side) in [-1,1] of training scenes, two of each scene."""
+    scenes = pixels([world.scene(step * 64 + i) for i in range(max(1, count // 2))], "cpu")
+    corners = torch.randint(0, 129 - side, (count, 2), generator=torch.Generator().manual_seed(step)).tolist()
+    return torch.stack([scenes[i % len(scenes), :, y:y + side, x:x + side] for i, (y, x) in enumerate(corners)])
+
+
 def train_vae(args, log, device):
     vae = VAE(VAEConfig.from_config(CONFIGS["vae"])).to(device, memory_format=torch.channels_last)
     state = State({"vae": vae}, args.work / "vae.safetensors", args.lr, 0.999)
-    for part in (vae.encoder, vae.quant_conv) if args.decoder_only else ():
-        part.requires_grad_(False)  # what a UNet has learned on these latents stays true
+    if args.decoder_only:  # what a UNet has learned on these latents, the EMA's, stays true
+        state.use_ema()
+        vae.encoder.requires_grad_(False)
+        vae.quant_conv.requires_grad_(False)
 
     def loss_of(step):
-        # Mostly crops, two of each scene; now and then whole pictures go through the attention.
-        generator = torch.Generator().manual_seed(step)
-        side, count = (128, args.batch // 4) if step % 16 == 0 else (64, args.batch)
-        scenes = pixels([world.scene(step * 64 + i) for i in range(max(1, count // 2))], device)
-        corners = torch.randint(0, 129 - side, (count, 2), generator=generator).tolist()
-        x = torch.stack([scenes[i % len(scenes), :, y:y + side, x:x + side] for i, (y, x) in enumerate(corners)])
-        x = x.contiguous(memory_format=torch.channels_last)
+        # Mostly small crops; now and then whole pictures go through the attention.
+        x = crops(step, *((max(1, args.batch // 4), 128) if step % 16 == 0 else (args.batch, 64)))
+        x = x.to(device).contiguous(memory_format=torch.channels_last)
         mean, std = vae.encode(x)
-        y = vae.decode(mean + std * torch.randn(mean.shape, generator=generator).to(device))
+        y = vae.decode(mean + std * torch.randn(mean.shape, generator=torch.Generator().manual_seed(step)).to(device))
         kl = 0.5 * (mean ** 2 + std ** 2 - 1 - 2 * std.log()).mean()
         # The differences of neighbours keep edges sharp; squares alone would rather blur them.
         return F.l1_loss(y, x) + F.mse_loss(y, x) + 0.5 * F.l1_loss(edges(y), edges(x)) + 3e-4 * kl
 
     train(state, args.minutes, args.lr, loss_of, log)
+    state.use_ema()
     with torch.no_grad():
-        for k, p in state.parameters.items():
-            p.copy_(state.ema[k])
-        x = pixels([world.scene(2 ** 40 + i) for i in range(64)], device)
+        x = pixels([world.scene(world.FRESH + i) for i in range(64)], device)
         mean, std = vae.encode(x)
         psnr = -10 * torch.log10(((vae.decode(mean) - x).clamp(-2, 2) / 2).square().mean((1, 2, 3))).mean()
     log(f"PSNR {psnr:.2f} dB on 64 fresh scenes; latents: std {mean.std():.4f}, posterior std {std.mean():.4f}")
@@ -196,21 +126,26 @@ def fresh_networks(device):
 @contextmanager
 def bfloat16(device):
     """Autocast, except for attention on CPUs: its backward pass is several times slower there than in float32."""
-    attention = F.scaled_dot_product_attention
+    attention, on_cpu = F.scaled_dot_product_attention, device.type == "cpu"
+    if on_cpu and not getattr(torch.cpu, "_is_avx512_bf16_supported", bool)():
+        yield  # such a processor would only emulate it
+        return
 
     def in_float32(q, k, v, **options):
         with torch.autocast(device.type, enabled=False):
             return attention(q.float(), k.float(), v.float(), **options)
 
     try:
-        F.scaled_dot_product_attention = attention if device.type == "cuda" else in_float32
-        with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda" or torch.cpu._is_avx512_bf16_supported()):
+        F.scaled_dot_product_attention = in_float32 if on_cpu else attention
+        with torch.autocast(device.type, torch.bfloat16):
             yield
     finally:
         F.scaled_dot_product_attention = attention
 
 
 def trained_vae(args, device):
+    if not (args.work / "scaling.json").exists():
+        raise ValueError(f"{args.work}: no trained VAE there: run the part vae first, or unpack")
     vae = VAE(VAEConfig.from_config(CONFIGS["vae"] | json.loads((args.work / "scaling.json").read_text())))
     tensors = load_file(args.work / "vae.safetensors")
     vae.load_state_dict({k.removeprefix("ema.vae."): v for k, v in tensors.items() if k.startswith("ema.")})
@@ -223,7 +158,7 @@ def train_unet(args, log, device):
     tokenizers = [Tokenizer.from_folder(HERE / "mini" / name) for name in ("tokenizer", "tokenizer_2")]
     schedule = Schedule.from_config(SCHEDULER)
     # A stream of seeds for each size, and none twice after a restart. Small pictures first: they cost a quarter.
-    pools = {size: Pool(vae, size, (k << 32) + 40 * state.step, device)
+    pools = {size: Pool(vae, size, (k << 32) + args.batch * state.step, device)
              for k, size in enumerate([(64, 64), (128, 128), (112, 144), (144, 112), (96, 96)])}
 
     def loss_of(step):
@@ -244,7 +179,7 @@ def train_unet(args, log, device):
         keep = (lot >= 0.10).to(device)
 
         eps = torch.randn(x_0.shape, generator=rng).to(device)
-        t = ((torch.arange(count) + torch.rand(count, generator=rng)) * 1000 / count).long()  # spread evenly: a steadier gradient
+        t = ((torch.arange(count) + torch.rand(count, generator=rng)) * 1000 / count).long().clamp(max=999)  # spread evenly: a steadier gradient
         weight = (5 / schedule.snr(t)).clamp(max=1).float().to(device)  # min-SNR with gamma 5
         x_t = schedule.add_noise(x_0, eps, t).contiguous(memory_format=torch.channels_last)
         with bfloat16(device):
@@ -259,31 +194,37 @@ def train_unet(args, log, device):
     train(state, args.minutes, args.lr, loss_of, log)
 
 
+DEFAULTS = {"vae": {"minutes": 24, "batch": 16}, "unet": {"minutes": 105, "batch": 32}}  # what weights/mini was made with
+
+
 def main(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = command.parser(__doc__)
     parser.add_argument("part", choices=("vae", "unet", "pack", "unpack"))
-    parser.add_argument("--minutes", type=float, default=60, help="of training in all, earlier runs counted in")
-    parser.add_argument("--batch", type=int, default=16)
-    parser.add_argument("--lr", type=float, default=1e-3)
-    parser.add_argument("--small", type=float, default=0.6, help="share of the UNet's time that is spent on small pictures, before the others")
+    parser.add_argument("--minutes", type=command.POSITIVE, help="of training in all, earlier runs counted in (default: 24, 105)")
+    parser.add_argument("--batch", type=command.COUNT, help="crops of 64 pixels (default: 16), pictures of 64 pixels (default: 32; half as many later)")
+    parser.add_argument("--lr", type=command.POSITIVE, default=1e-3, help="at its peak (default: 1e-3)")
+    parser.add_argument("--small", type=command.SHARE, help="share of the UNet's time on small pictures, before the others (default: 0.3; 0 to go on)")
     parser.add_argument("--decoder-only", action="store_true", help="train the VAE's decoder on the latents as they are")
-    parser.add_argument("--work", type=Path, default=HERE.parent / "out" / "mini", help="folder of states and logs")
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--work", type=Path, default=HERE.parent / "out" / "mini", help="folder of states and logs (default: out/mini)")
+    parser.add_argument("--threads", type=command.COUNT, default=torch.get_num_threads())
     args = parser.parse_args(argv)
+    if args.decoder_only and args.part != "vae" or args.small is not None and args.part != "unet":
+        raise ValueError("--decoder-only is of the VAE, --small of the UNet")
     args.work.mkdir(parents=True, exist_ok=True)
+    if args.part in ("pack", "unpack"):
+        return print({"pack": pack, "unpack": unpack}[args.part](args.work))
+    args.small = 0.3 if args.small is None else args.small
+    for key, value in DEFAULTS[args.part].items():
+        setattr(args, key, getattr(args, key) or value)
     torch.set_num_threads(args.threads)
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
     def log(line):
         print(line, flush=True)
         with open(args.work / f"{args.part}.log", "a") as f:
             f.write(line + "\n")
 
-    if args.part in ("pack", "unpack"):
-        log({"pack": pack, "unpack": unpack}[args.part](args.work))
-    else:
-        {"vae": train_vae, "unet": train_unet}[args.part](args, log, device)
+    {"vae": train_vae, "unet": train_unet}[args.part](args, log, torch.device("cuda" if torch.cuda.is_available() else "cpu"))
 
 
 if __name__ == "__main__":
-    main()
+    command.run(main)

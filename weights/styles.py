@@ -5,10 +5,7 @@
 import numpy as np
 from PIL import Image, ImageFilter
 
-if __package__:
-    from .backgrounds import Canvas
-else:
-    from backgrounds import Canvas
+from backgrounds import Canvas
 
 
 def grey(rgb):

@@ -1,12 +1,13 @@
 """Which settings segment best? Mean IoU with the true alpha over fresh renders; segmentation's defaults come from here.
 
-    python weights/sweep.py --scenes 24
+    python weights/sweep.py
 
 Each scene is noised to each of LOOKS and looked at once; noise levels, layers, sharpening and threshold are then tried on those maps.
-One level is how `segment` looks at a picture; a window of them stands for a scene that is watched while it is drawn.
+One level, of the first six, is how `segment` looks at a picture; a window of them stands for a scene that is watched while it is drawn.
+The mask of the best setting is then grown by each of GROWN, to see what that takes and what it gives.
 """
-import argparse
 import itertools
+import statistics
 import sys
 from pathlib import Path
 
@@ -17,14 +18,15 @@ HERE = Path(__file__).parent
 sys.path[:0] = [str(HERE.parent), str(HERE)]
 
 import alchemy  # noqa: E402
-from alchemy import images, loop, segmentation  # noqa: E402
+from alchemy import command, images, loop, segmentation  # noqa: E402
 import world  # noqa: E402
 
 LOOKS = tuple(k / 10 for k in range(1, 10))  # shares of T
 WINDOWS = ((0.1, 0.5), (0.1, 0.7), (0.1, 0.9), (0.3, 0.7), (0.3, 0.9))
 LAYERS = {"all": slice(None), "finest": slice(0, 1), "coarsest": slice(-1, None)}  # of cross-attention, by the size of their maps
 POWERS, THRESHOLDS = (0, 1, 2, 3), (0.2, 0.3, 0.4, 0.5)
-FIRST_SEED = 2 ** 41  # no training stream comes here
+GROWN = (0.0, 0.01, 0.02, 0.03, 0.04, 0.05)  # shares of the shorter side
+FIRST_SEED = world.FRESH + 2 ** 30
 
 
 def scenes(count):
@@ -40,13 +42,13 @@ def scenes(count):
 @torch.no_grad()
 def looked_at(sdxl, picture, word):
     """{look: WordMaps of that noise level}, each as `segment` makes it."""
-    prompt, x_0 = f"a photo of a {word}", sdxl.vae.encode(images.to_tensor(picture))[0]
-    noise, told, made = loop.noise(x_0.shape, [0]), sdxl.encode_prompt([prompt], picture.size[::-1]).parts(), {}
+    prompt, x_0 = f"a photo of a {word}", sdxl.vae.encode(images.to_tensor(picture).to(sdxl.device))[0]
+    noise, told, made = loop.noise(x_0.shape, [0]).to(x_0), sdxl.encode_prompt([prompt], picture.size[::-1]).parts(), {}
     for look in LOOKS:
         maps = segmentation.WordMaps(sdxl.unet, segmentation.positions(sdxl, prompt, word), x_0.shape[-2:])
         t = torch.tensor([int(look * (len(sdxl.schedule.alpha_bar) - 1))])
         with maps.watch():
-            sdxl.unet(sdxl.schedule.add_noise(x_0, noise, t), t, *told)
+            sdxl.unet(sdxl.schedule.add_noise(x_0, noise, t), t.to(x_0.device), *told)
         maps.take(int(t))
         made[look] = maps
     return made
@@ -54,7 +56,7 @@ def looked_at(sdxl, picture, word):
 
 def combined(sdxl, made, window, layers):
     """WordMaps of all that was seen within the window (low, high), of some layers."""
-    whole = segmentation.WordMaps(sdxl.unet, None, None)
+    whole = segmentation.WordMaps(sdxl.unet, (), ())  # looks at nothing itself
     for maps in (maps for look, maps in made.items() if window[0] <= look <= window[1]):
         for mine, theirs in ((whole.cross, maps.cross), (whole.own, maps.own)):
             for shape, (total, count) in theirs.items():
@@ -69,12 +71,25 @@ def iou(mask, alpha):
     return float((mask & inside).sum() / (mask | inside).sum())
 
 
+def grown(best, dilation):
+    """Of the soft masks of the best setting: the median area over the true one, and the mean part of the true one inside."""
+    areas, insides = [], []
+    for soft, threshold, alpha in best:
+        try:
+            may = segmentation.to_mask(soft, threshold, dilation) > 0
+        except ValueError:  # it would not be used
+            may = torch.ones_like(alpha, dtype=torch.bool)
+        areas.append(float(may.sum() / (alpha > 0.5).sum()))
+        insides.append(float(may[alpha > 0.5].float().mean()))
+    return statistics.median(areas), statistics.mean(insides)
+
+
 def main(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--scenes", type=int, default=24, help="(default: 24)")
+    parser = command.parser(__doc__)
+    parser.add_argument("--scenes", type=command.COUNT, default=32, help="(default: 32, two of each class)")
     parser.add_argument("--weights", default=str(HERE / "mini"))
     args = parser.parse_args(argv)
-    sdxl, table = alchemy.load(args.weights), {}
+    sdxl, table, softs = alchemy.load(args.weights, dtype="float32"), {}, {}
     for picture, word, alpha in scenes(args.scenes):
         made = looked_at(sdxl, picture, word)
         for window, layers in itertools.product([(look, look) for look in LOOKS[:6]] + list(WINDOWS), LAYERS):
@@ -83,14 +98,19 @@ def main(argv=None):
                 soft = segmentation.to_pixels(maps.heat(power), picture)
                 for threshold in THRESHOLDS:
                     table.setdefault((window, layers, power, threshold), []).append(iou(segmentation.clean(soft >= threshold), alpha))
+                    softs.setdefault((window, layers, power, threshold), []).append((soft, threshold, alpha))
     means = sorted(((sum(v) / len(v), key) for key, v in table.items()), reverse=True)
     print(f"{args.scenes} scenes; mean IoU of the cleaned mask, before it is grown")
     for title, single in (("one noise level", True), ("a window of them", False)):
         chosen = [row for row in means if (row[1][0][0] == row[1][0][1]) == single]
         print(f"\n| {title} | layers | sharpening | threshold | mean IoU |\n|---|---|---|---|---|")
-        for mean, (window, layers, power, threshold) in chosen[:8] + chosen[-1:]:
+        for mean, (window, layers, power, threshold) in chosen[:6] + chosen[-1:]:
             print(f"| {window[0] if single else '{} to {}'.format(*window)} | {layers} | {power} | {threshold} | {mean:.3f} |")
+        print("\n| the best, grown by | area over the true one | of the true one inside |\n|---|---|---|")
+        for dilation in GROWN:
+            area, inside = grown(softs[chosen[0][1]], dilation)
+            print(f"| {dilation} | {area:.2f} | {inside:.1%} |")
 
 
 if __name__ == "__main__":
-    main()
+    command.run(main)

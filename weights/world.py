@@ -16,12 +16,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageDraw
 
-if __package__:
-    from .backgrounds import draw
-    from .styles import STYLES
-else:                                                           # run as a script, or imported with weights/ on the path
-    from backgrounds import draw
-    from styles import STYLES
+from backgrounds import draw
+from styles import STYLES
 
 HERE = Path(__file__).parent
 CLASSES = {
@@ -58,9 +54,10 @@ HELD_OUT_PAIRS = (                                              # a tenth of the
     ("dog", "desert"), ("cat", "beach"), ("bear", "room"), ("bird", "night"), ("horse", "snow"), ("fish", "forest"), ("car", "grass"),
     ("flower", "wall"), ("ball", "night"), ("hat", "snow"), ("bag", "desert"), ("book", "beach"), ("cup", "forest"))
 HELD_OUT_STYLES = ("pencil", "pixel")
+FRESH = 2 ** 40                                                 # seeds from here on are for measuring: no training stream comes here
 EXAMPLE = "dog-poodle"                                          # the README's subject: grey, clipped; the dogs in training are tan
 LIGHTS = {"": (1.0, 1.0, 1.0), "warm": (1.1, 0.97, 0.8), "cool": (0.88, 0.96, 1.08), "dim": (0.74, 0.74, 0.77)}
-COLOURS = {                                                     # only instances that anyone would call so
+COLOURS = {                                                     # what an instance is called after, where it has a colour
     "red": "bird-cardinal car-hatchback flower-rose shoe-heel shoe-boot hat-helmet book-red",
     "blue": "fish-blue car-jeep shoe-flat hat-cap bag-suitcase book-blue", "green": "hat-army book-green",
     "brown": "bear-brown horse-bay ball-football shoe-leather bag-briefcase", "yellow": "cat-face book-notebook",
@@ -226,6 +223,7 @@ def sheet(path, rows=8, columns=6):
         one, x, y = scene(k), 264 * (k % columns), 284 * (k // columns)
         page.paste(Image.fromarray(one.image).resize((256, 256), Image.NEAREST), (x, y))
         ImageDraw.Draw(page).multiline_text((x, y + 257), textwrap.fill(one.caption, 42), fill="black", spacing=1)
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
     page.save(path)
     print(path)
 
