@@ -45,15 +45,15 @@ def parse(argv):
 
 def write(made, result, folder, facts):
     """The result, every intermediate, a sheet of them side by side, and the facts."""
-    from alchemy import images
     from alchemy.files import save_json
+    from alchemy.formats import png
     from alchemy.report import sheets
     soft = sheets.grey(made.soft)
     row = [("scene", made.scene), ("soft mask", soft), ("may change", sheets.outlined(made.scene, made.feathered)), ("result", made.result)]
     pictures = (made.scene, soft, sheets.grey(made.mask), sheets.grey(made.feathered), made.crop, made.drawn, sheets.sheet([row]))
     paths = [result] + [folder / name for name in NAMES]
     for path, picture in zip(paths, (made.result, *pictures)):
-        images.save_png(picture, path, facts)
+        png.save(picture, path, facts)
     save_json(facts, paths[-1])
     return paths
 

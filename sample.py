@@ -21,7 +21,7 @@ def parse(argv):
     command.add_drawing(p)
     args = given = p.parse_args(argv)
     if args.like:
-        from alchemy.images import facts_of
+        from alchemy.formats.png import facts_of
         facts = facts_of(args.like)
         if facts.get("script") != "sample.py":
             raise ValueError(f"--like {args.like}: {facts.get('script', 'another tool')} made it; only pictures by sample.py can be made again so")
@@ -50,6 +50,7 @@ def main(argv=None):
 
     from PIL import Image, ImageOps
     from alchemy import images, loop, samplers
+    from alchemy.formats import png
     image = args.image and images.read(args.image)
     sdxl = command.load(args)
     command.put_loras(sdxl, args.lora)  # before a prompt is encoded: text encoders may have adapters too
@@ -66,7 +67,7 @@ def main(argv=None):
         def bar(steps):
             return command.progress(steps, len(grid), f"seed {seed}")
         picture = loop.sample(sdxl, conditioning, unconditional, seed, size, image=image, strength=strength, progress=bar, **options)
-        images.save_png(picture, path, facts | {"seed": seed})
+        png.save(picture, path, facts | {"seed": seed})
         command.wrote(path)
 
 

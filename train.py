@@ -1,6 +1,7 @@
-"""Teach SDXL a subject from 3 to 5 photos.
+"""Teach SDXL a subject from 3 to 5 photos, or pictures with captions.
 
     python train.py SUBJECT_DIR --class-word dog --token sks --out out/my-dog
+    python train.py FOLDER --captions --out out/my-style       metadata.jsonl in it, or a .txt beside each picture
     python train.py                      the example subject, on the miniature that ships
 """
 from pathlib import Path
@@ -14,6 +15,8 @@ def parser():
     p.add_argument("--class-word",           metavar="WORD",             help="what the subject is: dog, backpack (default: dog, with the example)")
     p.add_argument("--token",                default="sks", metavar="WORD", help="a rare word that will name the subject (default: sks)")
     p.add_argument("--caption",              default="a photo of a {}", metavar="TEXT", help='of each photo, {} is token and class word (default: "a photo of a {}")')
+    p.add_argument("--captions",             action="store_true",        help="the pictures have captions of their own; there is no subject and no class")
+    p.add_argument("--mask",                 metavar="alpha|segment|FOLDER", help="what of each photo is learned: its alpha channel, what the class word names, or masks of the photos' names (default: all)")
     p.add_argument("--out",                  metavar="FOLDER",           help="where all is written (default: out/ and the name of SUBJECT_DIR)")
     g = p.add_mutually_exclusive_group()
     g.add_argument("--overwrite",            action="store_true",        help="start again where --out holds a run")
@@ -29,6 +32,9 @@ def parser():
     g.add_argument("--rank",          type=command.COUNT, metavar="N",   help=command.by_checkpoint("rank", "of the LoRA"))
     g.add_argument("--alpha",         type=command.POSITIVE, metavar="X", help="the LoRA is scaled by alpha/rank (default: rank)")
     g.add_argument("--prior-weight",  type=command.WEIGHT, default=1.0, metavar="X", help="how much the class word is held to what it was; 0 halves the time (default: 1)")
+    g.add_argument("--class-pictures", type=command.WHOLE, default=0, metavar="N", help="hold the class to so many pictures of it, which are drawn first, instead of to the model's own prediction (default: 0; DreamBooth draws 100)")
+    g.add_argument("--class-folder",  metavar="FOLDER",                  help="where they are kept, to be used again (default: class/ in --out)")
+    g.add_argument("--caption-dropout", type=command.SHARE, default=0.1, metavar="X", help="share of captions that are left out, with --captions (default: 0.1)")
     g.add_argument("--snr-gamma",     type=command.WEIGHT, default=5.0, metavar="X", help="min-SNR weighting; 0 is none (default: 5)")
     g.add_argument("--mirror",        action=command.BooleanOptionalAction, default=False, help="photos mirrored too; not for what has writing on it")
     g.add_argument("--checkpointing", action=command.BooleanOptionalAction, default=None, help="less memory, a third more time (default: for SDXL)")
@@ -54,9 +60,15 @@ def read_flags(argv):
         args = p.parse_args(argv)
     elif (run.exists() or finished.exists()) and not args.overwrite:
         raise ValueError(f"{args.out} holds a run already: --resume goes on with it, --overwrite starts again, --out names another folder")
+    if args.captions and args.photos is None:
+        raise ValueError("--captions needs the folder of the pictures")
     if args.photos is None:
         args.photos, args.class_word = str(command.SUBJECT), args.class_word or command.EXAMPLE["class_word"]
-    if not args.class_word:
+    if args.captions:
+        needless = [flag for flag in ("class_word", "class_pictures", "class_folder") if getattr(args, flag)]
+        if needless or args.mask == "segment":
+            raise ValueError(f"--captions has no class: leave out --{(needless or ['mask segment'])[0].replace('_', '-')}")
+    elif not args.class_word:
         raise ValueError("--class-word is missing: what is the subject? dog, backpack, ...")
     if "{}" not in args.caption:
         raise ValueError(f"--caption {args.caption!r} has no {{}} for the subject's name")

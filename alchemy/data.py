@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from PIL import Image, ImageOps
 
 from . import images
@@ -15,7 +16,8 @@ from . import images
 
 @dataclass(frozen=True)
 class Photo:
-    """latents: a (mean, std) pair of (4,h,w), and one of the mirrored photo where mirroring is wanted. original: (H,W) before it was scaled."""
+    """latents: (mean, std, weight), two of (4,h,w) and one of (1,h,w), which says how much each place counts; three more of the mirrored
+    photo where mirroring is wanted. original: (H,W) before it was scaled."""
     latents: tuple
     original: tuple
     prompt: str
@@ -23,9 +25,10 @@ class Photo:
 
 @dataclass(frozen=True)
 class Batch:
-    """x_0, eps (B,4,h,w), t (B,) integers, time_ids (B,6) float32, prompts: a list of B."""
+    """x_0, eps (B,4,h,w), weight (B,1,h,w), t (B,) integers, time_ids (B,6) float32, prompts: a list of B."""
     x_0: torch.Tensor
     eps: torch.Tensor
+    weight: torch.Tensor
     t: torch.Tensor
     time_ids: torch.Tensor
     prompts: list
@@ -44,16 +47,19 @@ def find_photos(folder):
 
 
 @torch.no_grad()
-def encode(sdxl, path, size, prompt, mirror=False):
-    """One photo to latents on the CPU. size (H,W): of the crops that training will take from it."""
+def encode(sdxl, path, size, prompt, mirror=False, mask=None):
+    """One photo to latents on the CPU. size (H,W): of the crops that training will take from it. mask: PIL of mode L and of the photo's
+    size, white where it counts in full (None: everywhere)."""
     picture = images.read(path)
     scale = max(size[0] / picture.height, size[1] / picture.width)
     h, w = (max(round(scale * side), least) for side, least in zip(picture.size[::-1], size))
-    scaled = picture.resize((w, h), Image.LANCZOS)
+    counts = Image.new("L", (w, h), 255) if mask is None else mask.resize((w, h), Image.BOX)
+    scaled = Image.merge("RGBA", (*picture.resize((w, h), Image.LANCZOS).split(), counts))
     # Less than one latent is cut off, right and below, so that a crop's place counts from the photo's own corner, mirrored or not.
     views = [view.crop((0, 0, w // sdxl.factor * sdxl.factor, h // sdxl.factor * sdxl.factor))
              for view in ((scaled, ImageOps.mirror(scaled)) if mirror else (scaled,))]
-    latents = tuple(tuple(part[0].cpu() for part in sdxl.vae.encode(images.to_tensor(view).to(sdxl.device))) for view in views)
+    latents = tuple((*(part[0].cpu() for part in sdxl.vae.encode(images.to_tensor(view).to(sdxl.device))),
+                     F.avg_pool2d(torch.from_numpy(np.array(view)[None, :, :, 3]).float() / 255, sdxl.factor)) for view in views)
     return Photo(latents, picture.size[::-1], prompt)
 
 
@@ -63,19 +69,27 @@ def generator(*numbers):
 
 
 def sample(photos, size, factor, T, seed, step, index):
-    """Sample `index` of the whole run, drawn at `step`: (x_0, eps, t, time_ids, prompt). Each photo comes once before one comes twice."""
+    """Sample `index` of the whole run, drawn at `step`: (x_0, eps, weight, t, time_ids, prompt). Each photo comes once before one comes twice."""
     order = torch.randperm(len(photos), generator=generator(seed, 1, index // len(photos)))
     photo, rng = photos[order[index % len(photos)]], generator(seed, 2, step, index)
-    mean, std = photo.latents[torch.randint(len(photo.latents), (), generator=rng)]
+    parts = photo.latents[torch.randint(len(photo.latents), (), generator=rng)]
     h, w = size[0] // factor, size[1] // factor
-    top, left = (int(torch.randint(room + 1, (), generator=rng)) for room in (mean.shape[1] - h, mean.shape[2] - w))
-    mean, std = (part[:, top:top + h, left:left + w] for part in (mean, std))
+    top, left = (int(torch.randint(room + 1, (), generator=rng)) for room in (parts[0].shape[1] - h, parts[0].shape[2] - w))
+    mean, std, weight = (part[:, top:top + h, left:left + w] for part in parts)
     x_0 = mean + std * torch.randn(mean.shape, generator=rng)  # a fresh sample of the posterior each time
     eps, t = torch.randn(mean.shape, generator=rng), torch.randint(T, (), generator=rng)
-    return x_0, eps, t, torch.tensor([*photo.original, top * factor, left * factor, *size], dtype=torch.float32), photo.prompt
+    return x_0, eps, weight, t, torch.tensor([*photo.original, top * factor, left * factor, *size], dtype=torch.float32), photo.prompt
 
 
 def batch(photos, size, factor, T, seed, step, indices, device):
     """The samples of the indices as a Batch on the device."""
     *tensors, prompts = zip(*(sample(photos, size, factor, T, seed, step, i) for i in indices))
     return Batch(*(torch.stack(part).to(device) for part in tensors), list(prompts))
+
+
+def stream(sdxl, photos, size, seed, count, accumulation=1):
+    """A function (step, part) to the Batch of `count` samples that belongs there; a step has `accumulation` parts."""
+    def draw(step, part):
+        first = (step * accumulation + part) * count
+        return batch(photos, size, sdxl.factor, len(sdxl.schedule.alpha_bar), seed, step, range(first, first + count), sdxl.device)
+    return draw

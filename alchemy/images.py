@@ -1,13 +1,10 @@
-"""Pictures in and out: files to PIL, PIL to tensors in [-1,1] and back, PNG with the facts of how it was made."""
-import json
+"""Pictures: files to PIL, PIL to tensors in [-1,1] and back."""
 import struct
 import warnings
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps, PngImagePlugin
-
-from .files import replace
+from PIL import Image, ImageOps
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
 MOST_PIXELS = 100_000_000  # a small file can unpack to gigabytes
@@ -51,22 +48,3 @@ def composite(picture, drawn, mask):
     """picture + mask · (drawn − picture), of one size, mask (H,W) in [0,1]; where mask is 0, the picture to the bit."""
     old, new = (np.asarray(p.convert("RGB"), dtype=np.float32) for p in (picture, drawn))
     return Image.fromarray(np.round(old + mask.cpu().numpy()[:, :, None] * (new - old)).astype(np.uint8))
-
-
-def save_png(picture, path, facts):
-    """A PNG whose text chunk "alchemy" holds facts (a dict) as JSON."""
-    info = PngImagePlugin.PngInfo()
-    info.add_itxt("alchemy", json.dumps(facts, ensure_ascii=False))
-    replace(path, lambda new: picture.save(new, "PNG", pnginfo=info))
-
-
-def facts_of(path):
-    """The facts in a PNG's text chunk. Raises ValueError where it has none."""
-    read(path)
-    with Image.open(path) as picture:
-        picture.load()  # the chunk may stand behind the pixels
-        text = picture.info.get("alchemy")
-    try:
-        return json.loads(text)
-    except (TypeError, ValueError):
-        raise ValueError(f"{path}: has no facts of how it was made (only PNG files written here have)") from None

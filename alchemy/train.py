@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 
 import torch
 
-from . import data, lora
+from . import lora
 from .files import save_tensors
 from .sdxl import Conditioning
 
@@ -66,49 +66,58 @@ def min_snr(schedule, t, gamma):
     return snr.clamp(max=gamma) / (snr if schedule.prediction == "epsilon" else snr + 1)
 
 
+def mean_square(difference, weight):
+    """(B,4,h,w) to (B,), each place counted by weight (B,1,h,w)."""
+    return (weight * difference.square()).mean((1, 2, 3)) / weight.mean((1, 2, 3)).clamp(min=1e-6)
+
+
+def tell(batch, prompts, names):
+    """What the UNet is told of a batch under these prompts. prompts: {prompt: Conditioning of one}."""
+    told = Conditioning.cat([prompts[name] for name in names])
+    return told.context, told.pooled, batch.time_ids
+
+
+def errors(sdxl, batch, prompts, gamma=5.0):
+    """The first term above of each sample: (B,)."""
+    x_t = sdxl.schedule.add_noise(batch.x_0, batch.eps, batch.t)
+    target = sdxl.schedule.target(batch.x_0, batch.eps, batch.t)
+    prediction = sdxl.unet(x_t, batch.t, *tell(batch, prompts, batch.prompts))
+    return min_snr(sdxl.schedule, batch.t, gamma).to(x_t) * mean_square(prediction - target, batch.weight)
+
+
 def loss(sdxl, batch, prompts, class_prompt=None, prior_weight=1.0, gamma=5.0):
-    """The loss above, a scalar. prompts: {prompt: Conditioning of one}; class_prompt: a key of it, or None for no prior."""
-    schedule, unet, t = sdxl.schedule, sdxl.unet, batch.t
-    x_t = schedule.add_noise(batch.x_0, batch.eps, t)
-    target = schedule.target(batch.x_0, batch.eps, t)
-
-    def tell(names):
-        told = Conditioning.cat([prompts[name] for name in names])
-        return told.context, told.pooled, batch.time_ids
-
-    weight = min_snr(schedule, t, gamma).to(x_t)
+    """The loss above, a scalar. class_prompt: a key of prompts, or None for no prior."""
     if class_prompt is None or not prior_weight:
-        return (weight * (unet(x_t, t, *tell(batch.prompts)) - target).square().mean((1, 2, 3))).mean()
-
-    of_class = tell([class_prompt] * len(t))
+        return errors(sdxl, batch, prompts, gamma).mean()
+    schedule, unet, t, of_class = sdxl.schedule, sdxl.unet, batch.t, tell(batch, prompts, [class_prompt] * len(batch.t))
+    x_t = schedule.add_noise(batch.x_0, batch.eps, t)
     with torch.no_grad(), lora.scaled(unet, 0):
         kept = unet(x_t, t, *of_class)
-    # Subject and class go through the network together: one batch of 2B.
-    both = [torch.cat(pair) for pair in zip(tell(batch.prompts), of_class)]
-    error = (unet(torch.cat([x_t, x_t]), torch.cat([t, t]), *both) - torch.cat([target, kept])).square().mean((1, 2, 3))
-    subject, prior = (torch.cat([weight, weight]) * error).chunk(2)
+    # Subject and class go through the network together: one batch of 2B. Of the class, every place counts.
+    both = [torch.cat(pair) for pair in zip(tell(batch, prompts, batch.prompts), of_class)]
+    target = torch.cat([schedule.target(batch.x_0, batch.eps, t), kept])
+    weight = torch.cat([batch.weight, torch.ones_like(batch.weight)])
+    error = mean_square(unet(torch.cat([x_t, x_t]), torch.cat([t, t]), *both) - target, weight)
+    subject, prior = (min_snr(schedule, t, gamma).to(x_t).repeat(2) * error).chunk(2)
     return subject.mean() + prior_weight * prior.mean()
 
 
-def train(sdxl, photos, prompts, state, *, steps, size, batch=1, accumulation=1, warmup=0, class_prompt=None, prior_weight=1.0, gamma=5.0,
-          seed=0):
+def train(sdxl, state, loss_of, *, steps, accumulation=1, warmup=0):
     """Yield (step, loss) after each optimizer step, from state.step to steps; the state is then whole and may be saved.
 
-    photos: of data.encode; prompts: {prompt: Conditioning}, for every photo's prompt and the class_prompt. A step whose loss or gradient
-    is not finite is not applied; FloatingPointError after PATIENCE of them in a row.
+    loss_of(step, part): the loss of one of the accumulation parts of a step, a function of these two numbers alone. A step whose loss or
+    gradient is not finite is not applied; FloatingPointError after PATIENCE of them in a row.
     """
-    lost, T = 0, len(sdxl.schedule.alpha_bar)
+    lost = 0
     rates = [group.setdefault("full_lr", group["lr"]) for group in state.optimizer.param_groups]  # "lr" itself warms up
     autocast = torch.autocast(sdxl.device.type, sdxl.dtype, enabled=sdxl.dtype != torch.float32)
     for step in range(state.step, steps):
-        # Accumulate gradients over batch · accumulation samples.
+        # Accumulate gradients over the parts.
         state.optimizer.zero_grad(set_to_none=True)
         total = 0.0
         for part in range(accumulation):
-            first = (step * accumulation + part) * batch
-            drawn = data.batch(photos, size, sdxl.factor, T, seed, step, range(first, first + batch), sdxl.device)
             with autocast:
-                value = loss(sdxl, drawn, prompts, class_prompt, prior_weight, gamma) / accumulation
+                value = loss_of(step, part) / accumulation
             state.scaler.scale(value).backward()
             total += value.detach()
 

@@ -117,10 +117,10 @@ FAULTS = {
         ("layers in the order of their names", '"mid_block": 1, "up_blocks": 2', '"mid_block": 2, "up_blocks": 1'),
         ("one norm for both attentions", "self.attn2(self.norm2(x), context)", "self.attn2(self.norm1(x), context)"),
     ),
-    ("lora", "lora"): (
+    ("lora", "lora lora_files"): (
         ("alpha without rank", "self.scale * self.alpha / len(self.down)", "self.scale * self.alpha"),
         ("alpha by the wrong side", "/ len(self.down)", "/ self.down.shape[1]"),
-        ("merged transposed", "self.factor * (self.up @ self.down)", "self.factor * (self.down.T @ self.up.T).view(len(self.up), -1)"),
+        ("merged transposed", "(self.up.flatten(1) @ self.down.flatten(1))", "(self.down.flatten(1).T @ self.up.flatten(1).T)"),
         ("adapters in the base's dtype", "Adapter(down.to(layer.weight.device)", "Adapter(down.to(layer.weight)"),
         ("merged in half", "self.weight + change)", "self.weight + change.to(self.weight.dtype))"),
         ("un-merged by subtraction", "self.weight.copy_(self.original)", "self.weight.sub_(sum(a.delta() for a in self.lora.values()))"),
@@ -129,6 +129,7 @@ FAULTS = {
         ("up does not start at zero", "torch.zeros(layer.out_features, rank)", "torch.ones(layer.out_features, rank)"),
         ("to_out is not taught", '("to_q", "to_k", "to_v", "to_out.0")', '("to_q", "to_k", "to_v")'),
         ("scales do not come back", "a.scale = old", "pass"),
+        ("a convolution's adapter goes without its stride", "stride=layer.stride, padding", "padding"),
         ("the last adapter wins", "y = adapter.add_to(y, x, self)", "y = adapter.add_to(super().forward(x), x, self)"),
     ),
     ("formats/layout", "manifest"): (
@@ -156,7 +157,7 @@ FAULTS = {
         ("holes stay", " | to_full(within)", ""),
     ),
     ("insertion", "insertion masks"): (
-        ("the LoRA draws the scene", "with lora.scaled(sdxl.unet, 0):", "with lora.scaled(sdxl.unet, 1):"),
+        ("the LoRA draws the scene", "with lora.scaled(sdxl, 0):", "with lora.scaled(sdxl, 1):"),
         ("stage 2 is told the class alone", "sdxl.encode_prompt([named], work)", "sdxl.encode_prompt([prompt], work)"),
         ("composite by the hard mask", "images.composite(image, pasted, feathered)", "images.composite(image, pasted, mask)"),
         ("no composite", "images.composite(image, pasted, feathered)", "pasted"),
@@ -166,16 +167,33 @@ FAULTS = {
         ("min-SNR of v without the one", "(snr if schedule.prediction == \"epsilon\" else snr + 1)", "snr"),
         ("the prior's target has the LoRA on", "lora.scaled(unet, 0)", "lora.scaled(unet, 1)"),
         ("the prior weighs nothing", "subject.mean() + prior_weight * prior.mean()", "subject.mean()"),
-        ("accumulated, not averaged", "prior_weight, gamma) / accumulation", "prior_weight, gamma)"),
+        ("accumulated, not averaged", "loss_of(step, part) / accumulation", "loss_of(step, part)"),
         ("a step of NaN is applied", "        if finite:\n            state.scaler.step", "        if True:\n            state.scaler.step"),
     ),
-    ("data", "data"): (
+    ("data", "data captions"): (
         ("a crop's left is its top", "top * factor, left * factor", "top * factor, top * factor"),
         ("the same noise at every step", "generator(seed, 2, step, index)", "generator(seed, 2, index)"),
+        ("every place counts", "mean, std, weight = (part[:, top:top + h, left:left + w] for part in parts)",
+         "mean, std, weight = (part[:, top:top + h, left:left + w] for part in (*parts[:2], torch.ones_like(parts[2])))"),
         ("the mean, never a sample", "mean + std * torch.randn(mean.shape, generator=rng)", "mean"),
     ),
-    ("formats/lora", "lora_files"): (
-        ("alpha is not read", "told(layer, len(down)) if alpha is None else alpha, scale)", "told(layer, len(down)), scale)"),
-        ("alpha is not baked in", "adapter.up * (adapter.alpha / rank)", "adapter.up"),
+    ("formats/lora", "lora_files lora_writing"): (
+        ("alpha is not read", "told(layer, len(down)) if alpha is None else alpha) for", "told(layer, len(down))) for"),
+        ("alpha is not baked in", "up * (alpha / len(down))", "up"),
+        ("the second text encoder is the first", '"text_encoder_2": "lora_te2_"', '"text_encoder_2": "lora_te1_"'),
+        ("a DoRA is a LoRA", "if dora := [key for key in keys if key.endswith(DORA)]:", "if dora := []:"),
+    ),
+    ("methods/prior", "prior"): (
+        ("the prior is a mean over both", "subject.mean() + prior_weight * prior.mean()", "torch.cat([subject, prior_weight * prior]).mean()"),
+        ("every class picture is the same", "seed=FIRST_SEED + k)", "seed=FIRST_SEED)"),
+        ("drawn again", "if not path.exists():", "if True:"),
+    ),
+    ("methods/captions", "captions"): (
+        ("no caption is dropped", "None if lot < dropout else prompt", "prompt"),
+        ("buckets upside down", "picture_size[0] / picture_size[1]", "picture_size[1] / picture_size[0]"),
+        ("every bucket as often", "[len(buckets[size]) for size in sizes]", "[1 for size in sizes]"),
+    ),
+    ("methods/masks", "captions"): (
+        ("a mask is not turned", "ImageOps.exif_transpose(opened)", "opened"),
     ),
 }

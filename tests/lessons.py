@@ -9,7 +9,7 @@ import alchemy
 from alchemy import data, lora
 from alchemy.schedule import Schedule
 from alchemy.sdxl import Conditioning
-from alchemy.train import train
+from alchemy.train import loss, train
 
 SIZE = (32, 32)  # below, self-attention has but one place to look at at the lowest level, and to_q and to_k no gradient
 PROMPTS = ("a photo of a sks dog", "a photo of a dog")
@@ -41,13 +41,13 @@ def told(sdxl):
 
 def batch(count=3, dtype=torch.float64):
     ids = torch.tensor([[40.0 + i, 44, i, 4, *SIZE] for i in range(count)])
-    return data.Batch(draw(count, 4, 8, 8).to(dtype), draw(count, 4, 8, 8, seed=1).to(dtype), torch.tensor([3, 420, 981])[:count], ids,
+    return data.Batch(draw(count, 4, 8, 8).to(dtype), draw(count, 4, 8, 8, seed=1).to(dtype), torch.ones(count, 1, 8, 8, dtype=dtype), torch.tensor([3, 420, 981])[:count], ids,
                       [PROMPTS[0]] * count)
 
 
 def encoded(count=2, std=0.3):
     """Photos as data.encode makes them."""
-    return [data.Photo(((draw(4, 10, 10, seed=i).float(), torch.full((4, 10, 10), std)),), (40, 40), PROMPTS[0]) for i in range(count)]
+    return [data.Photo(((draw(4, 10, 10, seed=i).float(), torch.full((4, 10, 10), std), torch.ones(1, 10, 10)),), (40, 40), PROMPTS[0]) for i in range(count)]
 
 
 def parameters(sdxl):
@@ -56,8 +56,13 @@ def parameters(sdxl):
 
 def run(sdxl, state, steps, **options):
     """(step, loss) of each step; settings are small."""
-    options = dict(size=SIZE, class_prompt=PROMPTS[1]) | options
-    return list(train(sdxl, options.pop("photos", None) or encoded(), told(sdxl), state, steps=steps, **options))
+    return list(train(sdxl, state, losses(sdxl, **options), steps=steps, accumulation=options.get("accumulation", 1), warmup=options.get("warmup", 0)))
+
+
+def losses(sdxl, photos=None, batch=1, accumulation=1, seed=0, class_prompt=PROMPTS[1], prior_weight=1.0, gamma=5.0, **_):
+    """loss_of, as train.py makes it."""
+    draw, prompts = data.stream(sdxl, photos or encoded(), SIZE, seed, batch, accumulation), told(sdxl)
+    return lambda step, part: loss(sdxl, draw(step, part), prompts, class_prompt, prior_weight, gamma)
 
 
 class OneLayer(torch.nn.Module):

@@ -39,14 +39,14 @@ def latents_at(photo, size, place):
 
 
 def draw(photos, size=(16, 16), seed=0, step=0, index=0):
-    x_0, eps, t, ids, prompt = data.sample(photos, size, FACTOR, T, seed, step, index)
+    x_0, eps, weight, t, ids, prompt = data.sample(photos, size, FACTOR, T, seed, step, index)
     return SimpleNamespace(x_0=x_0, eps=eps, t=t, original=tuple(ids[:2].int().tolist()), place=tuple(ids[2:4].int().tolist()),
                            target=tuple(ids[4:].int().tolist()), ids=ids, prompt=prompt)
 
 
 def several(count, std=0.0):
     """Photos of one value each, named by their prompts."""
-    return [data.Photo(((torch.full((4, 6, 6), float(i)), torch.full((4, 6, 6), std)),), (24, 24), f"photo {i}") for i in range(count)]
+    return [data.Photo(((torch.full((4, 6, 6), float(i)), torch.full((4, 6, 6), std), torch.ones(1, 6, 6)),), (24, 24), f"photo {i}") for i in range(count)]
 
 
 # The folder
@@ -119,7 +119,7 @@ def test_exif_rotation_is_honoured_in_pixels_and_in_the_original_size(tmp_path, 
 # One sample
 
 def test_the_posterior_is_sampled_anew_at_each_step():
-    photos = [data.Photo(((torch.full((4, 4, 4), 3.0), torch.full((4, 4, 4), 0.5)),), (16, 16), "a dog")]
+    photos = [data.Photo(((torch.full((4, 4, 4), 3.0), torch.full((4, 4, 4), 0.5), torch.ones(1, 4, 4)),), (16, 16), "a dog")]
     drawn = torch.stack([draw(photos, step=step).x_0 for step in range(200)])
     z = (drawn - 3.0) / 0.5
     assert z[0].unique().numel() == 64 and not (z[0] == z[1]).any()
@@ -145,7 +145,7 @@ def test_a_sample_is_a_function_of_seed_step_and_index_only():
     again = draws()
     assert torch.equal(torch.get_rng_state(), state)  # nor does it use up anyone else's numbers
     for a, b in zip(first, again):
-        assert all(torch.equal(x, y) for x, y in zip(a[:4], b[:4])) and a[4] == b[4]
+        assert all(torch.equal(x, y) for x, y in zip(a[:5], b[:5])) and a[5] == b[5]
     base = data.sample(photos, (16, 16), FACTOR, T, 5, 7, 4)
     for other in ((6, 7, 4), (5, 8, 4), (5, 7, 5)):
         assert not torch.equal(data.sample(photos, (16, 16), FACTOR, T, *other)[1], base[1])
@@ -157,8 +157,8 @@ def test_a_batch_holds_the_samples_of_its_indices():
     assert batch.x_0.shape == batch.eps.shape == (3, 4, 4, 4) and batch.time_ids.shape == (3, 6) and batch.time_ids.dtype == torch.float32
     for i, index in enumerate(range(4, 7)):
         one = data.sample(photos, (16, 16), FACTOR, T, 5, 2, index)
-        assert torch.equal(batch.x_0[i], one[0]) and torch.equal(batch.eps[i], one[1]) and batch.t[i] == one[2]
-        assert torch.equal(batch.time_ids[i], one[3]) and batch.prompts[i] == one[4]
+        assert torch.equal(batch.x_0[i], one[0]) and torch.equal(batch.eps[i], one[1]) and batch.t[i] == one[3]
+        assert torch.equal(batch.time_ids[i], one[4]) and batch.prompts[i] == one[5]
 
 
 def test_each_photo_comes_once_before_one_comes_twice():
@@ -176,5 +176,5 @@ def test_the_order_of_photos_does_not_depend_on_batch_size():
 
 
 def test_timesteps_reach_from_the_first_to_the_last():
-    t = [int(data.sample(several(1), (16, 16), FACTOR, 10, 0, step, step)[2]) for step in range(300)]
+    t = [int(data.sample(several(1), (16, 16), FACTOR, 10, 0, step, step)[3]) for step in range(300)]
     assert set(t) == set(range(10)) and max(t.count(i) for i in range(10)) < 60

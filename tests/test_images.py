@@ -9,6 +9,7 @@ import torch
 from PIL import Image
 
 from alchemy import images
+from alchemy.formats.png import facts_of, save
 from alchemy.report import sheets
 from planted import noise_picture
 
@@ -177,8 +178,8 @@ FACTS = {"prompt": "a photo of a “dog”, 犬, \x07 & <b>", "seed": 0, "lora":
 
 def test_facts_return_from_a_png_with_the_pixels_to_the_bit(tmp_path):
     picture = noise_picture(20, 30)
-    images.save_png(picture, tmp_path / "a.png", FACTS)
-    assert images.facts_of(tmp_path / "a.png") == FACTS and pixels(images.read(tmp_path / "a.png")) == pixels(picture)
+    save(picture, tmp_path / "a.png", FACTS)
+    assert facts_of(tmp_path / "a.png") == FACTS and pixels(images.read(tmp_path / "a.png")) == pixels(picture)
     assert [p.name for p in tmp_path.iterdir()] == ["a.png"]
 
 
@@ -186,9 +187,9 @@ def test_a_picture_without_facts_is_an_error_that_names_it(stored, tmp_path):
     text = b"alchemy\0{not json"
     for path in (stored(noise_picture(4, 4), "bare.png"), stored(noise_picture(4, 4), "bare.jpg"), stored(png(1, 1, 8, 2, b"\0abc", chunk(b"tEXt", text)), "other.png")):
         with pytest.raises(ValueError, match=f"^{path}: has no facts of how it was made"):
-            images.facts_of(path)
+            facts_of(path)
     with pytest.raises(ValueError, match="none.png: no such file"):
-        images.facts_of(tmp_path / "none.png")
+        facts_of(tmp_path / "none.png")
     assert json.loads(json.dumps(FACTS)) == FACTS
 
 

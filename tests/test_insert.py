@@ -6,7 +6,8 @@ import pytest
 from PIL import Image
 
 import alchemy
-from alchemy import images, insertion
+from alchemy import insertion
+from alchemy.formats import png
 from checkpoints import vocabulary_read_once  # noqa: F401
 from running import SCENE, call, contents, good, lora_file, picture, pictures, pixels, quick, same, tiny  # noqa: F401
 
@@ -25,7 +26,7 @@ def test_insert_writes_every_intermediate_and_the_facts(inserted, tmp_path):
     assert (facts["seed"], facts["strength"], facts["sampler"], facts["steps"]) == (2, 0.5, "euler", 8)
     assert facts["first_timestep"] == 376 and "stage 2 ran 4 of 8 steps, first t 376" in run.err and "stage 1: 8/8" in run.err
     assert facts["prompt"] == SCENE and facts["token"] == "sks" and facts["size"] == [32, 32] and len(facts["box"]) == 4
-    assert images.facts_of("out/insert/result.png") == facts
+    assert png.facts_of("out/insert/result.png") == facts
     feathered, scene, result = (pixels(f"out/insert/{name}.png") for name in ("feathered", "scene", "result"))
     assert (scene == result)[feathered == 0].all() and not same(scene, result)
     assert {pixels(f"out/insert/{name}.png").shape for name in ("scene", "soft_mask", "mask", "feathered", "result")} == {(32, 32, 3)}

@@ -3,7 +3,8 @@ import signal
 
 import pytest
 
-from alchemy import command, images
+from alchemy import command
+from alchemy.formats import png
 from checkpoints import vocabulary_read_once  # noqa: F401
 from running import PROMPT, STEPS, call, contents, good, lora_file, picture, pictures, pixels, process, quick, same, tiny  # noqa: F401
 
@@ -39,12 +40,12 @@ def test_a_picture_tells_how_it_was_made_and_like_makes_it_again(pictures, tiny,
     flags = [PROMPT, "--count", 2, "--seed", 3, "--size", "36x28", "--sampler", "euler_ancestral", "--grid", "trailing", "--eta", 0.5, "--steps", 4,
              "--guidance", 2.5, "--negative-prompt", "é “ugly”", "--lora", f"{lora_file}:0.5", "--lora", f"{lora_file}:0.25", "--image", "start.png", "--strength", 0.8]
     first = pictures(*flags)
-    facts = images.facts_of("out/samples/0004.png")
+    facts = png.facts_of("out/samples/0004.png")
     assert facts["prompt"] == PROMPT and facts["seed"] == 4 and facts["size"] == [28, 36] and facts["lora"] == [[str(lora_file), 0.5], [str(lora_file), 0.25]]
     assert facts["weights"] == str(tiny) and facts["negative_prompt"] == "é “ugly”" and facts["count"] == 1
     run = good(call("sample.py", "--like", "out/samples/0004.png", "--out", "again.png"))
     assert [p.name for p in run.wrote] == ["again.png"] and same(pixels("again.png"), first[1])
-    assert {**images.facts_of("again.png"), "out": 0, "like": 0} == {**facts, "out": 0, "like": 0}
+    assert {**png.facts_of("again.png"), "out": 0, "like": 0} == {**facts, "out": 0, "like": 0}
     good(call("sample.py", "--like", "again.png", "--out", "once-more.png"))
     assert same(pixels("once-more.png"), first[1])
 
@@ -54,12 +55,12 @@ def test_flags_go_over_those_of_like(pictures, lora_file):
     for flags in (["a photo of a car"], ["--seed", 1], ["--lora", f"{lora_file}:0"]):
         run = good(call("sample.py", "--like", "out/samples/0000.png", *flags, "--out", "other.png"))
         assert not same(pixels(run.wrote[0]), image), flags
-    assert images.facts_of(good(call("sample.py", "--like", "out/samples/0000.png", "--lora", f"{lora_file}:0.5")).wrote[0])["lora"] == [[str(lora_file), 0.5]]
+    assert png.facts_of(good(call("sample.py", "--like", "out/samples/0000.png", "--lora", f"{lora_file}:0.5")).wrote[0])["lora"] == [[str(lora_file), 0.5]]
 
 
 def test_defaults_are_written_out_and_the_same_as_given(pictures):
     (image,) = pictures(PROMPT)
-    facts = images.facts_of("out/samples/0000.png")
+    facts = png.facts_of("out/samples/0000.png")
     assert (facts["sampler"], facts["steps"], facts["guidance"]) == ("euler", STEPS, 4.0)
     assert same(pictures(PROMPT, "--sampler", "euler", "--steps", STEPS, "--guidance", 4, "--size", 32)[0], image)
 

@@ -11,7 +11,8 @@ from safetensors import safe_open
 import insert
 import sample
 import train
-from alchemy import command, images
+from alchemy import command
+from alchemy.formats import png
 from checkpoints import vocabulary_read_once  # noqa: F401
 from running import PROMPT, ROOT, SCENE, call, contents, good, photos, quick, tiny  # noqa: F401
 
@@ -91,7 +92,7 @@ def test_train_writes_the_lora_with_its_facts_the_previews_and_the_settings(tiny
                      "targets": '["to_q", "to_k", "to_v", "to_out.0"]', "rank": "2", "alpha": "3.0"}
     settings = json.loads(contents("out/photos")["settings.json"])
     assert settings["steps"] == 2 and settings["size"] == [32, 32] and settings["batch"] == 4 and settings["prior_weight"] == 1.0
-    assert images.facts_of("out/photos/preview.png")["steps"] == 2 and images.facts_of("out/photos/loss.png")["prompt"] == "a photo of a sks dog"
+    assert png.facts_of("out/photos/preview.png")["steps"] == 2 and png.facts_of("out/photos/loss.png")["prompt"] == "a photo of a sks dog"
     with Image.open("out/photos/preview.png") as page:
         assert page.width > 3 * 256 and page.height > 2 * 256  # three prompts at two times, and the loss
 

@@ -1,4 +1,5 @@
 """The update: what it must do, what it must not, and the loop as train.py drives it."""
+import itertools
 import math
 
 import pytest
@@ -6,10 +7,10 @@ import torch
 from safetensors import safe_open
 
 from alchemy import data, lora
-from alchemy.command import training
+from alchemy.command import lessons as lessons_of
 from alchemy.train import PATIENCE, start, train
 from checkpoints import vocabulary_read_once  # noqa: F401
-from lessons import SIZE, batch, encoded, model, parameters, run, small, spoiled, told  # noqa: F401
+from lessons import batch, losses, model, parameters, run, small, spoiled  # noqa: F401
 from running import call, contents, good, photos, quick, refused, tiny  # noqa: F401
 
 
@@ -73,7 +74,7 @@ def test_warm_up_is_a_function_of_the_step_also_when_a_run_goes_on():
         sdxl = small()
         state, seen = start(parameters(sdxl), 1e-3), []
         for stop in stops:
-            for _ in train(sdxl, encoded(), told(sdxl), state, steps=stop, size=SIZE, warmup=3):
+            for _ in train(sdxl, state, losses(sdxl, class_prompt=None), steps=stop, warmup=3):
                 seen.append(state.optimizer.param_groups[0]["lr"])
         return seen
     assert rates(5) == pytest.approx([0.25e-3, 0.5e-3, 0.75e-3, 1e-3, 1e-3], rel=1e-12) and rates(2, 5) == rates(5)
@@ -93,7 +94,7 @@ def test_an_overfit_brings_the_loss_down(model, monkeypatch):
 def test_a_step_that_is_not_finite_is_not_applied(value):
     sdxl = small()
     state, kept = start(parameters(sdxl), 1e-2), []
-    for step, total in train(spoiled(sdxl, {2, 3}, value), encoded(), told(sdxl), state, steps=4, size=SIZE):
+    for step, total in train(sdxl, state, losses(spoiled(sdxl, {2, 3}, value), class_prompt=None), steps=4):
         moments = [v.clone() for s in state.optimizer.state.values() for v in s.values()]
         kept.append([p.detach().clone() for p in state.parameters.values()] + moments)
         assert math.isfinite(total) == (step not in (2, 3)) and state.step == step
@@ -122,19 +123,21 @@ def flags(tiny, folder, *more):
 
 
 def test_when_training_breaks_down_the_script_says_so_and_a_good_state_is_on_disk(tiny, tmp_path, monkeypatch):
-    whole = training.train
+    whole = lessons_of.loss
 
-    def breaking(sdxl, *args, **options):
-        return whole(spoiled(sdxl, range(3, 999)), *args, **options)
-    monkeypatch.setattr(training, "train", breaking)
+    def break_from(first):
+        calls = itertools.count(1)
+        monkeypatch.setattr(lessons_of, "loss", lambda *args: whole(*args) * (float("nan") if next(calls) >= first else 1))
+    break_from(3)
     refused(call(*flags(tiny, tmp_path, "--prior-weight", 0, "--steps", 30, "--out", "new")), "not finite", "--learning-rate", "--resume", "new/state.safetensors")
     assert sorted(contents("new")) == ["settings.json", "state.safetensors"]
     with safe_open("new/state.safetensors", "pt") as file:
         assert file.metadata()["step"] == "0"
 
     # What was saved before it began is kept: the last steps before NaN have often gone astray already.
+    break_from(3)
     refused(call(*flags(tiny, tmp_path, "--prior-weight", 0, "--steps", 30, "--out", "old", "--save-every", 2)), "not finite")
-    monkeypatch.setattr(training, "train", whole)
+    monkeypatch.setattr(lessons_of, "loss", whole)
     run = good(call("train.py", "--out", "old", "--resume", "--learning-rate", 1e-4, "--steps", 9))
     assert "resuming at step 6 of 9" in run.err
 

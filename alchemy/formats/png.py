@@ -1,0 +1,26 @@
+"""PNG files that say how they were made."""
+import json
+
+from PIL import Image, PngImagePlugin
+
+from .. import images
+from ..files import replace
+
+
+def save(picture, path, facts):
+    """A PNG whose text chunk "alchemy" holds facts (a dict) as JSON."""
+    info = PngImagePlugin.PngInfo()
+    info.add_itxt("alchemy", json.dumps(facts, ensure_ascii=False))
+    replace(path, lambda new: picture.save(new, "PNG", pnginfo=info))
+
+
+def facts_of(path):
+    """The facts in a PNG's text chunk. Raises ValueError where it has none."""
+    images.read(path)
+    with Image.open(path) as picture:
+        picture.load()  # the chunk may stand behind the pixels
+        text = picture.info.get("alchemy")
+    try:
+        return json.loads(text)
+    except (TypeError, ValueError):
+        raise ValueError(f"{path}: has no facts of how it was made (only PNG files written here have)") from None

@@ -1,0 +1,65 @@
+"""Pictures with captions of their own: a folder with metadata.jsonl, or with a .txt beside each picture.
+
+Pictures of several shapes are trained in buckets: each in the size, of about the area that is trained at, whose aspect ratio is nearest to
+its own, so that little is cut off (Podell et al. 2023, 2.3). Now and then a caption is dropped, so that guidance keeps what it leads away from.
+"""
+import json
+import math
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+
+from .. import data
+
+
+def read(folder):
+    """[(path, caption)] of a folder, sorted. Raises ValueError that names the line or the picture where something is missing."""
+    folder = Path(folder)
+    table = folder / "metadata.jsonl"
+    if table.exists():
+        return sorted(row(folder, number, line) for number, line in enumerate(table.read_text(encoding="utf-8").splitlines(), 1) if line.strip())
+    found, _ = data.find_photos(folder)
+    silent = [path.name for path in found if not path.with_suffix(".txt").exists()]
+    if silent:
+        raise ValueError(f"{folder}: no caption for {len(silent)} of {len(found)} pictures ({', '.join(silent[:3])}): write metadata.jsonl, or a .txt beside each")
+    return [(path, " ".join(path.with_suffix(".txt").read_text(encoding="utf-8").split())) for path in found]
+
+
+def row(folder, number, line):
+    """One line of metadata.jsonl, {"file_name": ..., "text": ...}, to (path, caption)."""
+    where = f"{folder / 'metadata.jsonl'}, line {number}"
+    try:
+        entry = json.loads(line)
+        path, caption = folder / entry["file_name"], entry["text"]
+    except (ValueError, KeyError, TypeError):
+        raise ValueError(f'{where}: not like {{"file_name": "a.jpg", "text": "a dog"}}') from None
+    if not isinstance(caption, str) or not path.is_file():
+        raise ValueError(f"{where}: {path.name}: no such file" if isinstance(caption, str) else f"{where}: its text is not a string")
+    return path, caption
+
+
+def bucket(picture_size, area, cell):
+    """The (H,W), multiples of cell and of no more than area, whose aspect ratio is nearest to that of a picture of (H,W)."""
+    most = area // cell ** 2
+    sizes = [(h, min(most // h, 4 * h)) for h in range(1, most + 1) if most // h and h <= 4 * (most // h)]
+    wanted = math.log(picture_size[0] / picture_size[1])
+    h, w = min(sizes, key=lambda size: (abs(math.log(size[0] / size[1]) - wanted), -size[0] * size[1]))
+    return h * cell, w * cell
+
+
+def stream(sdxl, buckets, seed, count, accumulation=1, dropout=0.1):
+    """A function (step, part) to a Batch of `count` samples of one bucket; None stands for a dropped caption.
+
+    buckets: {(H,W): photos of data.encode}; each comes as often as it has photos.
+    """
+    sizes = sorted(buckets)
+    shares = torch.tensor([len(buckets[size]) for size in sizes], dtype=torch.float64)
+    draws = {size: data.stream(sdxl, buckets[size], size, seed, count, accumulation) for size in sizes}
+
+    def draw(step, part):
+        rng = data.generator(seed, 3, step, part)
+        batch = draws[sizes[int(torch.multinomial(shares, 1, generator=rng))]](step, part)
+        lots = torch.rand(count, generator=rng).tolist()
+        return replace(batch, prompts=[None if lot < dropout else prompt for prompt, lot in zip(batch.prompts, lots)])
+    return draw
