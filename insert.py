@@ -101,10 +101,10 @@ def main(argv=None):
 
     made = alchemy.insert(sdxl, args.prompt, args.class_word, args.token, image=image, mask=mask, seed=args.seed, size=args.size, crop=args.crop,
                           negative_prompt=args.negative_prompt, progress=bar, grid=args.grid, eta=args.eta, **chosen)
-    ran, edge = grid(chosen["strength"]), seam(made)
-    command.say(f"stage 2 ran {sdxl.schedule.describe(ran, chosen['steps'])}")
+    second, edge = grid(chosen["strength"]), seam(made)
+    command.say(f"stage 2 ran {command.ran(sdxl.schedule, second, chosen['steps'])}")
     command.say(f"changed {float((made.feathered > 0).float().mean()):.1%} of the picture; seam {edge:.2f} (the jump across the mask's edge over the scene's own)")
-    facts = command.settings_of(args) | chosen | {"script": "insert.py", "size": size, "first_timestep": ran[0][0], "box": made.box, "seam": round(edge, 4)}
+    facts = command.settings_of(args) | chosen | {"script": "insert.py", "size": size, "first_timestep": second[0][0], "box": made.box, "seam": round(edge, 4)}
     command.wrote(*write(made, result, folder, facts))
 
 

@@ -58,7 +58,7 @@ def main(argv=None):
     strength = sdxl.defaults["strength"] if args.strength is None else args.strength
     image = image and ImageOps.fit(image, size[::-1], Image.LANCZOS)
     grid = sdxl.schedule.grid(options["steps"], options.get("grid"), strength if image else 1.0, samplers.find(options["sampler"]).fractional)
-    command.say(f"{options['sampler']}: {sdxl.schedule.describe(grid, options['steps'])}, {size[1]}x{size[0]}")
+    command.say(f"{options['sampler']}: {command.ran(sdxl.schedule, grid, options['steps'])}, {size[1]}x{size[0]}")
 
     conditioning = sdxl.encode_prompt([args.prompt], size)
     sdxl.free("text_encoders")  # the UNet can use the memory

@@ -74,8 +74,11 @@ def denoise(sdxl, noise, conditioning, unconditional=None, *, image=None, streng
 
         sigma = samplers.sigma(ab, ab_prev, eta)
         z = torch.stack([torch.randn(x.shape[1:], generator=g) for g in generators]).to(x) if sigma else None
+        towards = x_0, eps
+        if row.order == 2 and index and t_prev is not None:  # of the first step there is no last one, and the end is at λ = ∞
+            towards = samplers.extrapolate(step, x_0, x, ab, ab_prev)
         step = Step(index, t, t_prev, ab, ab_prev, x, schedule.to_x0_eps(uncond, x, ab)[1] if guided else None,
-                    schedule.to_x0_eps(cond, x, ab)[1], eps, x_0, samplers.step(x_0, eps, ab_prev, sigma, z))
+                    schedule.to_x0_eps(cond, x, ab)[1], eps, x_0, samplers.step(*towards, ab_prev, sigma, z))
         changed = hook(step) if hook else None
         step.x_prev = step.x_prev if changed is None else changed
         yield step

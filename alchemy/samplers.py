@@ -9,8 +9,10 @@ On the variance-preserving x_t = √ᾱ x_0 + √(1−ᾱ) ε, the samplers of t
 DDPM's ancestral step (Ho et al. 2020, algorithm 2, with the smaller of its two variances) is η = 1.
 Euler (Karras et al. 2022, algorithm 1, without churn) is η = 0: with y = x/√ᾱ and s = √((1−ᾱ)/ᾱ) the formula reads
 y_prev = y + (s_prev − s) · ε, an Euler step on the probability-flow ODE dy/ds = ε. Euler ancestral is η = 1 by the same substitution.
-What still differs is the grid, the start and the last ᾱ: the columns of SAMPLERS.
+What still differs is the grid, the start and the last ᾱ: the columns of SAMPLERS. DPM-Solver++(2M) is this step too, towards an x_0
+that is extrapolated from the last two predictions.
 """
+import math
 from dataclasses import dataclass
 
 
@@ -21,6 +23,7 @@ class Sampler:
     last: ᾱ that the last step goes to: 1 (clean), or None for ᾱ[0], as DDIM is published for SDXL (set_alpha_to_one false).
     """
     eta: float
+    order: int = 1  # 2: extrapolates
     fractional: bool = False
     scaled_start: bool = False
     last: float | None = 1.0
@@ -35,6 +38,7 @@ SAMPLERS = {
     "ddim":            Sampler(eta=0.0, last=None),
     "euler":           Sampler(eta=0.0, fractional=True, scaled_start=True),
     "euler_ancestral": Sampler(eta=1.0, fractional=True, scaled_start=True),
+    "dpmpp_2m":        Sampler(eta=0.0, order=2),
 }
 
 
@@ -56,3 +60,10 @@ def step(x_0, eps, alpha_bar_prev, sigma=0.0, z=None):
     """DDIM eq. 12: from the prediction (x_0, ε) to x at the level alpha_bar_prev. z: unit Gaussian, needed where sigma > 0."""
     x_prev = alpha_bar_prev ** 0.5 * x_0 + max(1 - alpha_bar_prev - sigma ** 2, 0.0) ** 0.5 * eps
     return x_prev + sigma * z if sigma else x_prev
+
+
+def extrapolate(last, x_0, x_t, alpha_bar, alpha_bar_prev):
+    """DPM-Solver++(2M), Lu et al. 2022, algorithm 2: (x_0, ε) to step towards, by this prediction of x_0 and that of the last Step."""
+    before, now, then = (math.log(ab / (1 - ab)) / 2 if ab else -math.inf for ab in (last.alpha_bar, alpha_bar, alpha_bar_prev))  # the λ
+    x_0 = x_0 + (x_0 - last.x_0) * (then - now) / (now - before) / 2
+    return x_0, (x_t - alpha_bar ** 0.5 * x_0) / (1 - alpha_bar) ** 0.5

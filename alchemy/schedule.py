@@ -110,9 +110,3 @@ class Schedule:
         """ᾱ/(1−ᾱ) (B,) float64 at integer timesteps t (B,)."""
         ab = self.alpha_bar[t.cpu()]
         return ab / (1 - ab)
-
-    def describe(self, grid, asked):
-        """What really runs, in a line: "29 of 50 steps, first t 561 (sigma 3.02)"."""
-        t, ab = grid[0][0], self.at(grid[0][0])
-        sigma = f"{((1 - ab) / ab) ** 0.5:.2f}" if ab else "infinite"
-        return f"{len(grid)} of {asked} steps, first t {t:g} (sigma {sigma})"

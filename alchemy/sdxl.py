@@ -17,15 +17,6 @@ class Conditioning:
     def parts(self):
         return self.context, self.pooled, self.time_ids
 
-    def __len__(self):
-        return len(self.context)
-
-    def __getitem__(self, index):
-        return Conditioning(*(part[index] for part in self.parts()))
-
-    def to(self, device):
-        return Conditioning(*(part.to(device) for part in self.parts()))
-
     @staticmethod
     def cat(several):
         return Conditioning(*(torch.cat(parts) for parts in zip(*(c.parts() for c in several))))

@@ -29,6 +29,8 @@ FAULTS = {
         ("DDPM draws no noise", '"ddpm":            Sampler(eta=1.0)', '"ddpm":            Sampler(eta=0.0)'),
         ("the larger of DDPM's variances", "eta * ((1 - alpha_bar_prev) / (1 - alpha_bar)) ** 0.5 * ", "eta * "),
         ("the direction ignores sigma", "max(1 - alpha_bar_prev - sigma ** 2, 0.0)", "(1 - alpha_bar_prev)"),
+        ("the last x_0 counts double", "(then - now) / (now - before) / 2", "(then - now) / (now - before)"),
+        ("extrapolated the other way", "x_0 + (x_0 - last.x_0)", "x_0 - (x_0 - last.x_0)"),
         ("a root of less than 0", "max(1 - alpha_bar_prev - sigma ** 2, 0.0)", "(1 - alpha_bar_prev - sigma ** 2)"),
     ),
     ("loop", "loop"): (

@@ -59,7 +59,8 @@ def test_a_seed_too_few_is_refused():
 def test_later_draws_depend_on_each_images_generator_alone(close):
     both = draw(NOISE, COND, UNCOND, sampler="ddpm", generators=loop.generators([3, 4]))[-1].x_prev
     for b, seed in enumerate((3, 4)):
-        alone = draw(NOISE[b:b + 1], COND[b:b + 1], UNCOND[b:b + 1], sampler="ddpm", generators=loop.generators([seed]))
+        cond, uncond = (Conditioning(*(part[b:b + 1] for part in told.parts())) for told in (COND, UNCOND))
+        alone = draw(NOISE[b:b + 1], cond, uncond, sampler="ddpm", generators=loop.generators([seed]))
         close(alone[-1].x_prev, both[b:b + 1], 1e-12)
 
 

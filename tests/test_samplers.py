@@ -1,5 +1,6 @@
 """The one step of all samplers against each paper's own formula, in its own variables, in float64."""
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -50,6 +51,23 @@ def test_eta_1_is_the_ancestral_step_of_k_diffusion(ab, ab_prev, parts, close):
     close(samplers.step(x_0, eps, ab_prev, samplers.sigma(ab, ab_prev, 1.0), z), y * ab_prev ** 0.5, 1e-12)
 
 
+@pytest.mark.parametrize("before, ab, ab_prev", [(0.0047, 0.02, 0.11), (0.2, 0.21, 0.6), (0.5, 0.9, 0.99915)])
+def test_the_extrapolated_step_is_dpm_solver_pp_2m(before, ab, ab_prev, parts, close):
+    """Lu et al. 2022 (DPM-Solver++), algorithm 2: x = σ/σ_s x_s - α (e^-h - 1) D, D = (1 + 1/(2r)) x_0 - 1/(2r) x_0 of the step before."""
+    x_0, eps, old = parts
+    lam = [math.log(math.sqrt(a) / math.sqrt(1 - a)) for a in (before, ab, ab_prev)]
+    h, r, x_t = lam[2] - lam[1], (lam[1] - lam[0]) / (lam[2] - lam[1]), mixed(x_0, eps, ab)
+    towards = (1 + 1 / (2 * r)) * x_0 - 1 / (2 * r) * old
+    expected = math.sqrt((1 - ab_prev) / (1 - ab)) * x_t - math.sqrt(ab_prev) * (math.exp(-h) - 1) * towards
+    last = SimpleNamespace(alpha_bar=before, x_0=old)
+    close(samplers.step(*samplers.extrapolate(last, x_0, x_t, ab, ab_prev), ab_prev), expected, 1e-12)
+
+
+def test_after_a_step_from_pure_noise_nothing_is_extrapolated(parts):
+    x_0, eps, old = parts
+    assert torch.equal(samplers.extrapolate(SimpleNamespace(alpha_bar=0.0, x_0=old), x_0, mixed(x_0, eps, 0.1), 0.1, 0.4)[0], x_0)
+
+
 def test_a_step_computed_by_hand():
     # ᾱ 0.36 -> 0.64, x_0 = 1, eps = 2, z = -1, eta 0.5: sigma = 0.5 * √(0.36/0.64) * √(1 - 0.5625)
     sigma = samplers.sigma(0.36, 0.64, 0.5)
@@ -87,7 +105,8 @@ def test_a_root_that_rounding_takes_below_zero_is_zero():
 
 def test_the_table_says_what_diffusers_does_for_sdxl():
     rows = samplers.SAMPLERS
-    assert {name: row.eta for name, row in rows.items()} == {"ddpm": 1, "ddim": 0, "euler": 0, "euler_ancestral": 1}
+    assert {name: row.eta for name, row in rows.items()} == {"ddpm": 1, "ddim": 0, "euler": 0, "euler_ancestral": 1, "dpmpp_2m": 0}
+    assert [name for name, row in rows.items() if row.order == 2] == ["dpmpp_2m"]
     assert [name for name, row in rows.items() if row.last is None] == ["ddim"]  # set_alpha_to_one: false
     assert [name for name, row in rows.items() if row.scaled_start and row.fractional] == ["euler", "euler_ancestral"]
 

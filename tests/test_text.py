@@ -113,9 +113,3 @@ def test_none_is_encoded_too_where_the_checkpoint_says_so(sdxl, close):
 def test_a_prompt_that_is_cut_warns_of_the_lost_words(sdxl):
     with pytest.warns(UserWarning, match="much"):
         sdxl.encode_prompt(["1", "5"])
-
-
-def test_conditioning_is_cut_and_joined_along_the_batch(sdxl):
-    told = sdxl.encode_prompt(["1", "2", "3"])
-    again = type(told).cat([told[:1], told[1:]])
-    assert len(told) == 3 and all(torch.equal(a, b) for a, b in zip(told.parts(), again.parts()))

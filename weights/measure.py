@@ -47,10 +47,10 @@ def drawn(sdxl, prompts, first_seed):
     """A picture for each prompt at the defaults, of seeds first_seed, first_seed + 1, ...; several in a batch."""
     options, pictures = {k: sdxl.defaults[k] for k in ("sampler", "steps", "guidance")}, []
     for start in range(0, len(prompts), BATCH):
-        told = sdxl.encode_prompt(prompts[start:start + BATCH])
-        seeds = range(first_seed + start, first_seed + start + len(told))
-        noise = loop.noise((len(told), 4, *(side // sdxl.factor for side in sdxl.size)), seeds).to(sdxl.device)
-        for step in loop.denoise(sdxl, noise, told, sdxl.encode_prompt([None] * len(told)), **options):
+        told, count = sdxl.encode_prompt(prompts[start:start + BATCH]), len(prompts[start:start + BATCH])
+        seeds = range(first_seed + start, first_seed + start + count)
+        noise = loop.noise((count, 4, *(side // sdxl.factor for side in sdxl.size)), seeds).to(sdxl.device)
+        for step in loop.denoise(sdxl, noise, told, sdxl.encode_prompt([None] * count), **options):
             pass
         pictures += [images.to_image(x) for x in sdxl.vae.decode(step.x_prev)]
     return pictures

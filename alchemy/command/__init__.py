@@ -146,6 +146,13 @@ def progress(iterable, total, name, shown=lambda item: ""):
         yield item
 
 
+def ran(schedule, grid, asked):
+    """What really runs, in a line: "29 of 50 steps, first t 561 (sigma 3.02)"."""
+    t, ab = grid[0][0], schedule.at(grid[0][0])
+    sigma = f"{((1 - ab) / ab) ** 0.5:.2f}" if ab else "infinite"
+    return f"{len(grid)} of {asked} steps, first t {t:g} (sigma {sigma})"
+
+
 def is_picture(path):
     """Whether --out names a file, and not a folder. Raises ValueError for a picture that is no PNG."""
     if path.suffix.lower() in (".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff"):
