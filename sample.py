@@ -3,7 +3,9 @@
     python sample.py "a photo of a sks dog on a beach" --lora out/my-dog/lora.safetensors --seed 0 --out out/beach.png
     python sample.py "a watercolor of a sks dog" --image photo.jpg --strength 0.6
     python sample.py --like out/beach.png                     make it again
+    python sample.py --prompts prompts.txt --count 10 --lora ... --out out/set/        a data set: pictures and metadata.jsonl
 """
+import json
 from pathlib import Path
 
 from alchemy import command
@@ -14,23 +16,26 @@ def parse(argv):
     p.add_argument("prompt", nargs="?", help=f"what to draw (default: the example subject {command.PLACE})")
     p.add_argument("--out",      default="out/samples", metavar="PATH", help="folder, or a .png file (default: out/samples)")
     p.add_argument("--count",    type=command.COUNT, default=1, metavar="N", help="pictures, of seeds --seed, --seed + 1, ... (default: 1)")
+    p.add_argument("--prompts",  metavar="FILE",                        help="a prompt a line: --count pictures of each, with metadata.jsonl, which train.py --captions reads; what is there is not drawn again")
     p.add_argument("--image",    metavar="FILE",                        help="a picture to start from (Img2Img); it is scaled and cropped to --size")
     p.add_argument("--strength", type=command.STRENGTH, metavar="S",    help=command.by_checkpoint("strength", "above 0, to 1: how far back to noise the picture goes"))
     p.add_argument("--like",     metavar="PICTURE",                     help="take every setting from this picture's text chunk; other flags override")
     command.add_checkpoint(p)
     command.add_drawing(p)
     args = given = p.parse_args(argv)
+    if args.prompts and (args.prompt or args.like or command.is_picture(Path(args.out))):
+        raise ValueError("--prompts goes without a prompt and --like, and --out is then a folder")
     if args.like:
         from alchemy.formats.png import facts_of
         facts = facts_of(args.like)
         if facts.get("script") != "sample.py":
             raise ValueError(f"--like {args.like}: {facts.get('script', 'another tool')} made it; only pictures by sample.py can be made again so")
-        p.set_defaults(**{k: v for k, v in facts.items() if k in vars(args) and k not in ("out", "like")})
+        p.set_defaults(**{k: v for k, v in facts.items() if k in vars(args) and k not in ("out", "like", "prompts")})
         args = p.parse_args(argv)
         args.size, args.lora = tuple(args.size), given.lora or args.lora  # --lora replaces, it does not add
     if given.strength is not None and not args.image:
         raise ValueError("--strength is of a picture to start from; --image names it")
-    if args.prompt is None:
+    if args.prompt is None and not args.prompts:
         args.prompt = "a photo of a {token} {class_word} ".format(**command.EXAMPLE) + command.PLACE
         args.lora = args.lora or command.default_lora()
     return args
@@ -43,13 +48,39 @@ def places(out, seeds):
     return [command.free_path(out if len(seeds) == 1 else out.with_stem(f"{out.stem}-{seed}")) for seed in seeds]
 
 
+def jobs(args, out):
+    """(prompt, seed, path) of every picture; of a data set, those that are there already too."""
+    if not args.prompts:
+        seeds = range(args.seed, args.seed + args.count)
+        return [(args.prompt, seed, path) for seed, path in zip(seeds, places(out, seeds))]
+    lines = [line.strip() for line in Path(args.prompts).read_text(encoding="utf-8").splitlines()]
+    prompts = [line for line in lines if line for _ in range(args.count)]
+    if not prompts:
+        raise ValueError(f"{args.prompts}: no prompt in it")
+    return [(prompt, args.seed + k, out / f"{k:05d}.png") for k, prompt in enumerate(prompts)]
+
+
+def is_there(path, prompt, seed):
+    """Whether this picture of the data set is drawn. Raises ValueError where the file is another picture."""
+    if not path.exists():
+        return False
+    from alchemy.formats.png import facts_of
+    facts = facts_of(path)
+    if (facts.get("prompt"), facts.get("seed")) != (prompt, seed):
+        raise ValueError(f"{path} was drawn from {facts.get('prompt')!r} with seed {facts.get('seed')}: the folder holds another data set, name another")
+    return True
+
+
 def main(argv=None):
     args = parse(argv)
-    out, seeds = Path(args.out), range(args.seed, args.seed + args.count)
+    out = Path(args.out)
+    wanted = jobs(args, out)
     command.folder(out.parent if command.is_picture(out) else out)
+    missing = [job for job in wanted if not (args.prompts and is_there(job[2], *job[:2]))]
 
     from PIL import Image, ImageOps
     from alchemy import images, loop, samplers
+    from alchemy.files import replace
     from alchemy.formats import png
     image = args.image and images.read(args.image)
     sdxl = command.load(args)
@@ -60,15 +91,19 @@ def main(argv=None):
     grid = sdxl.schedule.grid(options["steps"], options.get("grid"), strength if image else 1.0, samplers.find(options["sampler"]).fractional)
     command.say(f"{options['sampler']}: {command.ran(sdxl.schedule, grid, options['steps'])}, {size[1]}x{size[0]}")
 
-    conditioning = sdxl.encode_prompt([args.prompt], size)
+    conditioning = {prompt: sdxl.encode_prompt([prompt], size) for prompt in dict.fromkeys(prompt for prompt, *_ in missing)}
     sdxl.free("text_encoders")  # the UNet can use the memory
     facts = command.settings_of(args) | {"script": "sample.py", "size": size, "strength": strength, "count": 1} | options
-    for seed, path in zip(seeds, places(out, seeds)):
+    for prompt, seed, path in missing:
         def bar(steps):
             return command.progress(steps, len(grid), f"seed {seed}")
-        picture = loop.sample(sdxl, conditioning, unconditional, seed, size, image=image, strength=strength, progress=bar, **options)
-        png.save(picture, path, facts | {"seed": seed})
+        picture = loop.sample(sdxl, conditioning[prompt], unconditional, seed, size, image=image, strength=strength, progress=bar, **options)
+        png.save(picture, path, facts | {"prompt": prompt, "seed": seed})
         command.wrote(path)
+    if args.prompts:
+        rows = [json.dumps({"file_name": path.name, "text": prompt}, ensure_ascii=False) for prompt, _, path in wanted]
+        replace(out / "metadata.jsonl", lambda new: new.write_text("\n".join(rows) + "\n", encoding="utf-8"))
+        command.wrote(out / "metadata.jsonl")
 
 
 if __name__ == "__main__":
