@@ -9,6 +9,7 @@ from safetensors.torch import load_file, save_file
 import alchemy
 from alchemy import lora
 from alchemy.formats.__main__ import main as convert
+from alchemy.formats.folder import save_checkpoint
 from checkpoints import refused, vocabulary_read_once  # noqa: F401
 from running import tiny  # noqa: F401
 from spellings import adapter, ALPHA, equal, fresh, pairs, RANK, SPELLINGS, written  # noqa: F401
@@ -95,3 +96,30 @@ def test_converting_overwrites_nothing_and_names_another_base(pairs, tiny, tmp_p
     refused(lambda: convert([a, a, "--to", "kohya", "--weights", str(tiny)]), "there already")
     refused(lambda: convert([a, b + ".pt", "--to", "kohya", "--weights", str(tiny)]), ".safetensors")
     assert not Path(b).exists()
+
+
+# Merging
+
+def test_a_merged_checkpoint_draws_what_base_and_lora_draw(pairs, tiny, tmp_path):
+    small = {layer: (0.1 * down, 0.1 * up) for layer, (down, up) in pairs.items()}
+    save_file(written(small, *SPELLINGS["PEFT in diffusers"]), tmp_path / "a.safetensors")
+    convert([str(tmp_path / "a.safetensors"), str(tmp_path / "whole"), "--merge", "--weights", str(tiny), "--dtype", "float32", "--scale", "0.5"])
+    merged, beside, base = alchemy.load(tmp_path / "whole", "cpu"), alchemy.load(tiny, "cpu"), alchemy.load(tiny, "cpu")
+    alchemy.load_lora(beside, tmp_path / "a.safetensors", 0.5)
+    x = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(0))
+    drawn = [sdxl.unet(x, 500, *sdxl.encode_prompt(["a dog"], (32, 32)).parts()) for sdxl in (merged, beside, base)]
+    assert (drawn[0] - drawn[1]).norm() <= 3e-6 * drawn[1].norm() and (drawn[0] - drawn[2]).norm() > 1e-2 * drawn[2].norm()
+    assert lora.names(merged) == [] and all(torch.equal(p, q) for p, q in zip(merged.vae.parameters(), base.vae.parameters()))
+    assert not [key for key in load_file(tmp_path / "whole/unet/diffusion_pytorch_model.safetensors") if "lora" in key]
+
+
+def test_merging_refuses_a_folder_that_is_there_and_a_base_without_configurations(pairs, tiny, tmp_path):
+    save_file(written(pairs, *SPELLINGS["PEFT"]), tmp_path / "a.safetensors")
+    (tmp_path / "b").mkdir()
+    a = str(tmp_path / "a.safetensors")
+    refused(lambda: convert([a, str(tmp_path / "b"), "--merge", "--weights", str(tiny)]), "there already")
+    refused(lambda: convert([a, str(tmp_path / "c"), "--merge"]), "--weights")
+    sdxl = alchemy.load(tiny, "cpu")
+    sdxl.source = a  # a single file
+    refused(lambda: save_checkpoint(sdxl, tmp_path / "c"), "a.safetensors", "--config")
+    assert not (tmp_path / "c").exists()

@@ -8,6 +8,7 @@ import torch  # noqa: E402
 
 import alchemy  # noqa: E402
 from alchemy import lora  # noqa: E402
+from alchemy.formats.__main__ import main as convert  # noqa: E402
 from test_checkpoints import built  # noqa: E402
 
 RANK, ALPHA = 4, 6.0
@@ -127,3 +128,11 @@ def test_convolutions_under_pefts_names_draw_the_same_there(saved, inputs, tmp_p
     base = output(pipe.unet, *inputs)
     pipe.load_lora_weights(tmp_path, weight_name="lora.safetensors", adapter_name="subject")
     agree(sdxl.unet(*inputs), output(pipe.unet, *inputs), base)
+
+
+@torch.no_grad()
+def test_a_merged_folder_is_a_pipeline_there(ours, saved, inputs, tmp_path):
+    alchemy.save_lora(ours, tmp_path / "lora.safetensors")
+    convert([str(tmp_path / "lora.safetensors"), str(tmp_path / "whole"), "--merge", "--weights", str(saved), "--dtype", "float32"])
+    pipe = diffusers.StableDiffusionXLPipeline.from_pretrained(tmp_path / "whole", local_files_only=True)
+    agree(ours.unet(*inputs), output(pipe.unet, *inputs), output(built().unet, *inputs))
