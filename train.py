@@ -22,9 +22,9 @@ def parser():
     g.add_argument("--overwrite",            action="store_true",        help="start again where --out holds a run")
     g.add_argument("--resume",               action="store_true",        help="go on with the run in --out, with its settings")
     g = p.add_argument_group("training")
-    g.add_argument("--method",        default="lora", choices=("lora",), help="what is taught (default: lora)")
+    g.add_argument("--method",        default="lora", choices=("lora", "full"), help="what learns: a LoRA on the attention, or all of the UNet, as DreamBooth has it (default: lora)")
     g.add_argument("--steps",         type=command.COUNT, metavar="N",   help=command.by_checkpoint("training_steps", "optimizer steps"))
-    g.add_argument("--learning-rate", type=command.POSITIVE, metavar="X", help=command.by_checkpoint("learning_rate", "of AdamW"))
+    g.add_argument("--learning-rate", type=command.POSITIVE, metavar="X", help=command.by_checkpoint("learning_rate", "of AdamW; another with --method full"))
     g.add_argument("--warmup",        type=command.WHOLE, default=0, metavar="N", help="steps over which the learning rate rises (default: 0)")
     g.add_argument("--batch",         type=command.COUNT, metavar="N",   help=command.by_checkpoint("batch", "photos per batch"))
     g.add_argument("--accumulation",  type=command.COUNT, default=1, metavar="N", help="batches per step (default: 1)")
@@ -32,7 +32,7 @@ def parser():
     g.add_argument("--rank",          type=command.COUNT, metavar="N",   help=command.by_checkpoint("rank", "of the LoRA"))
     g.add_argument("--alpha",         type=command.POSITIVE, metavar="X", help="the LoRA is scaled by alpha/rank (default: rank)")
     g.add_argument("--prior-weight",  type=command.WEIGHT, default=1.0, metavar="X", help="how much the class word is held to what it was; 0 halves the time (default: 1)")
-    g.add_argument("--class-pictures", type=command.WHOLE, default=0, metavar="N", help="hold the class to so many pictures of it, which are drawn first, instead of to the model's own prediction (default: 0; DreamBooth draws 100)")
+    g.add_argument("--class-pictures", type=command.WHOLE, metavar="N", help="hold the class to so many pictures of it, which are drawn first, instead of to the model's own prediction (default: 0, and 100 with --method full)")
     g.add_argument("--class-folder",  metavar="FOLDER",                  help="where they are kept, to be used again (default: class/ in --out)")
     g.add_argument("--caption-dropout", type=command.SHARE, default=0.1, metavar="X", help="share of captions that are left out, with --captions (default: 0.1)")
     g.add_argument("--snr-gamma",     type=command.WEIGHT, default=5.0, metavar="X", help="min-SNR weighting; 0 is none (default: 5)")
@@ -52,13 +52,14 @@ def read_flags(argv):
     p = parser()
     args = p.parse_args(argv)
     args.out = args.out or str(Path("out") / Path(args.photos or command.SUBJECT).resolve().name)
-    run, finished, stopped = (Path(args.out) / name for name in ("settings.json", "lora.safetensors", "state.safetensors"))
+    run, stopped, *results = (Path(args.out) / name for name in ("settings.json", "state.safetensors", "lora.safetensors", "checkpoint"))
+    finished = any(path.exists() for path in results)
     if args.resume:
-        if finished.exists() and not stopped.exists():
+        if finished and not stopped.exists():
             raise ValueError(f"{args.out}: this run is finished; --overwrite starts again, --out names another folder")
         p.set_defaults(**command.read_settings(run, args) | {"out": args.out, "resume": True, "overwrite": False})
         args = p.parse_args(argv)
-    elif (run.exists() or finished.exists()) and not args.overwrite:
+    elif (run.exists() or finished) and not args.overwrite:
         raise ValueError(f"{args.out} holds a run already: --resume goes on with it, --overwrite starts again, --out names another folder")
     if args.captions and args.photos is None:
         raise ValueError("--captions needs the folder of the pictures")
@@ -68,7 +69,11 @@ def read_flags(argv):
         needless = [flag for flag in ("class_word", "class_pictures", "class_folder") if getattr(args, flag)]
         if needless or args.mask == "segment":
             raise ValueError(f"--captions has no class: leave out --{(needless or ['mask segment'])[0].replace('_', '-')}")
-    elif not args.class_word:
+    elif args.class_pictures is None:
+        args.class_pictures = 100 if args.method == "full" and args.prior_weight else 0
+    if args.method == "full" and args.prior_weight and not args.captions and not args.class_pictures:
+        raise ValueError("--method full changes the very model that the class would be held to: give --class-pictures, or --prior-weight 0")
+    if not args.captions and not args.class_word:
         raise ValueError("--class-word is missing: what is the subject? dog, backpack, ...")
     if "{}" not in args.caption:
         raise ValueError(f"--caption {args.caption!r} has no {{}} for the subject's name")

@@ -1,4 +1,5 @@
 """What train.py does once it has its flags."""
+import shutil
 import signal
 import sys
 from pathlib import Path
@@ -10,7 +11,9 @@ import alchemy
 from .. import command, lora, loop
 from ..formats import png
 from ..formats.checkpoint import open_safetensors
+from ..formats.folder import save_checkpoint
 from ..files import save_json
+from ..methods import dreambooth
 from ..report import sheets
 from ..train import start, train
 from .lessons import captioned, subject
@@ -33,7 +36,8 @@ class Stop:
 
 def complete(args, sdxl):
     """Put the checkpoint's defaults where no flag was given."""
-    for flag, default in (("steps", "training_steps"), ("learning_rate", "learning_rate"), ("batch", "batch"), ("rank", "rank")):
+    rate = "full_rate" if args.method == "full" else "learning_rate"
+    for flag, default in (("steps", "training_steps"), ("learning_rate", rate), ("batch", "batch"), ("rank", "rank")):
         if getattr(args, flag) is None:
             setattr(args, flag, sdxl.defaults[default])
     args.alpha = float(args.rank if args.alpha is None else args.alpha)
@@ -63,10 +67,14 @@ def main(args):
     sdxl.free("text_encoders")
     sdxl.free("vae")
 
-    # The adapter, its optimizer, and where an interrupted run had come to.
-    alchemy.add_lora(sdxl, args.rank, args.alpha, seed=args.seed)
+    # What learns, its optimizer, and where an interrupted run had come to.
+    if args.method == "lora":
+        alchemy.add_lora(sdxl, args.rank, args.alpha, seed=args.seed)
+        parameters = {name: p for name, p in sdxl.unet.named_parameters() if ".lora." in name}
+    else:
+        parameters = dreambooth.whole_unet(sdxl)
+        command.say(f"all of the UNet learns: weights, gradients and optimizer take {dreambooth.memory(parameters) / 1e9:.2g} GB, activations come on top")
     sdxl.unet.checkpointing = args.checkpointing
-    parameters = {name: p for name, p in sdxl.unet.named_parameters() if ".lora." in name}
     state = start(parameters, args.learning_rate, sdxl.dtype)
     if saved:
         state.restore(saved, facts)
@@ -75,6 +83,8 @@ def main(args):
     # All that was asked for can be had: what was here before may go.
     for old in () if args.resume else ("lora.safetensors", "state.safetensors", "preview.png", "loss.png"):
         (out / old).unlink(missing_ok=True)
+    if not args.resume and (out / "checkpoint").exists():
+        shutil.rmtree(out / "checkpoint")
     save_json(command.settings_of(args), out / "settings.json")
     ended = steps(args, out, sdxl, lesson, state)
     if ended:
@@ -88,11 +98,11 @@ def steps(args, out, sdxl, lesson, state):
     stop, rows, path = Stop(), [], out / "state.safetensors"
     running = train(sdxl, state, lesson.loss_of, steps=args.steps, accumulation=args.accumulation, warmup=args.warmup)
     if not path.exists():
-        state.save(path, {"kind": "lora"})  # so that there is a good one, whatever comes
+        state.save(path, {"kind": args.method})  # so that there is a good one, whatever comes
     try:
         for step, _ in command.progress(running, args.steps - state.step, "training", lambda item: f"loss {item[1]:.4f}"):
             if stop.signal or step == args.steps or step % args.save_every == 0:
-                state.save(path, {"kind": "lora"})
+                state.save(path, {"kind": args.method})
             if stop.signal:
                 return stop.signal
             if args.preview_every and (step % args.preview_every == 0 or step == args.steps):
@@ -109,11 +119,15 @@ def steps(args, out, sdxl, lesson, state):
 
 
 def finish(args, out, sdxl, lesson, state):
-    """The LoRA with its facts, the loss curve; the state goes last."""
+    """The LoRA with its facts, or the whole checkpoint; the loss curve; the state goes last."""
     facts = {"base": Path(args.weights).name, "prompt": list(lesson.prompts)[0], "class_word": args.class_word, "token": args.token,
              "steps": args.steps, "seed": args.seed, "targets": list(lora.ATTENTION), "name": Path(args.out).name}
-    alchemy.save_lora(sdxl, out / "lora.safetensors", format=args.format, facts=facts)
+    if args.method == "lora":
+        alchemy.save_lora(sdxl, out / "lora.safetensors", format=args.format, facts=facts)
+        written = [out / "lora.safetensors"]
+    else:
+        written = save_checkpoint(sdxl, out / "checkpoint", args.config, {f"alchemy.{key}": value for key, value in facts.items()})
     png.save(sheets.curve(state.losses), out / "loss.png", facts)
     (out / "state.safetensors").unlink(missing_ok=True)
-    written = [out / name for name in ("lora.safetensors", "preview.png", "loss.png", "settings.json")]
+    written += [out / name for name in ("preview.png", "loss.png", "settings.json")]
     command.wrote(*(path for path in written if path.exists()))
