@@ -6,7 +6,7 @@ TABLE = (
     ("size",          128,      1024,     "what the checkpoint was trained at"),
     ("sampler",       "euler",  "euler",  "scheduler_config.json of SDXL base"),
     ("steps",         30,       30,       "customary; between the 25 and 50 of most guides"),
-    ("guidance",      4.0,      5.0,      "diffusers' StableDiffusionXLPipeline"),
+    ("guidance",      5.0,      5.0,      "diffusers' StableDiffusionXLPipeline"),
     ("strength",      0.7,      0.6,      "Image-Alchemy gives none; chosen on the miniature"),
     ("learning_rate", 2e-3,     1e-4,     "diffusers' DreamBooth LoRA recipe for SDXL"),
     ("full_rate",     2e-4,     2e-6,     "likewise, of --method full: diffusers' DreamBooth for SDXL"),
