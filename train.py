@@ -40,6 +40,7 @@ def parser():
     g.add_argument("--checkpointing", action=command.BooleanOptionalAction, default=None, help="less memory, a third more time (default: for SDXL)")
     g.add_argument("--seed",          type=command.SEED,  default=0, metavar="N", help="(default: 0)")
     g = p.add_argument_group("files")
+    g.add_argument("--check",         action="store_true",               help="look at the pictures, write check.png, time one step, and stop there")
     g.add_argument("--format",        default="kohya", choices=("kohya", "diffusers", "peft"), help="names in lora.safetensors (default: kohya, which all tools read)")
     g.add_argument("--preview-every", type=command.WHOLE, metavar="N",   help="steps between previews; 0 is none (default: a quarter of the steps)")
     g.add_argument("--save-every",    type=command.COUNT, default=100, metavar="N", help="steps between states to resume from (default: 100)")
@@ -59,7 +60,7 @@ def read_flags(argv):
             raise ValueError(f"{args.out}: this run is finished; --overwrite starts again, --out names another folder")
         p.set_defaults(**command.read_settings(run, args) | {"out": args.out, "resume": True, "overwrite": False})
         args = p.parse_args(argv)
-    elif (run.exists() or finished) and not args.overwrite:
+    elif (run.exists() or finished) and not args.overwrite and not args.check:
         raise ValueError(f"{args.out} holds a run already: --resume goes on with it, --overwrite starts again, --out names another folder")
     if args.captions and args.photos is None:
         raise ValueError("--captions needs the folder of the pictures")

@@ -13,7 +13,8 @@ UNRELATED = "a photo of a car"
 
 @dataclass(frozen=True)
 class Lesson:
-    """prompts: {prompt: Conditioning of one} that previews show; loss_of(step, part): see alchemy.train.train."""
+    """pictures: (path, caption) of each. prompts: {prompt: Conditioning of one} that previews show; loss_of(step, part): see alchemy.train.train."""
+    pictures: list
     prompts: dict
     unconditional: Conditioning
     loss_of: Callable
@@ -47,11 +48,12 @@ def subject(args, sdxl):
     prompts, unconditional = told(sdxl, (prompt, of_class, UNRELATED), args.size), sdxl.encode_prompt([None], args.size)
     command.say(f"{len(photos)} photos, {prompt!r}, kept apart from {of_class!r} with weight {args.prior_weight:g}" +
                 (f", by {len(drawn)} pictures of it" if drawn else ""))
+    pictures = [(path, prompt) for path in found]
     draw = data.stream(sdxl, photos, args.size, args.seed, args.batch, args.accumulation)
     if drawn is None:
-        return Lesson(prompts, unconditional, lambda step, part: loss(sdxl, draw(step, part), prompts, of_class, args.prior_weight, args.snr_gamma))
+        return Lesson(pictures, prompts, unconditional, lambda step, part: loss(sdxl, draw(step, part), prompts, of_class, args.prior_weight, args.snr_gamma))
     beside = data.stream(sdxl, drawn, args.size, args.seed + prior.FIRST_SEED, args.batch, args.accumulation)  # with noise of their own
-    return Lesson(prompts, unconditional, lambda step, part: prior.loss(
+    return Lesson(pictures, prompts, unconditional, lambda step, part: prior.loss(
         sdxl, draw(step, part), beside(step, part), prompts, args.prior_weight, args.snr_gamma))
 
 
@@ -73,5 +75,5 @@ def captioned(args, sdxl):
     shapes = ", ".join(f"{len(photos)} of {w}x{h}" for (h, w), photos in sorted(buckets.items()))
     command.say(f"{len(pictures)} pictures with {len(texts)} captions: {shapes}")
     draw = captions.stream(sdxl, buckets, args.seed, args.batch, args.accumulation, args.caption_dropout)
-    return Lesson({text: prompts[text] for text in texts[:3]}, prompts[None],
+    return Lesson(pictures, {text: prompts[text] for text in texts[:3]}, prompts[None],
                   lambda step, part: errors(sdxl, draw(step, part), prompts, args.snr_gamma).mean())

@@ -2,6 +2,7 @@
 import shutil
 import signal
 import sys
+import time
 from pathlib import Path
 
 import torch
@@ -14,7 +15,7 @@ from ..formats.checkpoint import open_safetensors
 from ..formats.folder import save_checkpoint
 from ..files import save_json
 from ..methods import dreambooth
-from ..report import sheets
+from ..report import preflight, sheets
 from ..train import start, train
 from .lessons import captioned, subject
 
@@ -48,6 +49,32 @@ def complete(args, sdxl):
     args.checkpointing = sdxl.size[0] >= 1024 if args.checkpointing is None else args.checkpointing
 
 
+def check(args, out, sdxl, lesson):
+    """Say what is odd about pictures and token; with --check, draw the pictures and their crops too."""
+    lines, page = preflight.look(sdxl, lesson.pictures, args.size, args.captions)
+    counts = [] if args.captions else preflight.pieces(sdxl, args.token)
+    if any(count > 3 for count in counts):
+        lines.append(f"{args.token!r} has {counts[0]} and {counts[1]} pieces in the two tokenizers: a short rare word, such as sks, is learned more easily")
+    for line in lines:
+        command.say(line)
+    if args.check:
+        if counts:
+            command.say(f"{args.token!r} has {counts[0]} and {counts[1]} pieces in the two tokenizers")
+        png.save(page, out / "check.png", command.settings_of(args))
+        command.wrote(out / "check.png")
+
+
+def time_a_step(args, sdxl, lesson):
+    """What a step costs, by taking one without its update."""
+    with torch.autocast(sdxl.device.type, sdxl.dtype, enabled=sdxl.dtype != torch.float32):
+        start = time.time()
+        for part in range(args.accumulation):
+            lesson.loss_of(0, part).backward()
+    seconds = time.time() - start
+    command.say(f"a step takes {seconds:.1f} s, {args.steps} of them {args.steps * seconds / 60:.0f} minutes; " + (
+        f"{torch.cuda.max_memory_allocated() / 1e9:.1f} GB of the GPU at most" if sdxl.device.type == "cuda" else "memory is not measured here"))
+
+
 def preview(args, sdxl, lesson, step):
     """A row of (label, picture): subject, class and an unrelated prompt, always of the same seeds."""
     options = {k: sdxl.defaults[k] for k in ("sampler", "steps", "guidance")}
@@ -79,6 +106,10 @@ def main(args):
     if saved:
         state.restore(saved, facts)
         command.say(f"resuming at step {state.step} of {args.steps}")
+
+    check(args, out, sdxl, lesson)
+    if args.check:
+        return time_a_step(args, sdxl, lesson)
 
     # All that was asked for can be had: what was here before may go.
     for old in () if args.resume else ("lora.safetensors", "state.safetensors", "preview.png", "loss.png"):
