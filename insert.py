@@ -38,7 +38,7 @@ def parse(argv):
         raise ValueError(f"the class word {args.class_word!r} is not in the prompt {args.prompt!r}; put it there, or name another with --class-word")
     if args.image and args.size:
         raise ValueError("--size is of a drawn scene; the picture of --image keeps its own")
-    if not args.lora:
+    if not args.lora and not args.embedding:
         raise ValueError("--lora is missing: the file that train.py wrote")
     return args
 
@@ -86,7 +86,7 @@ def main(argv=None):
     size = image.size[::-1] if image else args.size or sdxl.size
     if args.mask and mask.shape != size:
         raise ValueError(f"{args.mask} is {mask.shape[1]}x{mask.shape[0]}, the picture {size[1]}x{size[0]}: a mask has to be of the picture's size")
-    command.put_loras(sdxl, args.lora)
+    command.put_loras(sdxl, args.lora, args.embedding)
     chosen = {k: sdxl.defaults[k] if getattr(args, k) is None else getattr(args, k)
               for k in ("sampler", "steps", "guidance", "strength", "threshold", "dilate")}
     started = []

@@ -84,7 +84,7 @@ def main(argv=None):
     from alchemy.formats import png
     image = args.image and images.read(args.image)
     sdxl = command.load(args)
-    command.put_loras(sdxl, args.lora)  # before a prompt is encoded: text encoders may have adapters too
+    command.put_loras(sdxl, args.lora, args.embedding)  # before a prompt is encoded: text encoders may have adapters too
     size, unconditional, options = loop.settings(sdxl, args.negative_prompt, args.size, command.drawing(args))
     strength = sdxl.defaults["strength"] if args.strength is None else args.strength
     image = image and ImageOps.fit(image, size[::-1], Image.LANCZOS)

@@ -9,11 +9,14 @@ from pathlib import Path
 from alchemy import command
 
 
+RESULTS = ("lora.safetensors", "checkpoint", "embedding.safetensors", "embedding")  # of the methods; embedding/ with --format diffusers
+
+
 def parser():
     p = command.parser(__doc__)
     p.add_argument("photos", nargs="?",      metavar="SUBJECT_DIR",      help="folder of JPEG, PNG or WebP photos (default: the example subject)")
     p.add_argument("--class-word",           metavar="WORD",             help="what the subject is: dog, backpack (default: dog, with the example)")
-    p.add_argument("--token",                default="sks", metavar="WORD", help="a rare word that will name the subject (default: sks)")
+    p.add_argument("--token",                metavar="WORD",           help="a rare word that will name the subject (default: sks), or the new word of textual-inversion (default: <subject>)")
     p.add_argument("--caption",              default="a photo of a {}", metavar="TEXT", help='of each photo, {} is token and class word (default: "a photo of a {}")')
     p.add_argument("--captions",             action="store_true",        help="the pictures have captions of their own; there is no subject and no class")
     p.add_argument("--mask",                 metavar="alpha|segment|FOLDER", help="what of each photo is learned: its alpha channel, what the class word names, or masks of the photos' names (default: all)")
@@ -22,9 +25,9 @@ def parser():
     g.add_argument("--overwrite",            action="store_true",        help="start again where --out holds a run")
     g.add_argument("--resume",               action="store_true",        help="go on with the run in --out, with its settings")
     g = p.add_argument_group("training")
-    g.add_argument("--method",        default="lora", choices=("lora", "full"), help="what learns: a LoRA on the attention, or all of the UNet, as DreamBooth has it (default: lora)")
+    g.add_argument("--method",        default="lora", choices=("lora", "full", "textual-inversion"), help="what learns: a LoRA on the attention, all of the UNet, as DreamBooth has it, or a new word alone (default: lora)")
     g.add_argument("--steps",         type=command.COUNT, metavar="N",   help=command.by_checkpoint("training_steps", "optimizer steps"))
-    g.add_argument("--learning-rate", type=command.POSITIVE, metavar="X", help=command.by_checkpoint("learning_rate", "of AdamW; another with --method full"))
+    g.add_argument("--learning-rate", type=command.POSITIVE, metavar="X", help=command.by_checkpoint("learning_rate", "of AdamW; others with --method full and textual-inversion"))
     g.add_argument("--warmup",        type=command.WHOLE, default=0, metavar="N", help="steps over which the learning rate rises (default: 0)")
     g.add_argument("--batch",         type=command.COUNT, metavar="N",   help=command.by_checkpoint("batch", "photos per batch"))
     g.add_argument("--accumulation",  type=command.COUNT, default=1, metavar="N", help="batches per step (default: 1)")
@@ -35,6 +38,9 @@ def parser():
     g.add_argument("--class-pictures", type=command.WHOLE, metavar="N", help="hold the class to so many pictures of it, which are drawn first, instead of to the model's own prediction (default: 0, and 100 with --method full)")
     g.add_argument("--class-folder",  metavar="FOLDER",                  help="where they are kept, to be used again (default: class/ in --out)")
     g.add_argument("--caption-dropout", type=command.SHARE, default=0.1, metavar="X", help="share of captions that are left out, with --captions (default: 0.1)")
+    g.add_argument("--vectors",       type=command.COUNT, default=2, metavar="N", help="rows of the new word in each text encoder (default: 2)")
+    g.add_argument("--init-word",     metavar="WORD",                    help="what the new word starts from (default: the class word)")
+    g.add_argument("--style",         action="store_true",               help="the new word is a style, not a thing")
     g.add_argument("--snr-gamma",     type=command.WEIGHT, default=5.0, metavar="X", help="min-SNR weighting; 0 is none (default: 5)")
     g.add_argument("--mirror",        action=command.BooleanOptionalAction, default=False, help="photos mirrored too; not for what has writing on it")
     g.add_argument("--checkpointing", action=command.BooleanOptionalAction, default=None, help="less memory, a third more time (default: for SDXL)")
@@ -53,7 +59,7 @@ def read_flags(argv):
     p = parser()
     args = p.parse_args(argv)
     args.out = args.out or str(Path("out") / Path(args.photos or command.SUBJECT).resolve().name)
-    run, stopped, *results = (Path(args.out) / name for name in ("settings.json", "state.safetensors", "lora.safetensors", "checkpoint"))
+    run, stopped, *results = (Path(args.out) / name for name in ("settings.json", "state.safetensors", *RESULTS))
     finished = any(path.exists() for path in results)
     if args.resume:
         if finished and not stopped.exists():
@@ -66,6 +72,12 @@ def read_flags(argv):
         raise ValueError("--captions needs the folder of the pictures")
     if args.photos is None:
         args.photos, args.class_word = str(command.SUBJECT), args.class_word or command.EXAMPLE["class_word"]
+    args.token = args.token or ("<subject>" if args.method == "textual-inversion" else "sks")
+    if args.method == "textual-inversion":
+        if args.captions or args.class_pictures:
+            raise ValueError("--method textual-inversion takes photos of one thing or style: leave out --captions and --class-pictures")
+        if not (args.class_word or args.init_word):
+            raise ValueError("--init-word (or --class-word) is missing: what is the new word to start from?")
     if args.captions:
         needless = [flag for flag in ("class_word", "class_pictures", "class_folder") if getattr(args, flag)]
         if needless or args.mask == "segment":
@@ -74,7 +86,7 @@ def read_flags(argv):
         args.class_pictures = 100 if args.method == "full" and args.prior_weight else 0
     if args.method == "full" and args.prior_weight and not args.captions and not args.class_pictures:
         raise ValueError("--method full changes the very model that the class would be held to: give --class-pictures, or --prior-weight 0")
-    if not args.captions and not args.class_word:
+    if not (args.captions or args.class_word or args.method == "textual-inversion"):
         raise ValueError("--class-word is missing: what is the subject? dog, backpack, ...")
     if "{}" not in args.caption:
         raise ValueError(f"--caption {args.caption!r} has no {{}} for the subject's name")

@@ -10,6 +10,7 @@ TABLE = (
     ("strength",      0.7,      0.6,      "Image-Alchemy gives none; chosen on the miniature"),
     ("learning_rate", 2e-3,     1e-4,     "diffusers' DreamBooth LoRA recipe for SDXL"),
     ("full_rate",     2e-4,     2e-6,     "likewise, of --method full: diffusers' DreamBooth for SDXL"),
+    ("word_rate",     5e-3,     5e-4,     "likewise, of --method textual-inversion: diffusers' script"),
     ("training_steps", 250,     500,      "the same recipe"),
     ("rank",          16,       16,       "between the recipes' 4 and 32"),
     ("batch",         4,        1,        "the same recipe; 12 GB cards"),

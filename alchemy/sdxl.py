@@ -68,7 +68,6 @@ class SDXL:
         """(H, W) in pixels that the checkpoint was trained to draw."""
         return (self.configs["unet"].sample_size * self.factor,) * 2
 
-    @torch.no_grad()
     def encode_prompt(self, prompts, size=None, *, original=None, crop=(0, 0)):
         """Prompts to Conditioning, on the device. None as a prompt is zeros, as SDXL base was trained; "" is encoded.
 

@@ -53,12 +53,12 @@ def read(file, default=None):
 
 
 class Tokenizer:
-    """`special` maps literal tokens to ids. The padding token is looked for in the text as typed, the others after normalisation
+    """`special` maps literal tokens to their ids. The padding token is looked for in the text as typed, the others after normalisation
     and so in any case of letters. Tokenizer 2 pads with "!", so "!" is id 0 there, wherever it stands."""
 
     def __init__(self, vocab: dict[str, int], merges: list[tuple[str, str]], pad: int, special: dict[str, int]):
         self.vocab, self.pad, self.rank = vocab, pad, {pair: n for n, pair in enumerate(merges)}
-        self.special = {normalise(token): i for token, i in special.items()}
+        self.special = {normalise(token): (i,) for token, i in special.items()}
         self.written = {i: token for token, i in vocab.items()} | {i: "".join(letters(token)) for token, i in special.items()}
 
     @classmethod
@@ -107,12 +107,13 @@ class Tokenizer:
         fits = sum(end <= ROOM for end in accumulate(len(ids) for ids, _ in words))
         return self.decode(i for ids, _ in words[fits:] for i in ids)
 
-    def add(self, token: str) -> int:
-        """A placeholder with an id of its own, matched wherever it stands, inside words too: "<my-dog>" is a good one."""
+    def add(self, token: str, count: int = 1) -> int:
+        """A placeholder with `count` ids of its own, from the one returned on, matched wherever it stands, inside words too."""
         if not token.strip() or {token, token + "</w>"} & self.vocab.keys() or normalise(token) in self.special:
             raise ValueError(f'"{token}" is blank or a token already: choose another, such as "<my-dog>"')
-        self.special[normalise(token)] = new = max(self.written) + 1
-        self.written[new] = "".join(letters(token))
+        new = max(self.written) + 1
+        self.special[normalise(token)] = (*range(new, new + count),)
+        self.written |= {i: "".join(letters(token)) for i in range(new, new + count)}
         return new
 
     def decode(self, ids) -> str:
@@ -121,12 +122,12 @@ class Tokenizer:
 
     def _words(self, text):
         # (ids, joined) of every word. Special tokens are cut out first, the longest where several start.
-        tokens = sorted((token for token, i in self.special.items() if i != self.pad), key=len, reverse=True)
+        tokens = sorted((token for token, i in self.special.items() if i != (self.pad,)), key=len, reverse=True)
         words, pattern = [], "(" + "|".join(map(re.escape, tokens)) + ")"
         for n, typed in enumerate(text.split(self.written[self.pad])):
             words += [([self.pad], False)] * (n > 0)
             for m, part in enumerate(re.split(pattern, normalise(typed))):
-                words += [([self.special[part]], False)] if m % 2 else [(self._merge(word), joined) for word, joined in split(part)]
+                words += [([*self.special[part]], False)] if m % 2 else [(self._merge(word), joined) for word, joined in split(part)]
         return words
 
     @lru_cache(maxsize=1 << 16)

@@ -190,6 +190,14 @@ FAULTS = {
         ("every class picture is the same", "seed=FIRST_SEED + k)", "seed=FIRST_SEED)"),
         ("drawn again", "if not path.exists():", "if True:"),
     ),
+    ("methods/textual_inversion", "textual_inversion"): (
+        ("the table learns", "self.weight, self.first = table.weight, first", "self.weight, self.first = table.weight.requires_grad_(True), first"),
+        ("the first row for all", "(ids - self.first).clamp(min=0)", "(ids - self.first).clamp(min=0, max=0)"),
+        ("a word's first piece alone", "ids[k % len(ids)]", "ids[0]"),
+    ),
+    ("formats/embeddings", "textual_inversion"): (
+        ("the two encoders' rows swapped", "dict(zip(KEYS, rows))", "dict(zip(KEYS, rows[::-1]))"),
+    ),
     ("methods/captions", "captions"): (
         ("no caption is dropped", "None if lot < dropout else prompt", "prompt"),
         ("buckets upside down", "picture_size[0] / picture_size[1]", "picture_size[1] / picture_size[0]"),

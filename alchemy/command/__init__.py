@@ -89,6 +89,7 @@ def add_checkpoint(p):
 def add_drawing(p):
     g = p.add_argument_group("drawing")
     g.add_argument("--lora",     type=scaled_file, action="append", metavar="FILE[:SCALE]", help="a LoRA file, several times for several")
+    g.add_argument("--embedding", action="append", metavar="FILE",    help="a learned word (Textual Inversion), several times for several; its token is the file's own, or its name")
     g.add_argument("--negative-prompt", metavar="TEXT",               help="what guidance leads away from (default: zeros, as SDXL was trained)")
     g.add_argument("--sampler",  metavar="NAME", choices=tuple(SAMPLERS), help=by_checkpoint("sampler", ", ".join(SAMPLERS)))
     g.add_argument("--grid",     metavar="NAME", choices=("leading", "trailing", "linspace"), help="timesteps: leading, trailing or linspace (default: the checkpoint's)")
@@ -119,8 +120,12 @@ def default_lora():
     return [(str(TAUGHT if TAUGHT.exists() else SHIPPED), 1.0)]
 
 
-def put_loras(sdxl, loras):
+def put_loras(sdxl, loras, embeddings=None):
     import alchemy
+    if embeddings:
+        from ..formats.embeddings import load_embedding
+        for path in embeddings:
+            say(f"{path} is {load_embedding(sdxl, path)!r} in a prompt")
     for path, scale in loras or ():
         alchemy.load_lora(sdxl, path, scale)
 

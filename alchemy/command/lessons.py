@@ -1,10 +1,10 @@
 """What train.py teaches: pictures and prompts, encoded once, and the loss of a step."""
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Callable
+from typing import Callable, Mapping
 
 from .. import command, data, images
-from ..methods import captions, masks, prior
+from ..methods import captions, masks, prior, textual_inversion
 from ..sdxl import Conditioning
 from ..train import errors, loss
 
@@ -15,7 +15,7 @@ UNRELATED = "a photo of a car"
 class Lesson:
     """pictures: (path, caption) of each. prompts: {prompt: Conditioning of one} that previews show; loss_of(step, part): see alchemy.train.train."""
     pictures: list
-    prompts: dict
+    prompts: Mapping
     unconditional: Conditioning
     loss_of: Callable
 
@@ -55,6 +55,21 @@ def subject(args, sdxl):
     beside = data.stream(sdxl, drawn, args.size, args.seed + prior.FIRST_SEED, args.batch, args.accumulation)  # with noise of their own
     return Lesson(pictures, prompts, unconditional, lambda step, part: prior.loss(
         sdxl, draw(step, part), beside(step, part), prompts, args.prior_weight, args.snr_gamma))
+
+
+def inversion(args, sdxl):
+    """A few photos of a thing or a style, for which there is to be a word."""
+    found, _ = data.find_photos(args.photos)
+    word = args.init_word or args.class_word
+    textual_inversion.add_word(sdxl, args.token, textual_inversion.start_rows(sdxl, word, args.vectors))
+    prompts = [template.format(args.token) for template in (textual_inversion.STYLE if args.style else textual_inversion.OBJECT)]
+    photos = encoded(args, sdxl, [(path, prompts[0], args.size) for path in found])
+    command.say(f"{len(photos)} photos, {args.token!r} learns from {word!r} on, {args.vectors} vectors in each text encoder")
+    live = textual_inversion.Live(sdxl, prompts, args.size)
+    draw = textual_inversion.stream(data.stream(sdxl, photos, args.size, args.seed, args.batch, args.accumulation), prompts, args.seed)
+    shown = textual_inversion.Live(sdxl, (prompts[0], prompts[0].replace(args.token, word), UNRELATED), args.size)
+    return Lesson([(path, prompts[0]) for path in found], shown, sdxl.encode_prompt([None], args.size),
+                  lambda step, part: errors(sdxl, draw(step, part), live, args.snr_gamma).mean())
 
 
 def class_photos(args, sdxl, prompt):

@@ -12,12 +12,13 @@ import alchemy
 from .. import command, lora, loop
 from ..formats import png
 from ..formats.checkpoint import open_safetensors
+from ..formats.embeddings import KEYS, save_embedding
 from ..formats.folder import save_checkpoint
 from ..files import save_json
-from ..methods import dreambooth
+from ..methods import dreambooth, textual_inversion
 from ..report import preflight, sheets
 from ..train import start, train
-from .lessons import captioned, subject
+from .lessons import captioned, inversion, subject
 
 class Stop:
     """SIGINT and SIGTERM end the run after the step under way; a second one ends it at once."""
@@ -37,7 +38,7 @@ class Stop:
 
 def complete(args, sdxl):
     """Put the checkpoint's defaults where no flag was given."""
-    rate = "full_rate" if args.method == "full" else "learning_rate"
+    rate = {"lora": "learning_rate", "full": "full_rate", "textual-inversion": "word_rate"}[args.method]
     for flag, default in (("steps", "training_steps"), ("learning_rate", rate), ("batch", "batch"), ("rank", "rank")):
         if getattr(args, flag) is None:
             setattr(args, flag, sdxl.defaults[default])
@@ -90,14 +91,17 @@ def main(args):
     saved = open_safetensors(out / "state.safetensors") if args.resume and (out / "state.safetensors").exists() else None
     facts = saved and saved.metadata() or {}
     torch.set_num_threads(int(facts.get("threads", torch.get_num_threads())))  # before any sum: it decides the order of additions
-    lesson = (captioned if args.captions else subject)(args, sdxl)
-    sdxl.free("text_encoders")
+    lesson = (captioned if args.captions else inversion if args.method == "textual-inversion" else subject)(args, sdxl)
+    if args.method != "textual-inversion":
+        sdxl.free("text_encoders")
     sdxl.free("vae")
 
     # What learns, its optimizer, and where an interrupted run had come to.
     if args.method == "lora":
         alchemy.add_lora(sdxl, args.rank, args.alpha, seed=args.seed)
         parameters = {name: p for name, p in sdxl.unet.named_parameters() if ".lora." in name}
+    elif args.method == "textual-inversion":
+        parameters = {f"{n}.extra": table.extra.requires_grad_(True) for n, table in zip(KEYS, textual_inversion.tables(sdxl))}
     else:
         parameters = dreambooth.whole_unet(sdxl)
         command.say(f"all of the UNet learns: weights, gradients and optimizer take {dreambooth.memory(parameters) / 1e9:.2g} GB, activations come on top")
@@ -112,10 +116,10 @@ def main(args):
         return time_a_step(args, sdxl, lesson)
 
     # All that was asked for can be had: what was here before may go.
-    for old in () if args.resume else ("lora.safetensors", "state.safetensors", "preview.png", "loss.png"):
+    for old in () if args.resume else ("lora.safetensors", "embedding.safetensors", "state.safetensors", "preview.png", "loss.png"):
         (out / old).unlink(missing_ok=True)
-    if not args.resume and (out / "checkpoint").exists():
-        shutil.rmtree(out / "checkpoint")
+    for old in () if args.resume else ("checkpoint", "embedding"):
+        shutil.rmtree(out / old, ignore_errors=True)
     save_json(command.settings_of(args), out / "settings.json")
     ended = steps(args, out, sdxl, lesson, state)
     if ended:
@@ -156,6 +160,9 @@ def finish(args, out, sdxl, lesson, state):
     if args.method == "lora":
         alchemy.save_lora(sdxl, out / "lora.safetensors", format=args.format, facts=facts)
         written = [out / "lora.safetensors"]
+    elif args.method == "textual-inversion":
+        form = "diffusers" if args.format == "diffusers" else "a1111"
+        written = save_embedding(sdxl, out / ("embedding" if form == "diffusers" else "embedding.safetensors"), args.token, form, facts)
     else:
         written = save_checkpoint(sdxl, out / "checkpoint", args.config, {f"alchemy.{key}": value for key, value in facts.items()})
     png.save(sheets.curve(state.losses), out / "loss.png", facts)
