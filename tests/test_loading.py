@@ -84,7 +84,7 @@ import torch, alchemy
 def anonymous():
     return 1024 * int(next(line for line in open("/proc/self/status") if line.startswith("RssAnon")).split()[1])
 
-sdxl = alchemy.load(sys.argv[2], "cpu", sys.argv[3], config=sys.argv[4])
+sdxl = alchemy.load(sys.argv[2], "cpu", sys.argv[3], config=sys.argv[4] if sys.argv[2].endswith(".safetensors") else None)
 torch.zeros(8, 8).half().float().bfloat16()
 peak, done, before = 0, False, anonymous()
 def watch():

@@ -61,8 +61,8 @@ def test_flags_go_over_those_of_like(pictures, lora_file):
 def test_defaults_are_written_out_and_the_same_as_given(pictures):
     (image,) = pictures(PROMPT)
     facts = png.facts_of("out/samples/0000.png")
-    assert (facts["sampler"], facts["steps"], facts["guidance"]) == ("euler", STEPS, 4.0)
-    assert same(pictures(PROMPT, "--sampler", "euler", "--steps", STEPS, "--guidance", 4, "--size", 32)[0], image)
+    assert (facts["sampler"], facts["steps"], facts["guidance"]) == ("euler", STEPS, 5.0)
+    assert same(pictures(PROMPT, "--sampler", "euler", "--steps", STEPS, "--guidance", 5, "--size", 32)[0], image)
 
 
 def test_a_lora_changes_the_picture_and_at_scale_0_it_is_as_if_there_were_none(pictures, lora_file):
