@@ -1,6 +1,6 @@
 """How good is the miniature? Counted by the judge and the true masks, on fixed seeds: the table of weights/README.md.
 
-    python weights/measure.py                                  everything, about half an hour on two cores
+    python weights/measure.py                                  everything, about 40 minutes on one core
     python weights/measure.py prompts pairs --share 0.2        some of it, on a fifth of the pictures
 
 The scenes asked for have one object, the prompts are "a photo of a CLASS PLACE". What was measured of the same weights and defaults is
