@@ -32,7 +32,7 @@ def told(sdxl, prompts, size):
 def encoded(args, sdxl, pictures):
     """(path, caption, (H,W) of the crops) of each picture to data.Photos, in order."""
     def one(path, caption, size):
-        mask = masks.mask_of(args.mask, path, sdxl, args.class_word) if args.mask else None
+        mask = masks.mask_of(args.mask, path, sdxl, args.class_word or args.init_word) if args.mask else None
         return data.encode(sdxl, path, size, caption, args.mirror, mask)
     return list(command.progress((one(*picture) for picture in pictures), len(pictures), "encoding"))
 
