@@ -33,6 +33,7 @@ def parse(argv):
         p.set_defaults(**{k: v for k, v in facts.items() if k in vars(args) and k not in ("out", "like", "prompts")})
         args = p.parse_args(argv)
         args.size, args.lora = tuple(args.size), given.lora or args.lora  # --lora replaces, it does not add
+        args.embedding = given.embedding or args.embedding
     if given.strength is not None and not args.image:
         raise ValueError("--strength is of a picture to start from; --image names it")
     if args.prompt is None and not args.prompts:
@@ -76,6 +77,10 @@ def main(argv=None):
     out = Path(args.out)
     wanted = jobs(args, out)
     command.folder(out.parent if command.is_picture(out) else out)
+    if args.prompts and (out / "metadata.jsonl").exists():
+        others = {json.loads(line)["file_name"] for line in (out / "metadata.jsonl").read_text(encoding="utf-8").splitlines()} - {path.name for *_, path in wanted}
+        if others:
+            raise ValueError(f"{out}: its metadata.jsonl tells of other pictures ({sorted(others)[0]}): name another folder")
     missing = [job for job in wanted if not (args.prompts and is_there(job[2], *job[:2]))]
 
     from PIL import Image, ImageOps

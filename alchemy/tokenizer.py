@@ -109,12 +109,12 @@ class Tokenizer:
 
     def add(self, token: str, count: int = 1) -> int:
         """A placeholder with `count` ids of its own, from the one returned on, matched wherever it stands, inside words too."""
-        if not token.strip() or {token, token + "</w>"} & self.vocab.keys() or normalise(token) in self.special:
-            raise ValueError(f'"{token}" is blank or a token already: choose another, such as "<my-dog>"')
-        new = max(self.written) + 1
-        self.special[normalise(token)] = (*range(new, new + count),)
-        self.written |= {i: "".join(letters(token)) for i in range(new, new + count)}
-        return new
+        plain = normalise(token).strip()
+        if not plain or {plain, plain + "</w>"} & self.vocab.keys() or plain in self.special or self.written[self.pad] in token:
+            raise ValueError(f'"{token}" is blank, a token already or has one in it: choose another, such as "<my-dog>"')
+        self.special[normalise(token)] = ids = (*range(max(self.written) + 1, max(self.written) + 1 + count),)
+        self.written |= dict.fromkeys(ids, "".join(letters(token)))
+        return ids[0]
 
     def decode(self, ids) -> str:
         text = "".join(self.written[i] for i in ids).replace("</w>", BYTE[ord(" ")])

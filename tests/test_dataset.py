@@ -57,3 +57,10 @@ def test_prompts_and_a_prompt_or_a_picture_file_are_refused(drawn, tmp_path):
     (tmp_path / "prompts.txt").write_text("\n \n")
     refused(drawn(), "prompts.txt", "no prompt")
     assert not Path("set").exists()
+
+
+def test_metadata_of_other_pictures_is_not_overwritten(drawn):
+    Path("set").mkdir()
+    Path("set/metadata.jsonl").write_text('{"file_name": "mine.jpg", "text": "a cat"}\n')
+    refused(drawn(), "mine.jpg", "another folder")
+    assert list(contents("set")) == ["metadata.jsonl"] and "a cat" in Path("set/metadata.jsonl").read_text()

@@ -70,7 +70,8 @@ def test_it_starts_from_a_words_pieces_over_and_over(sdxl):
 
 
 def test_a_token_that_exists_and_rows_that_do_not_fit_are_refused(sdxl):
-    refused(lambda: ti.add_word(sdxl, "dog", rows(sdxl)), "token already")
+    for token in ("dog", "Dog", " dog "):
+        refused(lambda: ti.add_word(sdxl, token, rows(sdxl)), "token already")
     refused(lambda: ti.add_word(sdxl, TOKEN, rows(sdxl)[::-1]), "do not fit")
     ti.add_word(sdxl, TOKEN, rows(sdxl))
     refused(lambda: ti.add_word(sdxl, TOKEN, rows(sdxl)), "token already")

@@ -88,6 +88,8 @@ def main(args):
     out = command.folder(args.out)
     sdxl = command.load(args)
     complete(args, sdxl)
+    if args.method == "full" and Path(args.weights).is_file() and not args.config:
+        raise ValueError(f"{args.weights}: --method full writes a whole folder, and a single file brings no configurations: give --config FOLDER")
     saved = open_safetensors(out / "state.safetensors") if args.resume and (out / "state.safetensors").exists() else None
     facts = saved and saved.metadata() or {}
     torch.set_num_threads(int(facts.get("threads", torch.get_num_threads())))  # before any sum: it decides the order of additions
@@ -164,7 +166,8 @@ def finish(args, out, sdxl, lesson, state):
         form = "diffusers" if args.format == "diffusers" else "a1111"
         written = save_embedding(sdxl, out / ("embedding" if form == "diffusers" else "embedding.safetensors"), args.token, form, facts)
     else:
-        written = save_checkpoint(sdxl, out / "checkpoint", args.config, {f"alchemy.{key}": value for key, value in facts.items()})
+        written = save_checkpoint(sdxl, out / "checkpoint", args.config, {f"alchemy.{key}": value for key, value in facts.items()},
+                                  torch.float16 if sdxl.dtype.itemsize == 2 else None)  # bfloat16 would round away most of small steps
     png.save(sheets.curve(state.losses), out / "loss.png", facts)
     (out / "state.safetensors").unlink(missing_ok=True)
     written += [out / name for name in ("preview.png", "loss.png", "settings.json")]

@@ -71,7 +71,7 @@ def read_pairs(file, table):
             stem = key.removesuffix(down)
             if key.endswith(down) and stem + up in keys and stem in table and table[stem] not in found:
                 pair, alpha = (file.get_tensor(key).float(), file.get_tensor(stem + up).float()), None
-                if stem + ".alpha" in keys and not file.get_slice(stem + ".alpha").get_shape():
+                if stem + ".alpha" in keys and file.get_slice(stem + ".alpha").get_shape() in ([], [1]):
                     alpha = float(file.get_tensor(stem + ".alpha"))
                     keys -= {stem + ".alpha"}
                 found[table[stem]] = (*pair, alpha)

@@ -18,12 +18,15 @@ def read(folder):
     folder = Path(folder)
     table = folder / "metadata.jsonl"
     if table.exists():
-        return sorted(row(folder, number, line) for number, line in enumerate(table.read_text(encoding="utf-8").splitlines(), 1) if line.strip())
+        rows = sorted(row(folder, number, line) for number, line in enumerate(table.read_text(encoding="utf-8-sig").splitlines(), 1) if line.strip())
+        if not rows:
+            raise ValueError(f"{table}: no line in it")
+        return rows
     found, _ = data.find_photos(folder)
     silent = [path.name for path in found if not path.with_suffix(".txt").exists()]
     if silent:
         raise ValueError(f"{folder}: no caption for {len(silent)} of {len(found)} pictures ({', '.join(silent[:3])}): write metadata.jsonl, or a .txt beside each")
-    return [(path, " ".join(path.with_suffix(".txt").read_text(encoding="utf-8").split())) for path in found]
+    return [(path, " ".join(path.with_suffix(".txt").read_text(encoding="utf-8-sig").split())) for path in found]
 
 
 def row(folder, number, line):
@@ -42,6 +45,8 @@ def row(folder, number, line):
 def bucket(picture_size, area, cell):
     """The (H,W), multiples of cell and of no more than area, whose aspect ratio is nearest to that of a picture of (H,W)."""
     most = area // cell ** 2
+    if not most:
+        raise ValueError(f"the size to train at is smaller than {cell}x{cell}, the least that a picture with a caption can have")
     sizes = [(h, min(most // h, 4 * h)) for h in range(1, most + 1) if most // h and h <= 4 * (most // h)]
     wanted = math.log(picture_size[0] / picture_size[1])
     h, w = min(sizes, key=lambda size: (abs(math.log(size[0] / size[1]) - wanted), -size[0] * size[1]))

@@ -25,7 +25,7 @@ def mask_of(how, path, sdxl, word):
                 raise ValueError(f"{path} has no alpha channel; --mask takes {HOW}")
             mask = ImageOps.exif_transpose(opened).convert("RGBA").getchannel("A")
     else:
-        found = [file for file in sorted(Path(how).glob("*")) if file.stem == Path(path).stem and file.suffix.lower() in images.SUFFIXES]
+        found = [file for file in sorted(Path(how).glob("*")) if file.stem == Path(path).stem and file.suffix.lower() in images.SUFFIXES and not file.samefile(path)]
         if not found:
             raise ValueError(f"{how}: no mask of {Path(path).name} in it; --mask takes {HOW}")
         mask = images.read(found[0], "L")
