@@ -75,8 +75,11 @@ def test_watching_ends_when_something_fails_inside(call):
 
 def test_unwatched_attention_is_one_fused_call(call, monkeypatch):
     net, given = call
+    fused, calls = torch.nn.functional.scaled_dot_product_attention, []
+    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", lambda *inputs: calls.append(inputs) or fused(*inputs))
     monkeypatch.setattr(torch, "softmax", None)
     net(*given)
+    assert len(calls) == len(attention.attentions(net)) > 0
 
 
 def test_an_unknown_layer_is_refused(call):
