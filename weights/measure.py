@@ -107,24 +107,34 @@ class Measure:
                          [(word, None, place) for word, place in wanted])
         self.found["pair both"] = share([(s[0], s[2]) == w for s, w in zip(said, wanted)])
 
-    def lora(self, instance):
-        """What train.py learns with its defaults from the subject's photos."""
-        out = self.out / "loras" / instance
-        if not (out / "lora.safetensors").exists():
-            run = subprocess.run([sys.executable, HERE.parent / "train.py", HERE / "subjects" / instance, "--class-word", instance.split("-")[0], "--token",
-                                  TOKEN, "--weights", self.weights, "--preview-every", "0", "--overwrite", "--out", out], capture_output=True, text=True)
+    def teach(self, photos, out, *flags):
+        """The folder out with what train.py makes of the photos, at the weights that are measured, and its seconds; one that is finished stays."""
+        if not (out / "seconds.json").exists():
+            start = time.time()
+            run = subprocess.run([sys.executable, HERE.parent / "train.py", photos, "--weights", self.weights, "--preview-every", "0", "--overwrite",
+                                  "--out", out, *flags], capture_output=True, text=True)
             if run.returncode:
                 raise ValueError(f"train.py: {run.stderr.strip()[-300:]}")
+            save_json(round(time.time() - start), out / "seconds.json")
+        return out
+
+    def lora(self, instance):
+        """What train.py learns with its defaults from the subject's photos."""
+        out = self.teach(HERE / "subjects" / instance, self.out / "loras" / instance, "--class-word", instance.split("-")[0], "--token", TOKEN)
         return out / "lora.safetensors"
+
+    def asked(self, instance):
+        """[(place, way to say it)] of places that are not on the subject's photos: every way in turn."""
+        known = {photo.background for photo in world.subject_photos(instance)}
+        places = [place for place in world.BACKGROUNDS if place not in known and (instance.split("-")[0], place) not in world.HELD_OUT_PAIRS]
+        return [(places[k % len(places)], k // len(places) % 3) for k in range(self.count(12))]
 
     def subjects(self):
         """For each subject, prompts of places that are not on its photos: one stage at several scales, the class alone, two stages."""
         hits = {}
         for n, instance in enumerate(world.HELD_OUT_INSTANCES[:self.count(8)]):
             word, seed = instance.split("-")[0], 5000 + 100 * n
-            known = {photo.background for photo in world.subject_photos(instance)}
-            places = [place for place in world.BACKGROUNDS if place not in known and (word, place) not in world.HELD_OUT_PAIRS]
-            asked = [(places[k % len(places)], k // len(places) % 3) for k in range(self.count(12))]  # every way to say it in turn
+            asked = self.asked(instance)
             prompts, wanted = [f"a photo of a {word} {phrase(*which)}" for which in asked], [(word, instance, place) for place, _ in asked]
             alchemy.load_lora(self.sdxl, self.lora(instance))
             made = self.one_stage(instance, prompts, wanted, seed) | self.two_stages(instance, prompts, wanted, seed)
