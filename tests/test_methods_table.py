@@ -5,7 +5,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 from PIL import Image
 
 WEIGHTS = Path(__file__).parents[1] / "weights"
