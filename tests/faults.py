@@ -206,4 +206,9 @@ FAULTS = {
     ("methods/masks", "captions"): (
         ("a mask is not turned", "ImageOps.exif_transpose(opened)", "opened"),
     ),
+    ("report/samplers", "samplers_sheet"): (
+        ("Euler steps in the level itself", "(level(ab_prev) - level(ab)) * step.eps", "(ab_prev - ab) * step.eps"),
+        ("DDPM with the larger variance", "(beta * (1 - ab_prev) / (1 - ab)) ** 0.5", "beta ** 0.5"),
+        ("the row of samplers draws other noise", "generators=made, hook", "generators=loop.generators([SEED]), hook"),
+    ),
 }
