@@ -7,7 +7,7 @@ On the variance-preserving x_t = √ᾱ x_0 + √(1−ᾱ) ε, the samplers of t
     σ = η · √((1 − ᾱ_prev)/(1 − ᾱ)) · √(1 − ᾱ/ᾱ_prev)                                        (eq. 16)
 
 DDPM's ancestral step (Ho et al. 2020, algorithm 2, with the smaller of its two variances) is η = 1.
-Euler (Karras et al. 2022, algorithm 1, without churn) is η = 0: with y = x/√ᾱ and s = √((1−ᾱ)/ᾱ) the formula reads
+Euler (Karras et al. 2022, algorithm 1 without its correction) is η = 0: with y = x/√ᾱ and s = √((1−ᾱ)/ᾱ) the formula reads
 y_prev = y + (s_prev − s) · ε, an Euler step on the probability-flow ODE dy/ds = ε. Euler ancestral is η = 1 by the same substitution.
 What still differs is the grid, the start and the last ᾱ: the columns of SAMPLERS. DPM-Solver++(2M) is this step too, towards an x_0
 that is extrapolated from the last two predictions.

@@ -102,7 +102,7 @@ def box_mean(x, radius):
 
 
 def guided_filter(p, i, radius, eps=1e-3):
-    """The mask p by the guide i, both (H,W) in [0,1]: within each window it becomes a linear function a · i + b. He et al. 2010, eq. 5, 6, 8."""
+    """The mask p by the guide i, both (H,W) in [0,1]: within each window it becomes a linear function a · i + b. He et al. 2010."""
     mean_p, mean_i = box_mean(p, radius), box_mean(i, radius)
     a = (box_mean(i * p, radius) - mean_i * mean_p) / (box_mean(i * i, radius) - mean_i ** 2 + eps)
     b = mean_p - a * mean_i

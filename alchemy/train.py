@@ -59,7 +59,7 @@ def start(parameters, learning_rate, dtype=torch.float32):
 
 
 def min_snr(schedule, t, gamma):
-    """The weight of each sample (B,): min(γ, SNR)/SNR for epsilon, min(γ, SNR)/(SNR + 1) for v. Hang et al. 2023, eq. 7."""
+    """The weight of each sample (B,): min(γ, SNR)/SNR for epsilon, min(γ, SNR)/(SNR + 1) for v. Hang et al. 2023, 3.4."""
     snr = schedule.snr(t)
     if not gamma:
         return torch.ones_like(snr)

@@ -22,7 +22,7 @@ def mixed(x_0, eps, ab):
 
 @pytest.mark.parametrize("ab, ab_prev", LEVELS)
 def test_eta_0_is_eulers_step_on_the_variance_exploding_ode(ab, ab_prev, parts, close):
-    """Karras et al. 2022, algorithm 1: y' = y + (s' - s) eps on y = x/√ᾱ, s = √((1-ᾱ)/ᾱ)."""
+    """Karras et al. 2022, algorithm 1, its first half: y' = y + (s' - s) eps on y = x/√ᾱ, s = √((1-ᾱ)/ᾱ)."""
     x_0, eps, _ = parts
     s, s_prev = (math.sqrt((1 - a) / a) for a in (ab, ab_prev))
     y = mixed(x_0, eps, ab) / ab ** 0.5 + (s_prev - s) * eps
