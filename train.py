@@ -7,9 +7,7 @@
 from pathlib import Path
 
 from alchemy import command
-
-
-RESULTS = ("lora.safetensors", "checkpoint", "embedding.safetensors", "embedding")  # of the methods; embedding/ with --format diffusers
+from alchemy.command.results import result
 
 
 def parser():
@@ -59,20 +57,19 @@ def read_flags(argv):
     p = parser()
     args = p.parse_args(argv)
     args.out = args.out or str(Path("out") / Path(args.photos or command.SUBJECT).resolve().name)
-    run, stopped, *results = (Path(args.out) / name for name in ("settings.json", "state.safetensors", *RESULTS))
-    finished = any(path.exists() for path in results)
+    run, stopped = (Path(args.out) / name for name in ("settings.json", "state.safetensors"))
     if args.resume:
-        if finished and not stopped.exists():
-            raise ValueError(f"{args.out}: this run is finished; --overwrite starts again, --out names another folder")
         p.set_defaults(**command.read_settings(run, args) | {"out": args.out, "resume": True, "overwrite": False})
         args = p.parse_args(argv)
-    elif (run.exists() or finished) and not args.overwrite and not args.check:
-        raise ValueError(f"{args.out} holds a run already: --resume goes on with it, --overwrite starts again, --out names another folder")
     if args.captions and args.photos is None:
         raise ValueError("--captions needs the folder of the pictures")
     if args.photos is None:
         args.photos, args.class_word = str(command.SUBJECT), args.class_word or command.EXAMPLE["class_word"]
     args.token = args.token or ("<subject>" if args.method == "textual-inversion" else "sks")
+    if args.resume and result(args).exists() and not stopped.exists():
+        raise ValueError(f"{args.out}: this run is finished; --overwrite starts again, --out names another folder")
+    if not args.resume and (run.exists() or result(args).exists()) and not args.overwrite and not args.check:
+        raise ValueError(f"{args.out} holds a run already: --resume goes on with it, --overwrite starts again, --out names another folder")
     if args.method == "textual-inversion":
         if args.captions or args.class_pictures:
             raise ValueError("--method textual-inversion takes photos of one thing or style: leave out --captions and --class-pictures")

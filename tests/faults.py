@@ -184,6 +184,9 @@ FAULTS = {
         ("alpha is not baked in", "up * (alpha / len(down))", "up"),
         ("the second text encoder is the first", '"text_encoder_2": "lora_te2_"', '"text_encoder_2": "lora_te1_"'),
         ("a DoRA is a LoRA", "if dora := [key for key in keys if key.endswith(DORA)]:", "if dora := []:"),
+        ("transformers 5's names are unknown", 'names = {name, name.removeprefix("text_model.")}', "names = {name}"),
+        ("peft's alpha beside is not read", 'if Path(path).name == "adapter_model.safetensors" else {}', "if False else {}"),
+        ("NaN is put on", "if wild:", "if False:"),
     ),
     ("methods/prior", "prior"): (
         ("the prior is a mean over both", "subject.mean() + prior_weight * prior.mean()", "torch.cat([subject, prior_weight * prior]).mean()"),
@@ -195,8 +198,18 @@ FAULTS = {
         ("the first row for all", "(ids - self.first).clamp(min=0)", "(ids - self.first).clamp(min=0, max=0)"),
         ("a word's first piece alone", "ids[k % len(ids)]", "ids[0]"),
     ),
-    ("formats/embeddings", "textual_inversion"): (
+    ("formats/embeddings", "textual_inversion converting"): (
         ("the two encoders' rows swapped", "dict(zip(KEYS, rows))", "dict(zip(KEYS, rows[::-1]))"),
+        ("clip_g is read as clip_l", "sorted(file.keys(), reverse=True)", "sorted(file.keys())"),
+    ),
+    ("formats/folder", "converting"): (
+        ("the originals of merged weights are kept", "layer.original, layer.lora = None, torch", "layer.lora = torch"),
+        ("a LoRA is written beside its weight", "        layer.merge()\n", "        pass\n"),
+    ),
+    ("formats/checkpoint", "converting"): (
+        ("the old VAE's configuration is written", '"config.json") or configs["vae"]', '"config.json") and configs["vae"]'),
+        ("the schedule is written as the folder has it", '"scheduler/scheduler_config.json": schedule,',
+         '"scheduler/scheduler_config.json": config_of(folder, "scheduler/scheduler_config.json"),'),
     ),
     ("methods/captions", "captions"): (
         ("no caption is dropped", "None if lot < dropout else prompt", "prompt"),

@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import save
 
 import alchemy
-from alchemy.formats.checkpoint import open_safetensors
+from alchemy.formats.tensors import open_safetensors
 import checkpoints as synthetic
 from checkpoints import refused, vocabulary_read_once, weights, write_folder, write_json, write_single, write_weights  # noqa: F401
 

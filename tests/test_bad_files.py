@@ -100,7 +100,7 @@ def liar(shape, end):
 
 BROKEN = {"empty": b"", "text": b"this is no LoRA, but a text of some length", "a header of 2^60": struct.pack("<Q", 2 ** 60) + b"{}",
           "no JSON": struct.pack("<Q", 8) + b"notjson!", "more than there is": liar([4000], 16000), "a shape that is a lie": liar([999], 16),
-          "a pickle": pickle.dumps(Pwned())}
+          "no UTF-8": struct.pack("<Q", 29) + '{"__metadata__":{"a":"caf\xe9"}}'.encode("latin-1"), "a pickle": pickle.dumps(Pwned())}
 
 
 @pytest.mark.parametrize("fault", BROKEN)

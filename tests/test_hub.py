@@ -10,7 +10,8 @@ import pytest
 import torch
 
 import alchemy
-from alchemy.formats import checkpoint
+from alchemy.formats.folder import save_checkpoint
+from alchemy.formats.hub import find
 from checkpoints import FILE, NETWORKS, vocabulary_read_once, weights, write_folder, write_single  # noqa: F401
 
 ID, COMMIT = "org/tiny-xl", "0123456789abcdef0123456789abcdef01234567"
@@ -69,7 +70,7 @@ def failure(name, message="401 Client Error. (Request ID: 1)\n\nRepository Not F
 @pytest.mark.parametrize("half, variant", [(True, ".fp16"), (False, "")])
 def test_only_the_needed_files_of_one_precision_are_asked_for(asked, half, variant):
     seen = asked(SETTINGS + OTHERS + weight_names() + weight_names(".fp16"))
-    checkpoint.find(ID, NETWORKS, half)
+    find(ID, NETWORKS, half)
     assert seen["wanted"] == sorted(SETTINGS + weight_names(variant)) and (seen["source"], seen["offline"]) == (ID, False)
 
 
@@ -77,14 +78,14 @@ def test_only_the_needed_files_of_one_precision_are_asked_for(asked, half, varia
 def test_where_only_one_precision_is_there_it_is_asked_for(asked, half):
     for variant in ("", ".fp16"):
         seen = asked(SETTINGS + OTHERS + weight_names(variant))
-        checkpoint.find(ID, NETWORKS, half)
+        find(ID, NETWORKS, half)
         assert seen["wanted"] == sorted(SETTINGS + weight_names(variant))
 
 
 def test_all_shards_are_asked_for(asked):
     shards = [f"unet/diffusion_pytorch_model-0000{i}-of-00003.safetensors" for i in (1, 2, 3)]
     seen = asked(SETTINGS + shards + weight_names("", NETWORKS[1:]))
-    checkpoint.find(ID, NETWORKS)
+    find(ID, NETWORKS)
     assert seen["wanted"] == sorted(SETTINGS + shards + weight_names("", NETWORKS[1:]))
 
 
@@ -102,7 +103,7 @@ def test_of_a_hub_id_given_as_vae_only_the_vae_is_asked_for_and_of_one_given_as_
 def test_a_repository_that_is_only_a_vae_serves_as_vae(asked):
     seen = asked(["README.md", "config.json", "diffusion_pytorch_model.safetensors", "diffusion_pytorch_model.bin", "sdxl_vae.safetensors",
                   "sdxl.vae.safetensors"])
-    checkpoint.find(ID, ["vae", ""])
+    find(ID, ["vae", ""])
     assert seen["wanted"] == ["config.json", "diffusion_pytorch_model.safetensors"]
 
 
@@ -112,6 +113,16 @@ def test_the_revision_is_passed_on(asked, tmp_path, revision):
     seen = asked(SETTINGS + weight_names())
     alchemy.load(ID, "cpu", revision=revision)
     assert seen["listed"] == (ID, revision) and seen["revision"] == revision
+
+
+def test_a_folder_written_from_the_hub_is_of_the_revision_that_was_loaded_and_asks_for_nothing_more(asked, tmp_path):
+    write_folder(tmp_path)
+    seen = asked(SETTINGS + weight_names())
+    sdxl = alchemy.load(ID, "cpu", revision="v1.0")
+    seen.clear()
+    save_checkpoint(sdxl, tmp_path / "written")
+    there = {file.relative_to(tmp_path / "written").as_posix() for file in (tmp_path / "written").rglob("*.*")}
+    assert seen == {} and there == {*SETTINGS, *weight_names()}
 
 
 def test_what_exists_here_is_never_looked_up_on_the_hub(asked, tmp_path, monkeypatch):

@@ -8,7 +8,7 @@ from safetensors.torch import save_file
 import alchemy
 from alchemy import lora
 from alchemy.formats import layout
-from checkpoints import refused, vocabulary_read_once  # noqa: F401
+from checkpoints import refused, vocabulary_read_once, write_json  # noqa: F401
 from running import tiny  # noqa: F401
 from spellings import adapter, ALPHA, equal, fresh, HEADER, pairs, RANK, SPELLINGS, written  # noqa: F401
 
@@ -74,6 +74,27 @@ def test_files_come_beside_each_other_whatever_their_headers_say(fresh, pairs, t
     names = [alchemy.load_lora(sdxl, tmp_path / f"{name}.safetensors", 0.5) for name in ("my.dog", "keys", "default", "default")]
     assert len({*names, "default"}) == 5 and set(lora.names(sdxl.unet)) == {*names, "default"}
     assert alchemy.load_lora(sdxl, tmp_path / "keys.safetensors", name="mine") == "mine" in lora.names(sdxl.unet)
+
+
+@pytest.mark.parametrize("spelling", ["kohya, diffusers' blocks", "diffusers", "PEFT"])
+def test_text_encoders_layers_as_transformers_5_calls_them_are_the_same(fresh, pairs, tmp_path, spelling):
+    tensors, sdxl = written(pairs, *SPELLINGS[spelling]), fresh()
+    tensors = {key.replace("text_model.", "").replace("text_model_", ""): t for key, t in tensors.items()}
+    assert not any("text_model" in key for key in tensors)
+    save_file(tensors, tmp_path / "a.safetensors")
+    equal(adapter(sdxl, alchemy.load_lora(sdxl, tmp_path / "a.safetensors")), pairs)
+
+
+@pytest.mark.parametrize("before", ["", "base_model.model."])
+def test_the_unet_alone_needs_no_networks_name_and_pefts_alpha_stands_beside(fresh, pairs, tmp_path, before):
+    some, sdxl = {k: v for k, v in pairs.items() if k.startswith("unet.")}, fresh()
+    tensors = written(some, lambda layer: before + layer.removeprefix("unet."), ".lora_A.weight", ".lora_B.weight", alpha=False)
+    save_file(tensors, tmp_path / "adapter_model.safetensors")
+    equal(adapter(sdxl, alchemy.load_lora(sdxl, tmp_path / "adapter_model.safetensors")), some, alpha=float(RANK))
+    write_json(tmp_path / "adapter_config.json", {"lora_alpha": ALPHA, "alpha_pattern": {}, "use_rslora": False})
+    equal(adapter(sdxl, alchemy.load_lora(sdxl, tmp_path / "adapter_model.safetensors")), some)
+    save_file(tensors, tmp_path / "other.safetensors")  # of another name, the config is not of it
+    equal(adapter(sdxl, alchemy.load_lora(sdxl, tmp_path / "other.safetensors")), some, alpha=float(RANK))
 
 
 # Refusing
@@ -158,3 +179,28 @@ def test_half_a_pair_a_layer_twice_and_an_alpha_of_many_are_refused(fresh, pairs
     for a, b in ((torch.ones(2, 16), torch.ones(16, 3)), (torch.ones(16), torch.ones(16)), (torch.ones(2, 16, 1, 1), torch.ones(16, 2))):
         save_file(whole | {stem(name) + down: a, stem(name) + up: b}, path)
         refused_whole(sdxl, path, name, tuple(a.shape), tuple(b.shape))
+
+
+@pytest.mark.parametrize("told", ["{", "null", "[1]", '"x"', "[" * 9999, '{"unet.alpha_pattern": [1]}', '{"unet.alpha_pattern": "x"}',
+                                  '{"unet.alpha_pattern": {"to_q": "9"}}', '{"unet.alpha_pattern": {"to_q": [1]}}', '{"lora_alpha": "9"}',
+                                  '{"lora_alpha": true}', '{"lora_alpha": {}}', '{"use_rslora": "yes"}', '{"lora_alpha": 1%s}' % ("0" * 400)])
+def test_a_header_that_is_odd_about_alpha_is_refused(fresh, tmp_path, told):
+    path, sdxl = tmp_path / "a.safetensors", fresh()
+    name = "unet.mid_block.attentions.0.transformer_blocks.0.attn1.to_q"
+    save_file({name + ".lora_A.weight": torch.ones(2, 16), name + ".lora_B.weight": torch.ones(16, 2)}, path, {"lora_adapter_metadata": told})
+    refused_whole(sdxl, path, "lora_adapter_metadata", "alpha")
+
+
+@pytest.mark.parametrize("down, alpha, told", [(1.0, 2.0, '{"lora_alpha": NaN}'), (1.0, 2.0, '{"alpha_pattern": {"to_q": Infinity}}'),
+                                               (1.0, float("nan"), None), (float("inf"), 2.0, None)])
+def test_values_that_are_not_finite_are_refused_with_their_layer(fresh, tmp_path, down, alpha, told):
+    path, name = tmp_path / "a.safetensors", "unet.mid_block.attentions.0.transformer_blocks.0.attn1.to_q"
+    tensors = {name + ".lora_A.weight": torch.full((2, 16), down), name + ".lora_B.weight": torch.ones(16, 2)}
+    save_file(tensors | ({} if told else {name + ".alpha": torch.tensor(alpha)}), path, told and {"lora_adapter_metadata": told})
+    refused_whole(fresh(), path, name, "not finite")
+
+
+def test_a_rank_of_0_is_refused(fresh, tmp_path):
+    path, name = tmp_path / "a.safetensors", "unet.mid_block.attentions.0.transformer_blocks.0.attn1.to_q"
+    save_file({name + ".lora_A.weight": torch.ones(0, 16), name + ".lora_B.weight": torch.ones(16, 0)}, path)
+    refused_whole(fresh(), path, name, "(0, 16)")

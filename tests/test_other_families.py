@@ -1,4 +1,5 @@
 """Folders and files that are no SDXL base checkpoint, or not described as one: each is named as what it is, in one line."""
+import re
 import shutil
 from pathlib import Path
 
@@ -7,7 +8,7 @@ import torch
 from safetensors.torch import save_file
 
 import alchemy
-from alchemy.formats import checkpoint
+from alchemy.formats.family import FAMILIES
 import checkpoints as synthetic
 from checkpoints import NETWORKS, UNET, refused, vocabulary_read_once, weights, write_folder, write_json, write_single  # noqa: F401
 
@@ -117,4 +118,4 @@ def test_a_single_file_of_another_family_is_named(folder, tmp_path, words, shape
 
 def test_families_are_told_by_names_that_no_sdxl_checkpoint_has():
     for key in [*synthetic.single_tensors(), *synthetic.USUAL_EXTRAS, *(k for w in weights().values() for k in w)]:
-        assert not any(checkpoint.re.search(mark, key) for mark in checkpoint.FAMILIES), key
+        assert not any(re.search(mark, key) for mark in FAMILIES), key

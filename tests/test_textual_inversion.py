@@ -4,6 +4,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import alchemy
+from alchemy.command.results import file_name
 from alchemy.formats.embeddings import TWO, load_embedding, save_embedding
 from alchemy.methods import textual_inversion as ti
 from alchemy.train import errors
@@ -77,7 +78,7 @@ def test_a_token_that_exists_and_rows_that_do_not_fit_are_refused(sdxl):
     refused(lambda: ti.add_word(sdxl, TOKEN, rows(sdxl)), "token already")
 
 
-@pytest.mark.parametrize("form", ["a1111", "diffusers"])
+@pytest.mark.parametrize("form", ["kohya", "diffusers"])
 def test_what_was_saved_is_read_back_to_the_bit(sdxl, tiny, tmp_path, form):
     ti.add_word(sdxl, "<first>", rows(sdxl, 1, seed=3))
     made = rows(sdxl)
@@ -85,7 +86,7 @@ def test_what_was_saved_is_read_back_to_the_bit(sdxl, tiny, tmp_path, form):
     paths = save_embedding(sdxl, tmp_path / ("word" if form == "diffusers" else "word.safetensors"), TOKEN, form)
     told = sdxl.encode_prompt([f"a {TOKEN} dog"], (32, 32))
     kept = [load_file(path) for path in paths]
-    if form == "a1111":
+    if form == "kohya":
         assert torch.equal(kept[0]["clip_l"], made[0]) and torch.equal(kept[0]["clip_g"], made[1])
     else:
         assert [path.name for path in paths] == [*TWO] and all(torch.equal(k[TOKEN], r) for k, r in zip(kept, made))
@@ -104,12 +105,19 @@ def test_another_tools_file_is_called_by_its_name_and_a_strange_one_refused(sdxl
     refused(lambda: load_embedding(sdxl, tmp_path / "wide.safetensors"), "wide.safetensors", "do not fit")
 
 
+@pytest.mark.parametrize("token, name", [
+    ("<my-dog>", "my-dog"), ("sks", "sks"), ("<a dog/../x>", "a-dog-..-x"), ("<käse_2>", "käse_2"), ("<>", "embedding"),
+    ("<lora>", "lora-embedding"), ("State", "State-embedding"), ("a" * 300, "a" * 100), ("..", "embedding")])
+def test_the_file_is_named_after_the_token_since_other_tools_call_it_by_that(token, name):
+    assert file_name(token) == name
+
+
 def test_train_writes_the_word_and_sample_and_insert_use_it(tiny, tmp_path, lora_file):
     photos(tmp_path / "photos")
     run = good(call("train.py", "photos", "--weights", tiny, *FLAGS, "--out", "run"))
-    assert sorted(contents("run")) == ["embedding.safetensors", "loss.png", "settings.json"] and f"'{TOKEN}' learns from 'dog'" in run.err
+    assert sorted(contents("run")) == ["loss.png", "my-dog.safetensors", "settings.json"] and f"'{TOKEN}' learns from 'dog'" in run.err
     drawn = [good(call("sample.py", f"a photo of a {TOKEN}", "--weights", tiny, "--out", f"{k}.png", *flags)).err
-             for k, flags in enumerate(((), ("--embedding", "run/embedding.safetensors")))]
+             for k, flags in enumerate(((), ("--embedding", "run/my-dog.safetensors")))]
     assert f"is '{TOKEN}' in a prompt" in drawn[1] and contents(".")["0.png"] != contents(".")["1.png"]
     run_refused(call("sample.py", "a dog", "--weights", tiny, "--embedding", lora_file), "no SDXL embedding")
 
@@ -120,8 +128,30 @@ def test_training_resumes_to_the_same_bits(tiny, tmp_path, stopped):
     good(call(*flags, "--out", "whole"))
     assert stopped((*flags, "--out", "half"), step=1).status == 143
     good(call("train.py", "--out", "half", "--resume"))
-    one, two = (load_file(f"{name}/embedding.safetensors") for name in ("whole", "half"))
+    run_refused(call("train.py", "--out", "half", "--resume"), "half: this run is finished")
+    one, two = (load_file(f"{name}/my-dog.safetensors") for name in ("whole", "half"))
     assert all(torch.equal(one[key], two[key]) for key in one)
+
+
+def test_a_run_started_again_takes_the_earlier_word_away_and_no_other_file(tiny, tmp_path):
+    photos(tmp_path / "photos")
+    run = ("train.py", "photos", "--weights", tiny, *FLAGS, "--out", "run")
+    good(call(*run, "--steps", 1))
+    (tmp_path / "run/other.safetensors").write_bytes(b"of someone else")
+    run_refused(call(*run, "--token", "<cat>"), "run holds a run already")
+    good(call(*run, "--steps", 1, "--token", "<cat>", "--overwrite"))
+    assert sorted(contents("run")) == ["cat.safetensors", "loss.png", "other.safetensors", "settings.json"]
+    good(call(*run, "--steps", 1, "--format", "diffusers", "--overwrite"))
+    assert sorted(contents("run")) == [*(f"embedding/{name}" for name in TWO), "loss.png", "other.safetensors", "settings.json"]
+    good(call("train.py", "photos", "--weights", tiny, "--class-word", "dog", "--steps", 1, "--preview-every", 0, "--out", "run", "--overwrite"))
+    assert sorted(contents("run")) == ["lora.safetensors", "loss.png", "other.safetensors", "settings.json"]
+
+
+def test_a_word_that_is_there_without_its_run_is_not_written_over(tiny, tmp_path):
+    photos(tmp_path / "photos")
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run/my-dog.safetensors").write_bytes(b"of someone else")
+    run_refused(call("train.py", "photos", "--weights", tiny, *FLAGS, "--out", "run"), "run holds a run already")
 
 
 def test_flags_that_make_no_sense_for_a_word_are_refused(tiny, tmp_path):

@@ -108,7 +108,7 @@ def drawing(args):
 def load(args):
     """The checkpoint of the flags. Its adapters are put on by put_loras; here their files are only looked at, before gigabytes are read."""
     import alchemy
-    from ..formats.checkpoint import open_safetensors
+    from ..formats.tensors import open_safetensors
     for path, _ in getattr(args, "lora", None) or ():
         open_safetensors(path)
     weights = ROOT / MINI if args.weights == MINI else args.weights

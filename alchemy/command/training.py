@@ -1,5 +1,4 @@
 """What train.py does once it has its flags."""
-import shutil
 import signal
 import sys
 import time
@@ -11,13 +10,14 @@ import alchemy
 
 from .. import command, lora, loop
 from ..formats import png
-from ..formats.checkpoint import open_safetensors
+from ..formats.tensors import open_safetensors
 from ..formats.embeddings import KEYS, save_embedding
 from ..formats.folder import save_checkpoint
 from ..files import save_json
 from ..methods import dreambooth, textual_inversion
 from ..report import preflight, sheets
 from ..train import start, train
+from . import results
 from .lessons import captioned, inversion, subject
 
 class Stop:
@@ -118,10 +118,8 @@ def main(args):
         return time_a_step(args, sdxl, lesson)
 
     # All that was asked for can be had: what was here before may go.
-    for old in () if args.resume else ("lora.safetensors", "embedding.safetensors", "state.safetensors", "preview.png", "loss.png"):
-        (out / old).unlink(missing_ok=True)
-    for old in () if args.resume else ("checkpoint", "embedding"):
-        shutil.rmtree(out / old, ignore_errors=True)
+    if not args.resume:
+        results.clear(args)
     save_json(command.settings_of(args), out / "settings.json")
     ended = steps(args, out, sdxl, lesson, state)
     if ended:
@@ -160,13 +158,12 @@ def finish(args, out, sdxl, lesson, state):
     facts = {"base": Path(args.weights).name, "prompt": list(lesson.prompts)[0], "class_word": args.class_word, "token": args.token,
              "steps": args.steps, "seed": args.seed, "targets": list(lora.ATTENTION), "name": Path(args.out).name}
     if args.method == "lora":
-        alchemy.save_lora(sdxl, out / "lora.safetensors", format=args.format, facts=facts)
-        written = [out / "lora.safetensors"]
+        written = [results.result(args)]
+        alchemy.save_lora(sdxl, *written, format=args.format, facts=facts)
     elif args.method == "textual-inversion":
-        form = "diffusers" if args.format == "diffusers" else "a1111"
-        written = save_embedding(sdxl, out / ("embedding" if form == "diffusers" else "embedding.safetensors"), args.token, form, facts)
+        written = save_embedding(sdxl, results.result(args), args.token, "diffusers" if args.format == "diffusers" else "kohya", facts)
     else:
-        written = save_checkpoint(sdxl, out / "checkpoint", args.config, {f"alchemy.{key}": value for key, value in facts.items()},
+        written = save_checkpoint(sdxl, results.result(args), {f"alchemy.{key}": value for key, value in facts.items()},
                                   torch.float16 if sdxl.dtype.itemsize == 2 else None)  # bfloat16 would round away most of small steps
     png.save(sheets.curve(state.losses), out / "loss.png", facts)
     (out / "state.safetensors").unlink(missing_ok=True)

@@ -3,17 +3,19 @@
 A network is built without memory (on the meta device) and takes the tensors as they are read from the mapped file: no random
 initialisation, no second copy.
 """
-import json
-import re
 import warnings
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch.overrides import TorchFunctionMode
 
 from . import layout
+from .family import check_family, check_folder
+from .hub import config_of, find, weight_files
+from .layout import EXTRAS
+from .tensors import names_in
 from ..schedule import Schedule
 from ..sdxl import SDXL
 from ..text import TextConfig, TextEncoder
@@ -26,12 +28,24 @@ CONFIGS = {"unet": UNetConfig, "vae": VAEConfig, "text_encoder": TextConfig, "te
 BUILD = {"unet": UNet, "vae": VAE, "text_encoder": TextEncoder, "text_encoder_2": partial(TextEncoder, projection=True)}
 BASE = {"unet": {}, "vae": {}, "text_encoder": {}, "text_encoder_2": dict(  # where SDXL base differs from the classes' defaults
     hidden_size=1280, intermediate_size=5120, num_hidden_layers=32, num_attention_heads=20, hidden_act="gelu", projection_dim=1280)}
-EXTRAS = re.compile(r"position_ids$|logit_scale$|^model_ema\.|^denoiser\.|(^|\.)alphas_cumprod$|^v_pred$|^ztsnr$")  # known, of no use here
-FAMILIES = {  # by what stands in some tensor's name
-    r"lora[_.]": "a LoRA (give it with --lora)", r"^cond_stage_model\.": "Stable Diffusion 1 or 2", r"joint_blocks\.": "Stable Diffusion 3",
-    r"double_blocks\.|single_transformer_blocks\.": "Flux", r"^conditioner\.embedders\.0\.model\.": "the SDXL refiner"}
-HUB = {"GatedRepoError": "gated: accept its terms on huggingface.co and log in with hf auth login",
-       "RepositoryNotFoundError": "not on the Hub, or private", "RevisionNotFoundError": "no such revision on the Hub"}
+
+
+@dataclass(frozen=True)
+class Reader:
+    """SDXL.read of a loaded checkpoint, and what a folder of it has to hold beside the weights (see folder.save_checkpoint)."""
+    device: torch.device
+    configs: dict      # {network: its configuration}
+    files: dict        # {network: its weight files}
+    written: dict      # {path in the Hub layout: the JSON object there}, {} for what is not there
+    vocabulary: Path   # the folder of tokenizer and tokenizer_2
+
+    def __call__(self, name, dtype):
+        """The network of that name, filled."""
+        network = empty(name, self.configs[name])
+        fill(network, name, self.files[name], dtype, self.device)
+        if name == "text_encoder_2":
+            check_projection(network)
+        return network
 
 
 def load(source, device="auto", dtype="auto", *, config=None, vae=None, revision=None):
@@ -60,19 +74,14 @@ def load(source, device="auto", dtype="auto", *, config=None, vae=None, revision
         schedule |= {"prediction_type": "v_prediction"} if "v_pred" in tensors else {}
         # From pure noise, where such a model was taught to start, only a trailing grid starts. Lin et al. 2023, 3.3.
         schedule |= {"rescale_betas_zero_snr": True, "timestep_spacing": "trailing"} if "ztsnr" in tensors else {}
+    written = {f"{name}/config.json": config for name, config in configs.items()}
+    written |= {"scheduler/scheduler_config.json": schedule, "model_index.json": index}
     configs = {name: kind.from_config(configs[name] or BASE[name]) for name, kind in CONFIGS.items()}
     files = {name: [place] if place.is_file() else weight_files(place, name, half) for name, place in places.items()}
-
-    def read(name, dtype):
-        network = empty(name, configs[name])
-        fill(network, name, files[name], dtype, device)
-        if name == "text_encoder_2":
-            check_projection(network)
-        return network
-
     # A single file brings no vocabulary; it is the same for all SDXL, and the one that ships serves.
     words = folder if folder and (folder / "tokenizer").is_dir() else VOCABULARY
     tokenizers = tuple(Tokenizer.from_folder(words / name) for name in ("tokenizer", "tokenizer_2"))
+    read = Reader(device, configs, files, written, words)
     return SDXL(str(source), read, configs, tokenizers, Schedule.from_config(schedule), device, dtype,
                 zeros_for_none=index.get("force_zeros_for_empty_prompt", True))
 
@@ -83,119 +92,9 @@ def empty(name, config):
         return BUILD[name](config)
 
 
-def find(source, networks=(), half=False, revision=None):
-    """The path of a folder or file; a Hub id is fetched (configurations and those networks' weights) or taken from the Hub's cache."""
-    path = Path(source).expanduser()
-    if path.exists():
-        return path
-    if not re.fullmatch(r"[\w.-]+/[\w.-]+", str(source)) or path.parent.exists():
-        raise ValueError(f"{source}: no such folder or file, nor is it a Hub id like stabilityai/stable-diffusion-xl-base-1.0")
-    import huggingface_hub as hub
-    from huggingface_hub.errors import HTTPError
-    failures = (OSError, HTTPError)  # the second is the HTTP library's, whose connection errors need not be OSErrors
-    try:
-        names, offline = [file.rfilename for file in hub.model_info(str(source), revision=revision).siblings], None
-        wanted = [n for n in names if re.fullmatch(r"((unet|vae|scheduler|text_encoder(_2)?|tokenizer(_2)?)/)?(\w+\.json|merges\.txt)", n)]
-        for part in (f"{network}/".lstrip("/") for network in networks):
-            wanted += [part + name for name in choose_weights([n[len(part):] for n in names if n.startswith(part)], half)]
-    except failures as error:  # what is in the cache has to do; without these two names it would have to be the whole repository
-        wanted, offline = ["config.json", "unet/config.json"], error
-    try:
-        return Path(hub.snapshot_download(str(source), revision=revision, allow_patterns=wanted, local_files_only=offline is not None))
-    except failures as error:
-        error = offline or error
-        words = HUB.get(type(error).__name__, "cannot be fetched, and the Hub's cache does not hold it; a folder or file works offline")
-        raise ValueError(f"{source}: {words} ({type(error).__name__}: {str(error).strip().partition(chr(10))[0]})") from None
-
-
-def choose_weights(names, half):
-    """Of the file names in a network's folder, those to read: one file or its shards, the .fp16. ones first where half is wanted."""
-    for variant in (r"\.fp16", "") if half else ("", r"\.fp16"):
-        for ending in (variant, rf"{variant}-\d{{5}}-of-\d{{5}}", rf"-\d{{5}}-of-\d{{5}}{variant}"):  # libraries differ
-            chosen = sorted(n for n in names if re.fullmatch(rf"(diffusion_pytorch_)?model{ending}\.safetensors", n))
-            if chosen:
-                return chosen
-    return []
-
-
-def weight_files(root, name, half):
-    """The weight files of one network. Raises ValueError where there are none, or where a shard is missing."""
-    folder = root / name if (root / name).is_dir() else root
-    if not (chosen := choose_weights([p.name for p in folder.iterdir()], half)):
-        raise ValueError(f"{folder}: no safetensors weights here (.bin and .ckpt files are pickles, which are never read)")
-    shards = re.search(r"-of-(\d+)", chosen[0])
-    whole = [re.sub(r"\d{5}-of", f"{i + 1:05d}-of", chosen[0]) for i in range(int(shards[1]))] if shards else chosen
-    if lost := [n for n in whole if n not in chosen]:
-        raise ValueError(f"{folder}: {len(lost)} of {len(whole)} shards are missing: {', '.join(lost[:3])}")
-    return [folder / n for n in chosen]
-
-
-def config_of(folder, *names):
-    """The first of the named files that is there, a JSON object, as a dict; {} where there is none, or no folder."""
-    for path in (folder / name for name in names if folder):
-        if path.is_file():
-            try:
-                return {**json.loads(path.read_text(encoding="utf-8"))}
-            except (ValueError, TypeError, OSError) as error:
-                raise ValueError(f"{path}: not a valid JSON object ({error})") from None
-    return {}
-
-
-def check_family(path, tensors):
-    """Raise ValueError that names what a single file is, where it is not SDXL base or a fine-tune of it."""
-    for mark, family in FAMILIES.items():
-        if any(re.search(mark, k) for k in tensors):
-            raise ValueError(f"{path}: this is {family}, not an SDXL base checkpoint")
-    first = "model.diffusion_model.input_blocks.0.0.weight"
-    if first not in tensors:
-        raise ValueError(f"{path}: not an SDXL checkpoint, it has no {first}; its first tensors are {', '.join(list(tensors)[:3])}")
-    shape = tensors[first].get_slice(first).get_shape()
-    if shape[1:2] != [4]:
-        raise ValueError(f"{path}: this is an inpainting or editing model ({first} is {shape}), not an SDXL base checkpoint")
-    unknown = [k for k in tensors if not k.startswith(tuple(layout.PREFIX.values())) and not EXTRAS.search(k)]
-    if unknown:
-        raise ValueError(f"{path}: {len(unknown)} tensors of no known network: {', '.join(unknown[:3])}")
-
-
-def check_folder(root, configs, pipeline):
-    """The same for a folder, by its configurations; pipeline: what class its model_index.json names, if any."""
-    unet, family = configs["unet"], None
-    if not unet:
-        family = "a LoRA (give its file with --lora)" if list(root.glob("*lora*.safetensors")) else pipeline and f"made for {pipeline}"
-    elif unet.get("in_channels", 4) != 4:
-        family = f"an inpainting or editing model ({unet['in_channels']} input channels)"
-    elif unet.get("addition_embed_type") != "text_time":
-        family = "Stable Diffusion 1 or 2" if "cross_attention_dim" in unet else "another kind of model"
-    elif not configs["text_encoder"]:
-        family = "the SDXL refiner"
-    if family:
-        raise ValueError(f"{root}: this is {family}, not an SDXL base checkpoint")
-    for name in (name for name in configs if not configs[name]):
-        raise ValueError(f"{root}: not a checkpoint folder, it has no {name}/config.json")
-
-
 class Blank(TorchFunctionMode):  # inside, torch.nn.init does nothing: on the meta device it would import a compiler (3 s, 70 MB)
     def __torch_function__(self, func, types, args=(), kwargs=None):
         return func(*args, **(kwargs or {})) if getattr(func, "__module__", None) != "torch.nn.init" else None
-
-
-def names_in(paths):
-    """{tensor name: the open file that holds it}; a tensor is read by get_tensor, one at a time."""
-    return {key: file for file in map(open_safetensors, paths) for key in file.keys()}
-
-
-def open_safetensors(path):
-    """A safetensors file, open. Raises ValueError that names the file and what is wrong with it: missing, a pickle, truncated."""
-    try:
-        return safe_open(path, "pt")
-    except OSError as error:
-        raise ValueError(f"{path}: cannot be read ({error.strerror or error})") from None
-    except SafetensorError as error:
-        with open(path, "rb") as f:
-            start = f.read(2)
-        if Path(path).suffix in (".ckpt", ".pt", ".pth", ".bin", ".pkl") or start == b"PK" or start[:1] == b"\x80" and start[1:] < b"\x06":
-            raise ValueError(f"{path}: a pickle, which can run any code when it is read; only safetensors files are read here") from None
-        raise ValueError(f"{path}: not a whole safetensors file ({error}); download it again") from None
 
 
 def fill(network, name, paths, dtype, device):

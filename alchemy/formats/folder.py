@@ -2,35 +2,48 @@
 import shutil
 from pathlib import Path
 
+import torch
+
 from .. import lora
-from ..files import save_tensors
-from .checkpoint import BUILD, find
+from ..files import save_json, save_tensors
+from .checkpoint import BUILD
+
+VOCABULARY = ("vocab.json", "merges.txt", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
 
 
-def save_checkpoint(sdxl, folder, config=None, facts=None, dtype=None):
-    """Write all networks of sdxl, in dtype (None: its own) and with merged adapters in them, to a new folder, whole or not at all; the paths.
+def save_checkpoint(sdxl, folder, facts=None, dtype=None):
+    """Write all networks of sdxl, in dtype (None: its own), to a new folder, whole or not at all; the paths. Adapters go into the weights,
+    for good.
 
-    Configurations and vocabularies are copies of its source's, or, where that is a single file, of the folder config. Raises ValueError
-    where there are none, and where the folder is there and not empty.
+    Configurations and vocabularies are those that sdxl was loaded with. Raises ValueError where there are none (of a single file alone),
+    and where the folder is there and not empty.
     """
-    folder, source = Path(folder), find(config or sdxl.source)
-    if not source.is_dir():
-        raise ValueError(f"{source}: a single file brings no configurations; name a folder that has them with --config")
-    if folder.exists() and any(folder.iterdir()):
-        raise ValueError(f"{folder} is there already; name another")
-    folder, wanted = folder.with_name(f".{folder.name}.new"), folder
-    shutil.rmtree(folder, ignore_errors=True)  # of an interrupted attempt
-    for file in sorted(source.rglob("*")):
-        if file.suffix in (".json", ".txt") and ".safetensors" not in file.name and len(file.relative_to(source).parts) <= 2:
-            place = folder / file.relative_to(source)
-            place.parent.mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(file, place)
-    paths = []
-    for name in BUILD:
-        network = sdxl.network(name)
-        adapted = [f"{n}.lora." for n, layer in lora.layers(network).items() if layer.lora]
-        tensors = {k: v for k, v in network.state_dict().items() if not k.startswith(tuple(adapted))}
-        paths.append(folder / name / ("model.safetensors" if name.startswith("text") else "diffusion_pytorch_model.safetensors"))
-        save_tensors({k: v.to(dtype or sdxl.dtype) for k, v in tensors.items()}, paths[-1], {"format": "pt"} | (facts or {}))
-    folder.replace(wanted)
-    return [wanted / path.relative_to(folder) for path in paths]
+    wanted, new = Path(folder), Path(folder).with_name(f".{Path(folder).name}.new")
+    if not sdxl.read.written["unet/config.json"]:
+        raise ValueError(f"{sdxl.source}: a single file brings no configurations; name a folder that has them with --config")
+    if wanted.exists() and any(wanted.iterdir()):
+        raise ValueError(f"{wanted} is there already; name another")
+    shutil.rmtree(new, ignore_errors=True)  # of an interrupted attempt
+    try:
+        for place in ("scheduler", "tokenizer", "tokenizer_2", *BUILD):
+            (new / place).mkdir(parents=True)
+        for place, content in sdxl.read.written.items():
+            if content:
+                save_json(content, new / place)
+        for place in (f"{name}/{file}" for name in ("tokenizer", "tokenizer_2") for file in VOCABULARY):
+            if (sdxl.read.vocabulary / place).exists():
+                shutil.copyfile(sdxl.read.vocabulary / place, new / place)
+        paths = [write_network(sdxl, name, new / name, dtype or sdxl.dtype, facts) for name in BUILD]
+        new.replace(wanted)
+    finally:
+        shutil.rmtree(new, ignore_errors=True)
+    return [wanted / path.relative_to(new) for path in paths]
+
+
+def write_network(sdxl, name, folder, dtype, facts):
+    network, path = sdxl.network(name), folder / ("model.safetensors" if name.startswith("text") else "diffusion_pytorch_model.safetensors")
+    for layer in lora.layers(network).values():
+        layer.merge()
+        layer.original, layer.lora = None, torch.nn.ModuleDict()  # kept for un-merging, all originals would be the network once more
+    save_tensors({key: tensor.to(dtype) for key, tensor in network.state_dict().items()}, path, {"format": "pt"} | (facts or {}))
+    return path

@@ -7,6 +7,7 @@ import re
 
 PREFIX = {"unet": "model.diffusion_model.", "vae": "first_stage_model.",
           "text_encoder": "conditioner.embedders.0.transformer.", "text_encoder_2": "conditioner.embedders.1.model."}
+EXTRAS = re.compile(r"position_ids$|logit_scale$|^model_ema\.|^denoiser\.|(^|\.)alphas_cumprod$|^v_pred$|^ztsnr$")  # known, of no use here
 
 
 def replace(name, pairs):

@@ -4,14 +4,17 @@ Reading looks each name up in a table of all spellings of our own layers; nothin
 Written by default are kohya's names with `.alpha`, the one spelling that diffusers, ComfyUI, kohya's scripts and A1111 all read.
 """
 import json
+import math
 import re
 from itertools import count
+from pathlib import Path
 
 import torch
 
 from .. import lora
 from . import layout
-from .checkpoint import open_safetensors
+from .hub import config_of
+from .tensors import open_safetensors
 from ..files import save_tensors
 
 FACTS = "alchemy."  # our own keys in the header begin so
@@ -35,10 +38,12 @@ def spellings(networks):
     table = {}
     for network, model in networks.items():
         for name in lora.layers(model):
-            full = f"{network}.{name}"
-            old = re.sub(r"\.(to_[qkv]|to_out)(\.0)?$", r".processor.\1_lora", full)
-            for spelling in (kohya(network, name, model.config), KOHYA[network] + name.replace(".", "_"), full, "base_model.model." + full, old):
-                table[spelling] = full
+            # transformers 5 has the shorter name for the first encoder's layers; peft, and diffusers' save_lora_adapter, name no network.
+            names = {name, name.removeprefix("text_model.")}
+            dotted = [f"{network}.{n}" for n in names] + [name] * (network == "unet")
+            old = [re.sub(r"\.(to_[qkv]|to_out)(\.0)?$", r".processor.\1_lora", d) for d in dotted]
+            joined = [kohya(network, name, model.config), *(KOHYA[network] + n.replace(".", "_") for n in names)]
+            table |= dict.fromkeys([*joined, *dotted, *old, *("base_model.model." + d for d in dotted)], f"{network}.{name}")
     return table
 
 
@@ -49,17 +54,18 @@ def networks_in(keys):
 
 
 def told_alpha(header, path):
-    """What diffusers says of alpha in the header, since its names have no place for it: a function of (layer, rank)."""
-    try:
-        told = {**json.loads(header.get("lora_adapter_metadata", "{}"))}
-    except (ValueError, TypeError):
-        raise ValueError(f"{path}: lora_adapter_metadata in its header is not a JSON object") from None
+    """What diffusers says of alpha in the header, its names having no place for it, or peft in a file beside: a function of (layer, rank)."""
+    beside = config_of(Path(path).parent, "adapter_config.json") if Path(path).name == "adapter_model.safetensors" else {}
+    told = {**json.loads(header["lora_adapter_metadata"])} if "lora_adapter_metadata" in header else beside
 
     def alpha(layer, rank):
         network = layer.partition(".")[0]
         pattern, common, root = (told.get(f"{network}.{key}", told.get(key)) for key in ("alpha_pattern", "lora_alpha", "use_rslora"))
-        own = [a for end, a in (pattern or {}).items() if f".{layer}".endswith(f".{end}")]
-        return (own or [rank if common is None else common])[0] * (rank ** 0.5 if root else 1)  # without a word: alpha is rank
+        own = [a for end, a in {**(pattern or {})}.items() if f".{layer}".endswith(f".{end}")]
+        value = (own or [rank if common is None else common])[0]  # without a word: alpha is rank
+        if type(value) not in (int, float) or root not in (None, False, True):
+            raise TypeError(f"alpha is {value!r}, use_rslora {root!r}")
+        return value * (rank ** 0.5 if root else 1)
     return alpha
 
 
@@ -90,7 +96,7 @@ def read_lora(path, networks, base):
         raise ValueError(f"{path}: a DoRA ({dora[0]}), which splits a weight into length and direction; only plain LoRAs are read")
     found, rest = read_pairs(file, spellings(networks))
     for layer, (down, up, _) in found.items():
-        if down.ndim not in (2, 4) or up.ndim != down.ndim or up.shape[1:] != (len(down), *(1 for _ in down.shape[2:])):
+        if down.ndim not in (2, 4) or up.ndim != down.ndim or not len(down) or up.shape[1:] != (len(down), *(1 for _ in down.shape[2:])):
             raise ValueError(f"{path}: {layer} has down {tuple(down.shape)} and up {tuple(up.shape)}, which are no pair; the file is damaged, or no plain LoRA")
         ours, theirs = tuple(layers[layer].weight.shape), (len(up), *down.shape[1:])
         if ours != theirs:
@@ -98,8 +104,16 @@ def read_lora(path, networks, base):
     if rest or not found:
         which = f"{len(rest)} of its {len(keys)} keys match no layer of {base}: {', '.join(sorted(rest)[:3])}" if rest else "it is empty"
         raise ValueError(f"{path}: {which}; read are LoRAs of UNet and text encoders, whole or not at all")
-    told = told_alpha(file.metadata() or {}, path)
-    return {layer: (down, up, told(layer, len(down)) if alpha is None else alpha) for layer, (down, up, alpha) in found.items()}
+    try:
+        told = told_alpha(file.metadata() or {}, path)
+        found = {layer: (down, up, told(layer, len(down)) if alpha is None else alpha) for layer, (down, up, alpha) in found.items()}
+        wild = [layer for layer, (*pair, alpha) in found.items() if not (math.isfinite(alpha) and all(t.isfinite().all() for t in pair))]
+    except (ValueError, TypeError, OverflowError, RecursionError) as error:
+        raise ValueError(f"{path}: lora_adapter_metadata in its header, or adapter_config.json, is no JSON object with numbers for alpha "
+                         f"({str(error)[:80]}); the file is damaged") from None
+    if wild:
+        raise ValueError(f"{path}: {wild[0]} has values or an alpha that are not finite; the file is damaged")
+    return found
 
 
 def load_lora(sdxl, path, scale=1.0, name=None):
