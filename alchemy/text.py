@@ -103,7 +103,7 @@ class TextEncoder(nn.Module):
         self.config = config
         self.text_model = TextModel(config)
         if projection:
-            self.text_projection = nn.Linear(config.hidden_size, config.projection_dim, bias=False)
+            self.text_projection = LoRALinear(config.hidden_size, config.projection_dim, bias=False)
         self.projection = projection
 
     def forward(self, ids):

@@ -5,8 +5,10 @@ from pathlib import Path
 import pytest
 import torch
 
+from alchemy import lora
 from alchemy.formats import layout
-from alchemy.formats.checkpoint import BASE, BUILD, CONFIGS, EXTRAS
+from alchemy.formats.checkpoint import BASE, BUILD, CONFIGS, empty
+from alchemy.formats.lora import kohya, KOHYA, spellings
 
 MANIFEST = Path(__file__).resolve().parents[2] / "shared" / "reference" / "sdxl_base_manifest.json"
 NAMES = tuple(BUILD)
@@ -70,7 +72,29 @@ def test_every_tensor_of_the_single_file_by_name_and_shape(manifest):
             met.add(stored)
     left_over = set(theirs) - met
     assert left_over == {"conditioner.embedders.0.transformer.text_model.embeddings.position_ids", "conditioner.embedders.1.model.logit_scale"}
-    assert all(EXTRAS.search(key) for key in left_over) and not any(EXTRAS.search(key) for key in met)
+    assert all(layout.EXTRAS.search(key) for key in left_over) and not any(layout.EXTRAS.search(key) for key in met)
+
+
+@needs_manifest
+def test_kohyas_names_are_those_of_every_linear_layer_and_convolution_of_sdxl_base(manifest):
+    def modules(tensors):
+        weights = {key.removesuffix(".weight") for key, shape in tensors.items() if key.endswith(".weight") and len(shape) in (2, 4)}
+        return {name for name in weights if ".embeddings." not in name}
+    theirs, ldm = manifest["folder_layout"], layout.PREFIX["unet"]
+    by_blocks = {"unet." + name: "lora_unet_" + name.replace(".", "_") for name in modules(theirs["unet"])}
+    words = {f"{network}.{name}": prefix + name.replace(".", "_")
+             for network, prefix in (("text_encoder", "lora_te1_"), ("text_encoder_2", "lora_te2_")) for name in modules(theirs[network])}
+    single = {"lora_unet_" + name.removeprefix(ldm).replace(".", "_") for name in modules(manifest["single_file_layout"]) if name.startswith(ldm)}
+    assert (len(by_blocks), len(single), len(words)) == (794, 794, 12 * 6 + 32 * 6 + 1)
+    assert "lora_te2_text_model_encoder_layers_31_mlp_fc1" in words.values()
+    assert "lora_unet_input_blocks_4_1_transformer_blocks_0_attn1_to_q" in single
+
+    networks = {name: empty(name, CONFIGS[name].from_config(manifest["configs"][name])) for name in KOHYA}
+    table = spellings(networks)
+    assert all(table[name] == layer for layer, name in (by_blocks | words).items())  # read
+    assert {table[name] for name in single} == by_blocks.keys()
+    made = {kohya(network, name, model.config) for network, model in networks.items() for name in lora.layers(model)}
+    assert made == single | {*words.values()}  # written
 
 
 @pytest.mark.parametrize("network, name, single", PAIRS)

@@ -5,6 +5,7 @@ diffusers = pytest.importorskip("diffusers")
 peft = pytest.importorskip("peft")
 
 import torch  # noqa: E402
+from safetensors.torch import load_file, save_file  # noqa: E402
 
 import alchemy  # noqa: E402
 from alchemy import lora  # noqa: E402
@@ -80,7 +81,6 @@ def test_its_files_draw_the_same_here(saved, inputs, tmp_path, told):
 
 @torch.no_grad()
 def test_its_conversion_to_kohyas_names_draws_the_same_here(saved, inputs, tmp_path):
-    from safetensors.torch import save_file
     pipe = built()
     base = output(pipe.unet, *inputs)
     torch.manual_seed(0)
@@ -118,6 +118,49 @@ def test_text_encoders_feed_forward_and_projections_draw_the_same_there(saved, i
         a, b = ours(ids)[0], theirs(ids, output_hidden_states=True).hidden_states[-2]
         assert (a - b).norm() <= 3e-6 * b.norm()
     assert (before - b).norm() > 1e-2 * b.norm()
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("form", ["peft", "diffusers", "kohya"])
+def test_its_files_with_text_encoders_say_the_same_here(saved, tmp_path, form):
+    """As transformers 5 has it, the first encoder's layers are encoder.layers..., the second's text_model.encoder.layers..."""
+    pipe, ids = built(), torch.tensor([[49406, 320, 1929, 49407, *[49407] * 73]])
+    encoders = {"text_encoder": pipe.text_encoder, "text_encoder_2": pipe.text_encoder_2}
+    before = [encoder(ids, output_hidden_states=True).hidden_states[-2] for encoder in encoders.values()]
+    torch.manual_seed(0)
+    layers, metadata = {}, {}
+    for name, encoder in encoders.items():
+        encoder.add_adapter(peft.LoraConfig(r=RANK, lora_alpha=RANK if form == "kohya" else ALPHA, init_lora_weights=False,
+                                            target_modules=["q_proj", "k_proj", "v_proj", "out_proj", "fc1", "fc2"]), "default")
+        state = peft.get_peft_model_state_dict(encoder, adapter_name="default")
+        layers[f"{name}_lora_layers"] = diffusers.utils.convert_state_dict_to_diffusers(state) if form == "diffusers" else state
+        config = {k: list(v) if isinstance(v, set) else v for k, v in encoder.peft_config["default"].to_dict().items()}
+        metadata[f"{name}_lora_adapter_metadata"] = config
+    diffusers.StableDiffusionXLPipeline.save_lora_weights(tmp_path, **layers, **metadata)
+    path = tmp_path / "pytorch_lora_weights.safetensors"
+    if form == "kohya":
+        state = diffusers.utils.convert_state_dict_to_kohya(load_file(path))
+        save_file({k: v.contiguous() for k, v in state.items()}, path)
+    sdxl = alchemy.load(saved, "cpu")
+    alchemy.load_lora(sdxl, path)
+    for ours, theirs, base in zip(sdxl.text_encoders, encoders.values(), before):
+        agree(ours(ids)[0], theirs(ids, output_hidden_states=True).hidden_states[-2], base)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("by", ["save_lora_adapter", "peft"])
+def test_a_unet_saved_alone_draws_the_same_here(saved, inputs, tmp_path, by):
+    unet, config = built().unet, peft.LoraConfig(r=RANK, lora_alpha=ALPHA, target_modules=TARGETS, init_lora_weights=False)
+    base = output(unet, *inputs)
+    torch.manual_seed(0)
+    if by == "peft":
+        peft.get_peft_model(unet, config).save_pretrained(tmp_path)  # alpha goes to adapter_config.json
+    else:
+        unet.add_adapter(config, "default")
+        unet.save_lora_adapter(tmp_path, adapter_name="default")
+    sdxl = alchemy.load(saved, "cpu")
+    alchemy.load_lora(sdxl, next(tmp_path.glob("*.safetensors")))
+    agree(sdxl.unet(*inputs), output(unet, *inputs), base)
 
 
 @torch.no_grad()
