@@ -89,10 +89,10 @@ def main(argv=None):
     command.put_loras(sdxl, args.lora, args.embedding)
     chosen = {k: sdxl.defaults[k] if getattr(args, k) is None else getattr(args, k)
               for k in ("sampler", "steps", "guidance", "strength", "threshold", "dilate")}
-    started = []
+    row, started = samplers.find(chosen["sampler"]), []
 
     def grid(strength):
-        return sdxl.schedule.grid(chosen["steps"], args.grid, strength, samplers.find(chosen["sampler"]).fractional)
+        return sdxl.schedule.grid(chosen["steps"], args.grid or row.grid, strength, row.fractional)
 
     def bar(steps):
         second = bool(image or started)

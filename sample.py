@@ -93,7 +93,8 @@ def main(argv=None):
     size, unconditional, options = loop.settings(sdxl, args.negative_prompt, args.size, command.drawing(args))
     strength = sdxl.defaults["strength"] if args.strength is None else args.strength
     image = image and ImageOps.fit(image, size[::-1], Image.LANCZOS)
-    grid = sdxl.schedule.grid(options["steps"], options.get("grid"), strength if image else 1.0, samplers.find(options["sampler"]).fractional)
+    row = samplers.find(options["sampler"])
+    grid = sdxl.schedule.grid(options["steps"], options.get("grid") or row.grid, strength if image else 1.0, row.fractional)
     command.say(f"{options['sampler']}: {command.ran(sdxl.schedule, grid, options['steps'])}, {size[1]}x{size[0]}")
 
     conditioning = {prompt: sdxl.encode_prompt([prompt], size) for prompt in dict.fromkeys(prompt for prompt, *_ in missing)}

@@ -54,7 +54,7 @@ def denoise(sdxl, noise, conditioning, unconditional=None, *, image=None, streng
     eta = row.eta if eta is None else eta
     if eta and generators is None:
         raise ValueError(f"sampler {sampler!r} with eta {eta} draws noise at each step: give generators=alchemy.generators(seeds)")
-    pairs = schedule.grid(steps, grid, strength if image is not None else 1.0, row.fractional)
+    pairs = schedule.grid(steps, grid or row.grid, strength if image is not None else 1.0, row.fractional)
     guided = unconditional is not None and guidance != 1
     told = type(conditioning).cat([unconditional, conditioning]) if guided else conditioning  # one batch of 2B
 
@@ -71,8 +71,10 @@ def denoise(sdxl, noise, conditioning, unconditional=None, *, image=None, streng
         uncond, cond = prediction.chunk(2) if guided else (None, prediction)
         mixed = uncond + guidance * (cond - uncond) if guided else cond  # classifier-free guidance, Ho & Salimans 2022, eq. 6
         x_0, eps = schedule.to_x0_eps(mixed, x, ab)
+        if row.fresh:  # c_skip · x_t + c_out · x_0, as in LCM's eq. 9, with diffusers' time times 10 and σ_data 0.5
+            x_0 = x / (400 * t * t + 1) + 20 * t / (400 * t * t + 1) ** 0.5 * x_0
 
-        sigma = samplers.sigma(ab, ab_prev, eta)
+        sigma = samplers.sigma(ab, ab_prev, eta, row.fresh)
         z = torch.stack([torch.randn(x.shape[1:], generator=g) for g in generators]).to(x) if sigma else None
         towards = x_0, eps
         if row.order == 2 and index and t_prev is not None:  # of the first step there is no last one, and the end is at λ = ∞

@@ -116,11 +116,6 @@ def add_lora(sdxl, rank=16, alpha=None, name="default", seed=0):
     return parameters
 
 
-def names(model):
-    """The names of the adapters on a model."""
-    return list(dict.fromkeys(name for layer in layers(model).values() for name in layer.lora))
-
-
 def merge(model):
     """Fold all adapters of a model into its weights, for speed; unmerge(model) restores every bit."""
     for layer in layers(model).values():

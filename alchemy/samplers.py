@@ -10,7 +10,8 @@ DDPM's ancestral step (Ho et al. 2020, algorithm 2, with the smaller of its two 
 Euler (Karras et al. 2022, algorithm 1 without its correction) is η = 0: with y = x/√ᾱ and s = √((1−ᾱ)/ᾱ) the formula reads
 y_prev = y + (s_prev − s) · ε, an Euler step on the probability-flow ODE dy/ds = ε. Euler ancestral is η = 1 by the same substitution.
 What still differs is the grid, the start and the last ᾱ: the columns of SAMPLERS. DPM-Solver++(2M) is this step too, towards an x_0
-that is extrapolated from the last two predictions.
+that is extrapolated from the last two predictions. So is LCM's (Luo et al. 2023, algorithm 2), with all of the noise drawn anew,
+σ = √(1 − ᾱ_prev), on timesteps of its distillation.
 """
 import math
 from dataclasses import dataclass
@@ -24,6 +25,8 @@ class Sampler:
     """
     eta: float
     order: int = 1  # 2: extrapolates
+    fresh: bool = False  # all noise is drawn anew, and x_0 is what a consistency model says of it
+    grid: str | None = None  # where it has one of its own
     fractional: bool = False
     scaled_start: bool = False
     last: float | None = 1.0
@@ -39,6 +42,7 @@ SAMPLERS = {
     "euler":           Sampler(eta=0.0, fractional=True, scaled_start=True),
     "euler_ancestral": Sampler(eta=1.0, fractional=True, scaled_start=True),
     "dpmpp_2m":        Sampler(eta=0.0, order=2),
+    "lcm":             Sampler(eta=1.0, fresh=True, grid="lcm"),
 }
 
 
@@ -49,10 +53,10 @@ def find(name):
     return SAMPLERS[name]
 
 
-def sigma(alpha_bar, alpha_bar_prev, eta):
-    """The standard deviation σ of the noise drawn anew: DDIM eq. 16. Floats in, float out."""
-    if eta == 0:
-        return 0.0
+def sigma(alpha_bar, alpha_bar_prev, eta, fresh=False):
+    """The standard deviation σ of the noise drawn anew: DDIM eq. 16, or, fresh, that share of all noise. Floats in, float out."""
+    if fresh or eta == 0:
+        return eta * (1 - alpha_bar_prev) ** 0.5
     return eta * ((1 - alpha_bar_prev) / (1 - alpha_bar)) ** 0.5 * (1 - alpha_bar / alpha_bar_prev) ** 0.5
 
 

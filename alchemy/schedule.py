@@ -62,8 +62,9 @@ class Schedule:
         steps · strength of them (Img2Img). fractional leaves linspace's timesteps unrounded.
         """
         T, spacing = len(self.alpha_bar), spacing or self.spacing
-        if not 1 <= steps <= T:
-            raise ValueError(f"steps is {steps}; it must be between 1 and {T}")
+        most = 50 if spacing == "lcm" else T
+        if not 1 <= steps <= most:
+            raise ValueError(f"steps is {steps}; it must be between 1 and {most}")
         if not 0 < strength <= 1:
             raise ValueError(f"strength is {strength}; it must be above 0 and at most 1")
         if spacing == "leading":
@@ -75,6 +76,8 @@ class Schedule:
         elif spacing == "linspace":
             ts = np.linspace(0, T - 1, steps, dtype=np.float32 if fractional else None)[::-1]  # float32 as Euler is published
             ts = ts.tolist() if fractional else [int(t) for t in ts.round()]
+        elif spacing == "lcm":  # of the 50 timesteps that latent consistency models are distilled at
+            ts = [(50 - 50 * i // steps) * (T // 50) - 1 for i in range(steps)]
         else:
             raise ValueError(f"grid is {spacing!r}; known are {', '.join(SPACINGS)}")
         kept = int(steps * strength + 1e-6)  # 50 · 0.58 is 28.999999999999996 in binary

@@ -60,7 +60,7 @@ class SDXL:
         return defaults.column("mini" if self.configs["unet"].block_out_channels[0] < 320 else "sdxl")
 
     @property
-    def factor(self):
+    def factor(self):  # pixels per latent along a side
         return 2 ** (len(self.configs["vae"].block_out_channels) - 1)
 
     @property

@@ -120,11 +120,6 @@ class VAE(nn.Module):
         self.quant_conv = nn.Conv2d(2 * config.latent_channels, 2 * config.latent_channels, 1)
         self.post_quant_conv = nn.Conv2d(config.latent_channels, config.latent_channels, 1)
 
-    @property
-    def factor(self):
-        """Pixels per latent along a side."""
-        return 2 ** (len(self.config.block_out_channels) - 1)
-
     def encode(self, images):
         """(B,3,H,W) in [-1,1], sides a multiple of the factor -> mean and std (B,4,H/f,W/f) of the latents, float32 or better."""
         moments = self.quant_conv(self.encoder(images.to(self.quant_conv.weight.dtype)))

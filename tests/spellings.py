@@ -26,6 +26,11 @@ def pairs(fresh):
     return {name: (torch.randn(RANK, *c[1:], generator=made), torch.randn(c[0], RANK, *(1 for _ in c[2:]), generator=made)) for name, c in shapes.items()}
 
 
+def adapters(model):
+    """The names of the adapters on a model."""
+    return {name for layer in lora.layers(model).values() for name in layer.lora}
+
+
 def adapter(sdxl, name):
     """{layer: (down, up, alpha, scale)} of the adapter of that name."""
     return {layer: (a.down, a.up, a.alpha, a.scale) for layer, m in lora.layers(sdxl).items() if name in m.lora for a in [m.lora[name]]}

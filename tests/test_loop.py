@@ -95,6 +95,24 @@ def test_guidance_1_is_no_guidance_to_the_bit():
     assert torch.equal(plain[-1].x_prev, one[-1].x_prev) and one[0].eps_uncond is None and one[0].eps is one[0].eps_cond
 
 
+@pytest.mark.parametrize("schedule", [SDXL, V], ids=["epsilon", "v"])
+def test_lcm_noises_the_boundary_conditions_x_0_anew_at_each_step(schedule, close):
+    """Luo et al. 2023, eq. 9 and algorithm 2, written out with diffusers' constants: timestep_scaling 10, sigma_data 0.5."""
+    given, drawn = loop.generators([3, 4]), loop.generators([3, 4])
+    steps = list(loop.denoise(SimpleNamespace(unet=toy, schedule=schedule), NOISE, COND, sampler="lcm", steps=50, generators=given))
+    x, grid = NOISE, [999 - 20 * k for k in range(50)]
+    for s, t, t_prev in zip(steps, grid, grid[1:] + [None]):
+        ab, after = float(schedule.alpha_bar[t]), 1.0 if t_prev is None else float(schedule.alpha_bar[t_prev])
+        said = toy(x, t, *COND.parts())
+        x_0 = (x - (1 - ab) ** 0.5 * said) / ab ** 0.5 if schedule is SDXL else ab ** 0.5 * x - (1 - ab) ** 0.5 * said
+        x_0 = 0.25 / ((10 * t) ** 2 + 0.25) * x + 10 * t / ((10 * t) ** 2 + 0.25) ** 0.5 * x_0
+        close(s.x_0, x_0, 1e-12)
+        z = torch.stack([torch.randn(4, 6, 5, generator=g) for g in drawn]) if t_prev else 0
+        close(s.x_prev, after ** 0.5 * x_0 + (1 - after) ** 0.5 * z, 3e-7)
+        x = s.x_prev
+    assert len(steps) == 50 and torch.equal(steps[-1].x_prev, steps[-1].x_0)
+
+
 def test_a_picture_has_no_part_at_strength_1():
     assert torch.equal(draw(NOISE, COND, image=PICTURE, strength=1.0)[-1].x_prev, draw(NOISE, COND)[-1].x_prev)
 

@@ -10,7 +10,7 @@ from alchemy import lora
 from alchemy.formats import layout
 from checkpoints import refused, vocabulary_read_once, write_json  # noqa: F401
 from running import tiny  # noqa: F401
-from spellings import adapter, ALPHA, equal, fresh, HEADER, pairs, RANK, SPELLINGS, written  # noqa: F401
+from spellings import adapter, adapters, ALPHA, equal, fresh, HEADER, pairs, RANK, SPELLINGS, written  # noqa: F401
 
 # Reading
 
@@ -72,8 +72,8 @@ def test_files_come_beside_each_other_whatever_their_headers_say(fresh, pairs, t
     for name in ("my.dog", "keys", "default"):  # dots, a dict's own words: no names for a module
         alchemy.save_lora(sdxl, tmp_path / f"{name}.safetensors", facts={"name": name})
     names = [alchemy.load_lora(sdxl, tmp_path / f"{name}.safetensors", 0.5) for name in ("my.dog", "keys", "default", "default")]
-    assert len({*names, "default"}) == 5 and set(lora.names(sdxl.unet)) == {*names, "default"}
-    assert alchemy.load_lora(sdxl, tmp_path / "keys.safetensors", name="mine") == "mine" in lora.names(sdxl.unet)
+    assert len({*names, "default"}) == 5 and adapters(sdxl.unet) == {*names, "default"}
+    assert alchemy.load_lora(sdxl, tmp_path / "keys.safetensors", name="mine") == "mine" in adapters(sdxl.unet)
 
 
 @pytest.mark.parametrize("spelling", ["kohya, diffusers' blocks", "diffusers", "PEFT"])
@@ -101,7 +101,7 @@ def test_the_unet_alone_needs_no_networks_name_and_pefts_alpha_stands_beside(fre
 
 def refused_whole(sdxl, path, *words):
     line = refused(lambda: alchemy.load_lora(sdxl, path), path, *words)
-    assert not lora.names(sdxl)  # nothing of it was put on
+    assert not adapters(sdxl)  # nothing of it was put on
     return line
 
 

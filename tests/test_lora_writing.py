@@ -9,7 +9,7 @@ import alchemy
 from alchemy import lora
 from checkpoints import refused, vocabulary_read_once  # noqa: F401
 from running import tiny  # noqa: F401
-from spellings import adapter, ALPHA, equal, fresh, pairs, RANK, SPELLINGS, written  # noqa: F401
+from spellings import adapter, adapters, ALPHA, equal, fresh, pairs, RANK, SPELLINGS, written  # noqa: F401
 
 
 # Writing
@@ -37,7 +37,7 @@ def test_diffusers_format_is_read_back_to_the_bit_with_alpha_multiplied_into_up(
     expected = {layer: (down, up * (ALPHA / RANK)) for layer, (down, up) in pairs.items()}
     equal(adapter(other, alchemy.load_lora(other, tmp_path / "a.safetensors")), expected, alpha=float(RANK))
     assert load_file(tmp_path / "a.safetensors").keys() == written(pairs, *SPELLINGS["diffusers"], alpha=False).keys()
-    alchemy.save_lora(other, tmp_path / "b.safetensors", name=lora.names(other)[0], format="diffusers")
+    alchemy.save_lora(other, tmp_path / "b.safetensors", name=next(iter(adapters(other))), format="diffusers")
     assert load_file(tmp_path / "b.safetensors").keys() == load_file(tmp_path / "a.safetensors").keys()
 
 

@@ -11,7 +11,7 @@ from PIL import Image
 from safetensors.torch import load_file
 
 import alchemy
-from alchemy import lora
+from spellings import adapters
 
 WEIGHTS = Path(__file__).parents[1] / "weights"
 sys.path.insert(0, str(WEIGHTS))
@@ -83,7 +83,7 @@ def test_a_subject_is_judged_in_one_stage_and_in_two_and_nothing_changes_outside
     found = measuring.found
     assert found["outside"] == 0 and found["more"] == found["two"] + found["two place"] - found["one"] - found["one place"]
     assert all(found[key] in (0, 1) for key in ("subject", "subject place", "prior", "prior class", "two", "two place", "failed"))  # of one picture
-    assert lora.names(measuring.sdxl) == []  # the next subject finds the miniature as it ships
+    assert not adapters(measuring.sdxl)  # the next subject finds the miniature as it ships
 
 
 def test_a_picture_that_cannot_be_made_is_right_in_nothing(measuring):

@@ -68,6 +68,15 @@ def test_after_a_step_from_pure_noise_nothing_is_extrapolated(parts):
     assert torch.equal(samplers.extrapolate(SimpleNamespace(alpha_bar=0.0, x_0=old), x_0, mixed(x_0, eps, 0.1), 0.1, 0.4)[0], x_0)
 
 
+@pytest.mark.parametrize("ab, ab_prev", LEVELS)
+def test_a_fresh_step_is_lcms_which_noises_x_0_anew(ab, ab_prev, parts, close):
+    """Luo et al. 2023 (LCM), algorithm 2: x' = α x_0 + σ z; what the network said of the noise has no part."""
+    x_0, eps, z = parts
+    sigma = samplers.sigma(ab, ab_prev, 1.0, fresh=True)
+    assert sigma == pytest.approx((1 - ab_prev) ** 0.5, rel=1e-14) and samplers.sigma(ab, ab_prev, 0.5, fresh=True) == sigma / 2
+    close(samplers.step(x_0, eps, ab_prev, sigma, z), ab_prev ** 0.5 * x_0 + (1 - ab_prev) ** 0.5 * z, 1e-7)  # 1 - ᾱ - σ² is 0 but for rounding
+
+
 def test_a_step_computed_by_hand():
     # ᾱ 0.36 -> 0.64, x_0 = 1, eps = 2, z = -1, eta 0.5: sigma = 0.5 * √(0.36/0.64) * √(1 - 0.5625)
     sigma = samplers.sigma(0.36, 0.64, 0.5)
@@ -105,8 +114,9 @@ def test_a_root_that_rounding_takes_below_zero_is_zero():
 
 def test_the_table_says_what_diffusers_does_for_sdxl():
     rows = samplers.SAMPLERS
-    assert {name: row.eta for name, row in rows.items()} == {"ddpm": 1, "ddim": 0, "euler": 0, "euler_ancestral": 1, "dpmpp_2m": 0}
+    assert {name: row.eta for name, row in rows.items()} == {"ddpm": 1, "ddim": 0, "euler": 0, "euler_ancestral": 1, "dpmpp_2m": 0, "lcm": 1}
     assert [name for name, row in rows.items() if row.order == 2] == ["dpmpp_2m"]
+    assert [name for name, row in rows.items() if row.fresh] == [name for name, row in rows.items() if row.grid == "lcm"] == ["lcm"]
     assert [name for name, row in rows.items() if row.last is None] == ["ddim"]  # set_alpha_to_one: false
     assert [name for name, row in rows.items() if row.scaled_start and row.fractional] == ["euler", "euler_ancestral"]
 

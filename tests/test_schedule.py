@@ -76,6 +76,13 @@ def test_trailing_grid_starts_at_the_last_timestep_whatever_the_count():
     assert all(firsts(SDXL.grid(n, "trailing"))[0] == 999 and len(SDXL.grid(n, "trailing")) == n for n in range(1, 1001))
 
 
+@pytest.mark.parametrize("steps, timesteps", [(1, [999]), (4, [999, 759, 499, 259]), (8, [999, 879, 759, 639, 499, 379, 259, 139]), (50, [*range(999, 0, -20)])])
+def test_lcms_grid_is_of_the_50_timesteps_that_it_was_distilled_at(steps, timesteps):
+    assert firsts(SDXL.grid(steps, "lcm")) == timesteps
+    with pytest.raises(ValueError, match="between 1 and 50"):
+        SDXL.grid(51, "lcm")
+
+
 def test_steps_offset_comes_from_the_checkpoint():
     assert SDXL.grid(50)[-1] == (1, None) and Schedule.from_config({"steps_offset": 0}).grid(50)[-1] == (0, None)
 

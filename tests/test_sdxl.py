@@ -80,6 +80,10 @@ def test_widths_of_sdxl_base_are_77_x_2048_and_1280():
     assert unet.cross_attention_dim == 2048 and unet.projection_class_embeddings_input_dim == 1280 + 6 * unet.addition_time_embed_dim
 
 
+def test_the_factor_is_pixels_per_latent(sdxl):
+    assert sdxl.factor == 4 and tuple(sdxl.vae.encode(torch.zeros(1, 3, 32, 24, dtype=torch.float64))[0].shape[2:]) == (8, 6)
+
+
 def test_conditioning_is_joined_row_by_row():
     parts = torch.randn(3, 77, 4), torch.randn(3, 5), torch.randn(3, 6)
     again = Conditioning.cat([Conditioning(*(p[:1] for p in parts)), Conditioning(*(p[1:] for p in parts))])

@@ -69,10 +69,6 @@ def test_encoder_pads_right_and_bottom_only():
     assert torch.equal(down(picture), picture[:, :, ::2, ::2])
 
 
-def test_factor_is_pixels_per_latent(network):
-    assert network("vae").factor == 4 and network("vae_8").factor == 8
-
-
 def test_what_is_not_finite_raises_and_is_not_shown(network):
     vae = network("vae")
     vae.decoder.conv_out.bias[0] = float("nan")

@@ -92,7 +92,7 @@ def add_drawing(p):
     g.add_argument("--embedding", action="append", metavar="FILE",    help="a learned word (Textual Inversion), several times for several; its token is the file's own, or its name")
     g.add_argument("--negative-prompt", metavar="TEXT",               help="what guidance leads away from (default: zeros, as SDXL was trained)")
     g.add_argument("--sampler",  metavar="NAME", choices=tuple(SAMPLERS), help=by_checkpoint("sampler", ", ".join(SAMPLERS)))
-    g.add_argument("--grid",     metavar="NAME", choices=("leading", "trailing", "linspace"), help="timesteps: leading, trailing or linspace (default: the checkpoint's)")
+    g.add_argument("--grid",     metavar="NAME", choices=("leading", "trailing", "linspace"), help="timesteps: leading, trailing or linspace (default: the checkpoint's; lcm has its own)")
     g.add_argument("--steps",    type=COUNT, metavar="N",             help=by_checkpoint("steps", "denoising steps"))
     g.add_argument("--guidance", type=WEIGHT, metavar="G",         help=by_checkpoint("guidance", "classifier-free guidance; 1 is none"))
     g.add_argument("--eta",      type=SHARE, metavar="E",             help="share of the noise drawn anew at each step, 0 to 1 (default: the sampler's)")

@@ -124,7 +124,8 @@ def load_lora(sdxl, path, scale=1.0, name=None):
     """
     networks = {network: sdxl.network(network) for network in networks_in(open_safetensors(path).keys())}
     pairs = read_lora(path, networks, sdxl.source)
-    name, layers = name or next(n for n in map(str, count()) if n not in lora.names(sdxl)), lora.layers(sdxl)
+    layers = lora.layers(sdxl)
+    name = name or next(n for n in map(str, count()) if not any(n in layer.lora for layer in layers.values()))
     for layer, (down, up, alpha) in pairs.items():
         lora.put(layers[layer], name, down, up, alpha, scale)
     return name
