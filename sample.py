@@ -9,6 +9,7 @@ import json
 from pathlib import Path
 
 from alchemy import command
+from alchemy.command import together
 
 
 def parse(argv):
@@ -36,6 +37,7 @@ def parse(argv):
         args.embedding = given.embedding or args.embedding
     if given.strength is not None and not args.image:
         raise ValueError("--strength is of a picture to start from; --image names it")
+    together.drawing(args)
     if args.prompt is None and not args.prompts:
         args.prompt = "a photo of a {token} {class_word} ".format(**command.EXAMPLE) + command.PLACE
         args.lora = args.lora or command.default_lora()
@@ -61,17 +63,6 @@ def jobs(args, out):
     return [(prompt, args.seed + k, out / f"{k:05d}.png") for k, prompt in enumerate(prompts)]
 
 
-def is_there(path, prompt, seed):
-    """Whether this picture of the data set is drawn. Raises ValueError where the file is another picture."""
-    if not path.exists():
-        return False
-    from alchemy.formats.png import facts_of
-    facts = facts_of(path)
-    if (facts.get("prompt"), facts.get("seed")) != (prompt, seed):
-        raise ValueError(f"{path} was drawn from {facts.get('prompt')!r} with seed {facts.get('seed')}: the folder holds another data set, name another")
-    return True
-
-
 def main(argv=None):
     args = parse(argv)
     out = Path(args.out)
@@ -81,10 +72,10 @@ def main(argv=None):
         others = {json.loads(line)["file_name"] for line in (out / "metadata.jsonl").read_text(encoding="utf-8").splitlines()} - {path.name for *_, path in wanted}
         if others:
             raise ValueError(f"{out}: its metadata.jsonl tells of other pictures ({sorted(others)[0]}): name another folder")
-    missing = [job for job in wanted if not (args.prompts and is_there(job[2], *job[:2]))]
 
     from PIL import Image, ImageOps
     from alchemy import images, loop, samplers
+    from alchemy.command.dataset import digests, is_there
     from alchemy.files import replace
     from alchemy.formats import png
     image = args.image and images.read(args.image)
@@ -97,9 +88,10 @@ def main(argv=None):
     grid = sdxl.schedule.grid(options["steps"], options.get("grid") or row.grid, strength if image else 1.0, row.fractional)
     command.say(f"{options['sampler']}: {command.ran(sdxl.schedule, grid, options['steps'])}, {size[1]}x{size[0]}")
 
+    facts = command.settings_of(args) | {"script": "sample.py", "size": size, "strength": strength, "count": 1, "digests": digests(args)} | options
+    missing = [job for job in wanted if not (args.prompts and is_there(job[2], facts | {"prompt": job[0], "seed": job[1]}))]
     conditioning = {prompt: sdxl.encode_prompt([prompt], size) for prompt in dict.fromkeys(prompt for prompt, *_ in missing)}
     sdxl.free("text_encoders")  # the UNet can use the memory
-    facts = command.settings_of(args) | {"script": "sample.py", "size": size, "strength": strength, "count": 1} | options
     for prompt, seed, path in missing:
         def bar(steps):
             return command.progress(steps, len(grid), f"seed {seed}")

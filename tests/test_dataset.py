@@ -2,6 +2,7 @@
 from pathlib import Path
 
 import pytest
+from safetensors.torch import load_file, save_file
 
 from alchemy import loop
 from alchemy.formats.png import facts_of
@@ -47,8 +48,29 @@ def test_what_is_there_is_not_drawn_again(drawn, monkeypatch):
 def test_another_data_set_in_the_folder_is_refused_before_anything_is_drawn(drawn):
     good(drawn())
     before = contents("set")
-    refused(drawn("--seed", 6), "00000.png", "seed 5", "another data set")
+    refused(drawn("--seed", 6), "00000.png", "seed 5, not 6", "another folder")
     assert contents("set") == before
+
+
+@pytest.mark.parametrize("flags, name", [
+    (("--guidance", 3), "guidance"), (("--steps", 2), "steps"), (("--sampler", "ddim"), "sampler"), (("--negative-prompt", "a cat"), "negative_prompt"),
+    (("--size", "24x32"), "size"), (("--grid", "trailing"), "grid"), (("--eta", 0.5), "eta"), (("--dtype", "float32"), "dtype"), (("--lora", "again.safetensors"), "lora")])
+def test_pictures_of_other_settings_are_never_mixed_in(drawn, lora_file, flags, name):
+    Path("again.safetensors").write_bytes(lora_file.read_bytes())
+    good(drawn())
+    Path("set/00003.png").unlink()
+    before = contents("set")
+    refused(drawn(*flags), "00000.png", "other settings", f"({name} ", "another folder")
+    assert contents("set") == before
+
+
+def test_a_lora_taught_anew_under_the_same_name_counts_as_another(tiny, lora_file, tmp_path):
+    (tmp_path / "prompts.txt").write_text("a dog")
+    flags = ("sample.py", "--prompts", "prompts.txt", "--weights", tiny, "--lora", "mine.safetensors", "--out", "set")
+    Path("mine.safetensors").write_bytes(lora_file.read_bytes())
+    good(call(*flags))
+    save_file({k: 2 * t for k, t in load_file(lora_file).items()}, "mine.safetensors")
+    refused(call(*flags, "--count", 2), "00000.png", "other settings", "digests")
 
 
 def test_prompts_and_a_prompt_or_a_picture_file_are_refused(drawn, tmp_path):

@@ -14,6 +14,14 @@ def save(picture, path, facts):
     replace(path, lambda new: picture.save(new, "PNG", pnginfo=info))
 
 
+def check(path, wanted):
+    """Raise ValueError, naming the first that differs, where a PNG's facts are not these (a dict; it may have more)."""
+    found = facts_of(path)
+    for name, value in json.loads(json.dumps(wanted)).items():
+        if found.get(name) != value:
+            raise ValueError(f"{path} was drawn with other settings ({name} {found.get(name)!r}, not {value!r}): name another folder")
+
+
 def facts_of(path):
     """The facts in a PNG's text chunk. Raises ValueError where it has none."""
     images.read(path)
