@@ -7,6 +7,7 @@
 from pathlib import Path
 
 from alchemy import command
+from alchemy.command import together
 from alchemy.command.results import result
 
 
@@ -25,13 +26,15 @@ def parser():
     g = p.add_argument_group("training")
     g.add_argument("--method",        default="lora", choices=("lora", "full", "textual-inversion"), help="what learns: a LoRA on the attention, all of the UNet, as DreamBooth has it, or a new word alone (default: lora)")
     g.add_argument("--steps",         type=command.COUNT, metavar="N",   help=command.by_checkpoint("training_steps", "optimizer steps"))
-    g.add_argument("--learning-rate", type=command.POSITIVE, metavar="X", help=command.by_checkpoint("learning_rate", "of AdamW; others with --method full and textual-inversion"))
+    g.add_argument("--learning-rate", type=command.POSITIVE, metavar="X", help=", ".join(command.by_checkpoint(*of) for of in (
+        ("learning_rate", "of AdamW"), ("full_rate", "with --method full"), ("word_rate", "with textual-inversion"))))
     g.add_argument("--warmup",        type=command.WHOLE, default=0, metavar="N", help="steps over which the learning rate rises (default: 0)")
     g.add_argument("--batch",         type=command.COUNT, metavar="N",   help=command.by_checkpoint("batch", "photos per batch"))
     g.add_argument("--accumulation",  type=command.COUNT, default=1, metavar="N", help="batches per step (default: 1)")
     g.add_argument("--size",          type=command.size,  metavar="N|WxH", help=command.by_checkpoint("size", "pixels"))
     g.add_argument("--rank",          type=command.COUNT, metavar="N",   help=command.by_checkpoint("rank", "of the LoRA"))
     g.add_argument("--alpha",         type=command.POSITIVE, metavar="X", help="the LoRA is scaled by alpha/rank (default: rank)")
+    g.add_argument("--text-encoders", action="store_true",               help="with --method full: both text encoders learn too")
     g.add_argument("--prior-weight",  type=command.WEIGHT, default=1.0, metavar="X", help="how much the class word is held to what it was; 0 halves the time (default: 1)")
     g.add_argument("--class-pictures", type=command.WHOLE, metavar="N", help="hold the class to so many pictures of it, which are drawn first, instead of to the model's own prediction (default: 0, and 100 with --method full)")
     g.add_argument("--class-folder",  metavar="FOLDER",                  help="where they are kept, to be used again (default: class/ in --out)")
@@ -47,7 +50,7 @@ def parser():
     g.add_argument("--check",         action="store_true",               help="look at the pictures, write check.png, time one step, and stop there")
     g.add_argument("--format",        default="kohya", choices=("kohya", "diffusers", "peft"), help="names in lora.safetensors (default: kohya, which all tools read)")
     g.add_argument("--preview-every", type=command.WHOLE, metavar="N",   help="steps between previews; 0 is none (default: a quarter of the steps)")
-    g.add_argument("--save-every",    type=command.COUNT, default=100, metavar="N", help="steps between states to resume from (default: 100)")
+    g.add_argument("--save-every",    type=command.COUNT, metavar="N",   help="steps between states to resume from (default: 100; with --method full, whose states are large, one at the end or an interruption)")
     command.add_checkpoint(p)
     return p
 
@@ -65,28 +68,11 @@ def read_flags(argv):
         raise ValueError("--captions needs the folder of the pictures")
     if args.photos is None:
         args.photos, args.class_word = str(command.SUBJECT), args.class_word or command.EXAMPLE["class_word"]
-    args.token = args.token or ("<subject>" if args.method == "textual-inversion" else "sks")
+    together.training(args, parser().get_default)
     if args.resume and result(args).exists() and not stopped.exists():
         raise ValueError(f"{args.out}: this run is finished; --overwrite starts again, --out names another folder")
     if not args.resume and (run.exists() or result(args).exists()) and not args.overwrite and not args.check:
         raise ValueError(f"{args.out} holds a run already: --resume goes on with it, --overwrite starts again, --out names another folder")
-    if args.method == "textual-inversion":
-        if args.captions or args.class_pictures:
-            raise ValueError("--method textual-inversion takes photos of one thing or style: leave out --captions and --class-pictures")
-        if not (args.class_word or args.init_word):
-            raise ValueError("--init-word (or --class-word) is missing: what is the new word to start from?")
-    if args.captions:
-        needless = [flag for flag in ("class_word", "class_pictures", "class_folder") if getattr(args, flag)]
-        if needless or args.mask == "segment":
-            raise ValueError(f"--captions has no class: leave out --{(needless or ['mask segment'])[0].replace('_', '-')}")
-    elif args.class_pictures is None:
-        args.class_pictures = 100 if args.method == "full" and args.prior_weight else 0
-    if args.method == "full" and args.prior_weight and not args.captions and not args.class_pictures:
-        raise ValueError("--method full changes the very model that the class would be held to: give --class-pictures, or --prior-weight 0")
-    if not (args.captions or args.class_word or args.method == "textual-inversion"):
-        raise ValueError("--class-word is missing: what is the subject? dog, backpack, ...")
-    if "{}" not in args.caption:
-        raise ValueError(f"--caption {args.caption!r} has no {{}} for the subject's name")
     return args
 
 

@@ -12,6 +12,7 @@ import insert
 import sample
 import train
 from alchemy import command
+from alchemy.defaults import TABLE
 from alchemy.formats import png
 from checkpoints import vocabulary_read_once  # noqa: F401
 from running import PROMPT, ROOT, SCENE, call, contents, good, photos, quick, tiny  # noqa: F401
@@ -43,6 +44,12 @@ def test_every_flag_is_explained_and_one_spelling_means_the_same_everywhere():
     for flag in ("--weights", "--device", "--dtype", "--vae", "--lora", "--sampler", "--guidance", "--negative-prompt"):
         assert len(seen[flag]) == 1, seen[flag]
     assert len(seen["--steps"]) == 2  # of training, of denoising
+
+
+def test_the_learning_rate_of_each_method_is_told():
+    text = " ".join(subprocess.run([sys.executable, "train.py", "--help"], cwd=ROOT, capture_output=True, text=True).stdout.split())
+    for row in (row for row in TABLE if row[0] in ("learning_rate", "full_rate", "word_rate")):
+        assert f"(default: {row[1]} for the miniature, {row[2]} for SDXL)" in text
 
 
 def test_with_no_argument_each_script_is_complete(tmp_path):
