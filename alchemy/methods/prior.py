@@ -15,18 +15,23 @@ from ..train import errors
 FIRST_SEED = 10 ** 6  # of the class pictures: not those that previews are drawn with
 
 
-def class_pictures(sdxl, prompt, folder, count, size=None):
+def class_pictures(sdxl, prompt, folder, count, size=None, facts=None):
     """Yield the paths of `count` pictures of the prompt, 0000.png and on, in a folder; those that are not there yet are drawn.
 
-    Raises ValueError where one in the folder was drawn from another prompt.
+    facts: what else decides how they look. Raises ValueError, before any is drawn, where one in the folder was drawn with other settings.
     """
-    for k in range(count):
-        path = folder / f"{k:04d}.png"
-        facts = {"prompt": prompt, "seed": FIRST_SEED + k, "weights": str(sdxl.source)}
+    size, options = size or sdxl.size, {k: sdxl.defaults[k] for k in ("sampler", "steps", "guidance")}
+    facts = {"prompt": prompt, "weights": str(sdxl.source), "size": size} | options | (facts or {})
+    pictures = [(folder / f"{k:04d}.png", FIRST_SEED + k) for k in range(count)]
+    for path, seed in pictures:
+        if path.exists():
+            png.check(path, facts | {"seed": seed})
+    told = None
+    for path, seed in pictures:
         if not path.exists():
-            png.save(loop.text_to_image(sdxl, prompt, size=size, seed=FIRST_SEED + k), path, facts)
-        elif png.facts_of(path).get("prompt") != prompt:
-            raise ValueError(f"{path} was drawn from {png.facts_of(path).get('prompt')!r}, not from {prompt!r}; name another folder")
+            told = told or [sdxl.encode_prompt([p], size) for p in (prompt, None)]
+            sdxl.free("text_encoders")  # encoded once; the UNet can use the memory
+            png.save(loop.sample(sdxl, *told, seed, size, **options), path, facts | {"seed": seed})
         yield path
 
 
