@@ -73,8 +73,9 @@ def mean_square(difference, weight):
 
 def tell(batch, prompts, names):
     """What the UNet is told of a batch under these prompts. prompts: {prompt: Conditioning of one}."""
-    told = Conditioning.cat([prompts[name] for name in names])
-    return told.context, told.pooled, batch.time_ids
+    known = {name: prompts[name] for name in dict.fromkeys(names)}  # each once: they may be encoded when asked for
+    told = Conditioning.cat([known[name] for name in names])
+    return told.context.to(batch.x_0.device), told.pooled.to(batch.x_0.device), batch.time_ids
 
 
 def errors(sdxl, batch, prompts, gamma=5.0):

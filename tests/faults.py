@@ -194,8 +194,13 @@ FAULTS = {
     ),
     ("methods/prior", "prior"): (
         ("the prior is a mean over both", "subject.mean() + prior_weight * prior.mean()", "torch.cat([subject, prior_weight * prior]).mean()"),
-        ("every class picture is the same", "seed=FIRST_SEED + k)", "seed=FIRST_SEED)"),
-        ("drawn again", "if not path.exists():", "if True:"),
+        ("every class picture is the same", "FIRST_SEED + k)", "FIRST_SEED)"),
+        ("of whatever settings", "png.check(path, facts | {\"seed\": seed})", "pass"),
+        ("drawn again", "        if not path.exists():", "        if True:"),
+    ),
+    ("methods/dreambooth", "dreambooth"): (
+        ("text encoders stay as they were", "sdxl.read(name, torch.float32).requires_grad_(True)", 'sdxl.read(name, torch.float32).requires_grad_(name == "unet")'),
+        ("memory of the weights alone", "return 16 * sum", "return 4 * sum"),
     ),
     ("methods/textual_inversion", "textual_inversion"): (
         ("the table learns", "self.weight, self.first = table.weight, first", "self.weight, self.first = table.weight.requires_grad_(True), first"),

@@ -6,11 +6,14 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors import safe_open
 from safetensors.torch import load_file
 
 import alchemy
 from alchemy import data
 from alchemy.methods import captions, masks
+from alchemy.sdxl import Conditioning
+from alchemy.train import tell
 from checkpoints import refused, vocabulary_read_once  # noqa: F401
 from planted import Planted
 from running import call, contents, good, lora_file, photos, picture, quick, tiny  # noqa: F401
@@ -45,6 +48,29 @@ def test_a_bad_line_is_named_by_its_number(tmp_path, line, words):
     first = (folder / "metadata.jsonl").read_text().splitlines()[0]
     (folder / "metadata.jsonl").write_text(f"{first}\n{line}\n")
     refused(lambda: captions.read(folder), "metadata.jsonl", *words)
+
+
+def test_pictures_that_the_table_does_not_list_are_counted(tiny, tmp_path):
+    folder = written(tmp_path / "a")
+    assert captions.unlisted(folder, captions.read(folder)) == []
+    lines = (folder / "metadata.jsonl").read_text().splitlines()
+    (folder / "metadata.jsonl").write_text("\n".join(lines[1:3]))
+    assert captions.unlisted(folder, captions.read(folder)) == ["0.png", "3.png"]
+    run = good(call("train.py", folder, "--captions", "--weights", tiny, "--rank", 2, "--steps", 1, "--preview-every", 0, "--out", "run"))
+    assert "2 pictures of " in run.err and "left out (0.png, 3.png)" in run.err and "2 pictures with 2 captions" in run.err
+
+
+def test_a_lora_of_captions_names_no_subject_in_its_header(tiny, tmp_path):
+    good(call("train.py", written(tmp_path / "a"), "--captions", "--weights", tiny, "--rank", 2, "--steps", 1, "--preview-every", 0, "--out", "run"))
+    with safe_open("run/lora.safetensors", "pt") as file:
+        facts = {key.removeprefix("alchemy.") for key in file.metadata() if key.startswith("alchemy.")}
+    assert facts == {"base", "steps", "seed", "name", "targets", "rank", "alpha"}
+
+
+def test_what_the_unet_is_told_waits_on_the_cpu_and_goes_where_the_batch_is():
+    told = {"a": Conditioning(torch.ones(1, 77, 3), torch.ones(1, 2), torch.zeros(1, 6))}
+    on_meta = data.Batch(*(torch.zeros(2, 4, 8, 8, device="meta"),) * 3, torch.zeros(2), torch.zeros(2, 6, device="meta"), ["a", "a"])
+    assert [(part.device.type, len(part)) for part in tell(on_meta, told, on_meta.prompts)] == [("meta", 2)] * 3
 
 
 def test_pictures_without_a_caption_are_counted_and_named(tmp_path):
@@ -105,7 +131,7 @@ def test_train_learns_from_captions_and_resumes_to_the_same_bits(tiny, tmp_path,
 def test_captions_and_a_class_do_not_go_together(tiny, tmp_path):
     folder = written(tmp_path / "a")
     for flags, word in ((("--class-word", "dog"), "--class-word"), (("--class-pictures", 3), "--class-pictures"), (("--mask", "segment"), "--mask segment")):
-        run_refused(call("train.py", folder, "--captions", "--weights", tiny, "--out", "x", *flags), "no class", word)
+        run_refused(call("train.py", folder, "--captions", "--weights", tiny, "--out", "x", *flags), "--captions" if "mask" in word else "no part in this run", word)
     run_refused(call("train.py", "--captions", "--weights", tiny), "needs the folder")
 
 

@@ -3,10 +3,11 @@ import json
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 import alchemy
-from alchemy import images
+from alchemy import data, images
 from alchemy.report import preflight
 from alchemy.report.sheets import LINE
 from checkpoints import vocabulary_read_once  # noqa: F401
@@ -64,3 +65,35 @@ def test_check_looks_at_captions_in_their_buckets(tiny, tmp_path):
     (tmp_path / "set/metadata.jsonl").write_text("\n".join(rows))
     run = good(call("train.py", "set", "--captions", "--weights", tiny, "--check", "--out", "run"))
     assert "8 pictures with 8 captions" in run.err and "pieces" not in run.err and sorted(contents("run")) == ["check.png"]
+
+
+def test_check_draws_no_class_picture_encodes_one_photo_and_looks_first(taught, monkeypatch):
+    seen, encode, look = [], data.encode, preflight.look
+    monkeypatch.setattr(data, "encode", lambda *args: seen.append("encoded") or encode(*args))
+    monkeypatch.setattr(preflight, "look", lambda *args: seen.append("looked") or look(*args))
+    for flags in (("--class-pictures", 3), ("--method", "full")):
+        run = good(taught("--check", *flags, "--out", "run"))
+        assert sorted(contents("run")) == ["check.png"] and "a step takes" in run.err and [p.name for p in run.wrote] == ["check.png"]
+    assert seen == ["looked", "encoded"] * 2
+
+
+def test_the_step_that_is_timed_comes_after_one_that_made_the_moments(taught, monkeypatch):
+    steps, whole = [], torch.optim.AdamW.step
+    monkeypatch.setattr(torch.optim.AdamW, "step", lambda self, *args: steps.append(len(self.state)) or whole(self, *args))
+    good(taught("--check", "--out", "run"))
+    assert len(steps) == 2 and steps[0] == 0 < steps[1]
+
+
+def test_a_new_words_rows_are_not_counted_as_pieces(tiny, tmp_path):
+    photos(tmp_path / "photos")
+    run = good(call("train.py", "photos", "--init-word", "dog", "--method", "textual-inversion", "--vectors", 9, "--weights", tiny, "--check", "--out", "run"))
+    assert "pieces" not in run.err and "a step takes" in run.err
+
+
+def test_the_sheet_shows_60_reduced_and_the_rest_is_looked_at_too(sdxl, tmp_path, monkeypatch):
+    kept, frame = [], preflight.cropped
+    monkeypatch.setattr(preflight, "cropped", lambda picture, size: kept.append(picture.size) or frame(picture, size))
+    Image.new("RGB", (1024, 768)).save(tmp_path / "large.png")
+    picture(40, 40).save(tmp_path / "small.png")
+    lines, page = preflight.look(sdxl, [(tmp_path / "large.png", "a dog"), *[(tmp_path / "small.png", "a dog")] * 64, (tmp_path / "large.png", "very " * 80)], (32, 32))
+    assert len(kept) == 60 and kept[0] == (512, 384) and lines[-1].startswith("large.png: its caption is too long")

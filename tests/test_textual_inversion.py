@@ -1,6 +1,7 @@
 """A learned word: its rows and nothing else are learned, files of it are those of other tools."""
 import pytest
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 import alchemy
@@ -54,7 +55,7 @@ def test_its_hidden_states_are_those_of_a_table_that_has_the_rows(sdxl, tiny):
 def test_the_gradient_goes_to_the_rows_alone_and_only_to_those_that_are_used(sdxl):
     ti.add_word(sdxl, "<other>", rows(sdxl, 1))
     both = [p.requires_grad_(True) for p in ti.add_word(sdxl, TOKEN, rows(sdxl))]
-    live, drawn = ti.Live(sdxl, [f"a {TOKEN}"], (32, 32)), batch(1, torch.float32)
+    live, drawn = ti.Live(sdxl, (32, 32)), batch(1, torch.float32)
     drawn = type(drawn)(**drawn.__dict__ | {"prompts": [f"a {TOKEN}"]})
     errors(sdxl, drawn, live).mean().backward()
     for p in both:
@@ -160,3 +161,20 @@ def test_flags_that_make_no_sense_for_a_word_are_refused(tiny, tmp_path):
     run_refused(call(*base), "--init-word")
     run_refused(call(*base, "--class-word", "dog", "--token", "cat"), "token already")
     run_refused(call(*base, "--class-word", "dog", "--class-pictures", 3), "--class-pictures")
+
+
+def test_more_vectors_than_a_prompt_has_room_for_are_refused(tiny, tmp_path):
+    photos(tmp_path / "photos")
+    base = ("train.py", "photos", "--weights", tiny, *FLAGS, "--out", "run")
+    run_refused(call(*base, "--vectors", 70), "--vectors 70", "77 tokens")
+    assert not contents("run")
+    good(call(*base, "--vectors", 66, "--steps", 1))
+
+
+def test_the_header_tells_of_the_word_and_of_no_lora(tiny, tmp_path):
+    photos(tmp_path / "photos")
+    good(call("train.py", "photos", "--weights", tiny, "--method", "textual-inversion", "--token", TOKEN, "--init-word", "dog", "--steps", 1, "--preview-every", 0,
+              "--out", "run"))
+    with safe_open("run/embedding.safetensors", "pt") as file:
+        facts = {key.removeprefix("alchemy."): value for key, value in file.metadata().items() if key.startswith("alchemy.")}
+    assert facts == {"base": "tiny", "steps": "1", "seed": "0", "name": "run", "token": TOKEN, "prompt": f"a photo of a {TOKEN}"}

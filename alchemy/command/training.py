@@ -17,8 +17,10 @@ from ..files import save_json
 from ..methods import dreambooth, textual_inversion
 from ..report import preflight, sheets
 from ..train import start, train
+from ..sdxl import Conditioning
 from . import results
-from .lessons import captioned, inversion, subject
+from .lessons import captioned, inversion, listed, live, subject
+
 
 class Stop:
     """SIGINT and SIGTERM end the run after the step under way; a second one ends it at once."""
@@ -39,10 +41,12 @@ class Stop:
 def complete(args, sdxl):
     """Put the checkpoint's defaults where no flag was given."""
     rate = {"lora": "learning_rate", "full": "full_rate", "textual-inversion": "word_rate"}[args.method]
-    for flag, default in (("steps", "training_steps"), ("learning_rate", rate), ("batch", "batch"), ("rank", "rank")):
+    for flag, default in (("steps", "training_steps"), ("learning_rate", rate), ("batch", "batch")):
         if getattr(args, flag) is None:
             setattr(args, flag, sdxl.defaults[default])
-    args.alpha = float(args.rank if args.alpha is None else args.alpha)
+    if args.method == "lora":
+        args.rank = args.rank or sdxl.defaults["rank"]
+        args.alpha = float(args.rank if args.alpha is None else args.alpha)
     args.size = args.size or sdxl.size
     if any(side % sdxl.factor for side in args.size):
         raise ValueError(f"--size {args.size[1]}x{args.size[0]} does not fit: both sides must be multiples of {sdxl.factor}")
@@ -50,38 +54,65 @@ def complete(args, sdxl):
     args.checkpointing = sdxl.size[0] >= 1024 if args.checkpointing is None else args.checkpointing
 
 
-def check(args, out, sdxl, lesson):
-    """Say what is odd about pictures and token; with --check, draw the pictures and their crops too."""
-    lines, page = preflight.look(sdxl, lesson.pictures, args.size, args.captions)
-    counts = [] if args.captions else preflight.pieces(sdxl, args.token)
-    if any(count > 3 for count in counts):
-        lines.append(f"{args.token!r} has {counts[0]} and {counts[1]} pieces in the two tokenizers: a short rare word, such as sks, is learned more easily")
+def look(args, out, sdxl, pictures):
+    """Say what is odd about pictures and token, before anything is computed; with --check, draw the pictures and their crops too."""
+    lines, page = preflight.look(sdxl, pictures, args.size, args.captions)
+    counts = preflight.pieces(sdxl, args.token) if args.token and args.method != "textual-inversion" else [0]  # a new word has rows, no pieces
+    if args.check and any(counts) or max(counts) > 3:
+        lines.append(f"{args.token!r} has {counts[0]} and {counts[1]} pieces in the two tokenizers" + (
+            ": a short rare word, such as sks, is learned more easily" if max(counts) > 3 else ""))
     for line in lines:
         command.say(line)
     if args.check:
-        if counts:
-            command.say(f"{args.token!r} has {counts[0]} and {counts[1]} pieces in the two tokenizers")
         png.save(page, out / "check.png", command.settings_of(args))
-        command.wrote(out / "check.png")
 
 
-def time_a_step(args, sdxl, lesson):
-    """What a step costs, by taking one without its update."""
-    with torch.autocast(sdxl.device.type, sdxl.dtype, enabled=sdxl.dtype != torch.float32):
-        start = time.time()
-        for part in range(args.accumulation):
-            lesson.loss_of(0, part).backward()
-    seconds = time.time() - start
+def time_a_step(args, sdxl, state, lesson):
+    """What a step costs: of two, the second; the first warms up, and makes the optimizer's moments. What they taught is not kept."""
+    ends = []
+    for _ in train(sdxl, state, lesson.loss_of, steps=state.step + 2, accumulation=args.accumulation, warmup=args.warmup):
+        if sdxl.device.type == "cuda":
+            torch.cuda.synchronize()
+        ends.append(time.perf_counter())
+    seconds = ends[1] - ends[0]
     command.say(f"a step takes {seconds:.1f} s, {args.steps} of them {args.steps * seconds / 60:.0f} minutes; " + (
         f"{torch.cuda.max_memory_allocated() / 1e9:.1f} GB of the GPU at most" if sdxl.device.type == "cuda" else "memory is not measured here"))
 
 
+@torch.no_grad()
 def preview(args, sdxl, lesson, step):
     """A row of (label, picture): subject, class and an unrelated prompt, always of the same seeds."""
+    def told(prompt):
+        return Conditioning(*(part.to(sdxl.device) for part in lesson.prompts[prompt].parts()))
     options = {k: sdxl.defaults[k] for k in ("sampler", "steps", "guidance")}
-    row = [(f"step {step}: {prompt}", loop.sample(sdxl, told, lesson.unconditional, args.seed, args.size, **options)) for prompt, told in lesson.prompts.items()]
+    row = [(f"step {step}: {prompt}", loop.sample(sdxl, told(prompt), told(None), args.seed, args.size, **options)) for prompt in lesson.shown]
     sdxl.free("vae")
     return row
+
+
+def networks(args):
+    """The names of those that learn as a whole."""
+    return ("unet", *(dreambooth.TEXT_ENCODERS if args.text_encoders else ())) if args.method == "full" else ()
+
+
+def learners(args, sdxl):
+    """{name: parameter} of what learns, put there."""
+    if args.method == "lora":
+        alchemy.add_lora(sdxl, args.rank, args.alpha, seed=args.seed)
+        return {name: p for name, p in sdxl.unet.named_parameters() if ".lora." in name}
+    if args.method == "textual-inversion":
+        return {f"{n}.extra": table.extra.requires_grad_(True) for n, table in zip(KEYS, textual_inversion.tables(sdxl))}
+    return dreambooth.whole(sdxl, networks(args))
+
+
+def resumed(args, path):
+    """The state that an interrupted run left, an open file, and its header; None and {} where there is none."""
+    saved = open_safetensors(path) if args.resume and path.exists() else None
+    facts = saved and saved.metadata() or {}
+    if saved and facts.get("kind") != args.method:
+        raise ValueError(f"{path}: the state is of another kind of run (--method {facts.get('kind', 'unknown')}, not {args.method}): "
+                         "resume with its settings, or --overwrite it")
+    return saved, facts
 
 
 def main(args):
@@ -90,32 +121,27 @@ def main(args):
     complete(args, sdxl)
     if args.method == "full" and Path(args.weights).is_file() and not args.config:
         raise ValueError(f"{args.weights}: --method full writes a whole folder, and a single file brings no configurations: give --config FOLDER")
-    saved = open_safetensors(out / "state.safetensors") if args.resume and (out / "state.safetensors").exists() else None
-    facts = saved and saved.metadata() or {}
+    saved, facts = resumed(args, out / "state.safetensors")
     torch.set_num_threads(int(facts.get("threads", torch.get_num_threads())))  # before any sum: it decides the order of additions
-    lesson = (captioned if args.captions else inversion if args.method == "textual-inversion" else subject)(args, sdxl)
-    if args.method != "textual-inversion":
+    if networks(args):
+        command.say(f"all of {', '.join(networks(args))} learns: weights, gradients and optimizer take {dreambooth.memory(sdxl, networks(args)) / 1e9:.2g} GB, "
+                    "activations come on top")
+    pictures = listed(args)
+    look(args, out, sdxl, pictures)
+    lesson = (captioned if args.captions else inversion if args.method == "textual-inversion" else subject)(args, sdxl, pictures)
+    if not live(args):
         sdxl.free("text_encoders")
     sdxl.free("vae")
 
     # What learns, its optimizer, and where an interrupted run had come to.
-    if args.method == "lora":
-        alchemy.add_lora(sdxl, args.rank, args.alpha, seed=args.seed)
-        parameters = {name: p for name, p in sdxl.unet.named_parameters() if ".lora." in name}
-    elif args.method == "textual-inversion":
-        parameters = {f"{n}.extra": table.extra.requires_grad_(True) for n, table in zip(KEYS, textual_inversion.tables(sdxl))}
-    else:
-        parameters = dreambooth.whole_unet(sdxl)
-        command.say(f"all of the UNet learns: weights, gradients and optimizer take {dreambooth.memory(parameters) / 1e9:.2g} GB, activations come on top")
+    state = start(learners(args, sdxl), args.learning_rate, sdxl.dtype)
     sdxl.unet.checkpointing = args.checkpointing
-    state = start(parameters, args.learning_rate, sdxl.dtype)
     if saved:
         state.restore(saved, facts)
         command.say(f"resuming at step {state.step} of {args.steps}")
-
-    check(args, out, sdxl, lesson)
     if args.check:
-        return time_a_step(args, sdxl, lesson)
+        time_a_step(args, sdxl, state, lesson)
+        return command.wrote(out / "check.png")
 
     # All that was asked for can be had: what was here before may go.
     if not args.resume:
@@ -132,11 +158,12 @@ def steps(args, out, sdxl, lesson, state):
     """The loop with its bar, previews and states. Returns the signal that ended it, or None."""
     stop, rows, path = Stop(), [], out / "state.safetensors"
     running = train(sdxl, state, lesson.loss_of, steps=args.steps, accumulation=args.accumulation, warmup=args.warmup)
-    if not path.exists():
+    every = args.save_every or (None if args.method == "full" else 100)  # of SDXL's whole UNet, a state has 31 GB
+    if every and not path.exists():
         state.save(path, {"kind": args.method})  # so that there is a good one, whatever comes
     try:
         for step, _ in command.progress(running, args.steps - state.step, "training", lambda item: f"loss {item[1]:.4f}"):
-            if stop.signal or step == args.steps or step % args.save_every == 0:
+            if stop.signal or step == args.steps or every and step % every == 0:
                 state.save(path, {"kind": args.method})
             if stop.signal:
                 return stop.signal
@@ -147,7 +174,8 @@ def steps(args, out, sdxl, lesson, state):
                 page = sheets.sheet(rows + [[("loss", sheets.curve(state.losses))]])
                 png.save(page, out / "preview.png", command.settings_of(args))
     except FloatingPointError as error:
-        raise FloatingPointError(f"{error}; --resume goes on from {path}") from None  # not from now: the steps before NaN went astray
+        there = f"; --resume goes on from {path}" if path.exists() else ""
+        raise FloatingPointError(f"{error}{there}") from None  # not from now: the steps before NaN went astray
     finally:
         stop.release()
     return None
@@ -155,11 +183,12 @@ def steps(args, out, sdxl, lesson, state):
 
 def finish(args, out, sdxl, lesson, state):
     """The LoRA with its facts, or the whole checkpoint; the loss curve; the state goes last."""
-    facts = {"base": Path(args.weights).name, "prompt": list(lesson.prompts)[0], "class_word": args.class_word, "token": args.token,
-             "steps": args.steps, "seed": args.seed, "targets": list(lora.ATTENTION), "name": Path(args.out).name}
+    facts = {"base": Path(args.weights).name, "steps": args.steps, "seed": args.seed, "name": Path(args.out).name}
+    facts |= {} if args.captions else {"prompt": lesson.shown[0], "token": args.token}
+    facts |= {"class_word": args.class_word} if args.class_word else {}
     if args.method == "lora":
         written = [results.result(args)]
-        alchemy.save_lora(sdxl, *written, format=args.format, facts=facts)
+        alchemy.save_lora(sdxl, *written, format=args.format, facts=facts | {"targets": list(lora.ATTENTION)})
     elif args.method == "textual-inversion":
         written = save_embedding(sdxl, results.result(args), args.token, "diffusers" if args.format == "diffusers" else "kohya", facts)
     else:

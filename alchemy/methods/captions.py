@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-from .. import data
+from .. import data, images
 
 
 def read(folder):
@@ -27,6 +27,12 @@ def read(folder):
     if silent:
         raise ValueError(f"{folder}: no caption for {len(silent)} of {len(found)} pictures ({', '.join(silent[:3])}): write metadata.jsonl, or a .txt beside each")
     return [(path, " ".join(path.with_suffix(".txt").read_text(encoding="utf-8-sig").split())) for path in found]
+
+
+def unlisted(folder, pictures):
+    """The names of the pictures in a folder that are not among these (path, caption)."""
+    known = {path.resolve() for path, _ in pictures}
+    return sorted(p.name for p in Path(folder).iterdir() if p.suffix.lower() in images.SUFFIXES and p.name[0] != "." and p.resolve() not in known)
 
 
 def row(folder, number, line):

@@ -1,14 +1,20 @@
-"""DreamBooth (Ruiz et al. 2023): all weights of the UNet learn the subject, held to their class by class pictures (prior.py)."""
+"""DreamBooth (Ruiz et al. 2023): all weights of the UNet learn the subject, and, if wanted, those of both text encoders; held to their
+class by class pictures (prior.py)."""
 import torch
 
+from ..formats.checkpoint import empty
 
-def whole_unet(sdxl):
-    """{name: parameter} of the UNet, float32 and to be trained; read anew, since the checkpoint's dtype may be half."""
-    sdxl.free("unet")
-    sdxl.loaded["unet"] = sdxl.read("unet", torch.float32).requires_grad_(True)
-    return dict(sdxl.unet.named_parameters())
+TEXT_ENCODERS = ("text_encoder", "text_encoder_2")
 
 
-def memory(parameters):
-    """Bytes that weights, gradients and the two moments of AdamW take, all float32; activations come on top."""
-    return 16 * sum(p.numel() for p in parameters.values())
+def whole(sdxl, names):
+    """{name: parameter} of the networks of these names, float32 and to be trained; read anew, since the checkpoint's dtype may be half."""
+    for name in names:
+        sdxl.free(name)
+        sdxl.loaded[name] = sdxl.read(name, torch.float32).requires_grad_(True)
+    return {f"{name}.{key}": p for name in names for key, p in sdxl.loaded[name].named_parameters()}
+
+
+def memory(sdxl, names):
+    """Bytes that weights, gradients and the two moments of AdamW will take, all float32; activations come on top. Nothing is read for it."""
+    return 16 * sum(p.numel() for name in names for p in empty(name, sdxl.configs[name]).parameters())

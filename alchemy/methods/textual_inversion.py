@@ -3,7 +3,6 @@
 The word is one or several new rows beside each text encoder's table of embeddings, which stays as it is to the bit; the loss is that of
 all training, its gradient goes through UNet and text encoders to the rows alone.
 """
-from collections.abc import Mapping
 from dataclasses import replace
 
 import torch
@@ -70,20 +69,14 @@ def start_rows(sdxl, word, vectors):
     return made
 
 
-class Live(Mapping):
-    """{prompt: Conditioning} that is encoded when asked for, so that it follows the rows, and gradients go through it."""
+class Live:
+    """live[prompt] is its Conditioning, encoded when asked for, so that it follows what learns, and gradients go through it."""
 
-    def __init__(self, sdxl, prompts, size):
-        self.sdxl, self.prompts, self.size = sdxl, list(prompts), size
+    def __init__(self, sdxl, size):
+        self.sdxl, self.size = sdxl, size
 
     def __getitem__(self, prompt):
         return self.sdxl.encode_prompt([prompt], self.size)
-
-    def __iter__(self):
-        return iter(self.prompts)
-
-    def __len__(self):
-        return len(self.prompts)
 
 
 def stream(draw, prompts, seed):

@@ -7,6 +7,8 @@ from .. import images
 from ..methods.captions import bucket
 from .sheets import LINE, sheet
 
+SHOWN = 60  # pictures on the sheet
+
 
 def pieces(sdxl, token):
     """How many pieces a token has in each tokenizer."""
@@ -26,7 +28,7 @@ def cropped(picture, size):
 
 def look(sdxl, pictures, size, buckets=False):
     """(lines, sheet) about pictures, a list of (path, caption). size: (H,W) trained at; buckets: whether each has its own of that area."""
-    lines, cells, seen = [], [], {}
+    lines, cells, seen = [], [], {}  # no picture is kept but what the sheet shows, and that reduced: there may be thousands
     for path, caption in pictures:
         picture = images.read(path)
         with Image.open(path) as file:
@@ -41,6 +43,8 @@ def look(sdxl, pictures, size, buckets=False):
         lost = sdxl.tokenizers[0].lost(caption)
         if lost:
             lines.append(f"{path.name}: its caption is too long, these words are lost: {lost!r}")
-        cells.append((f"{path.name} {picture.width}x{picture.height}{turned}", cropped(picture, target)))
-    rows = [cells[k:k + 6] for k in range(0, min(len(cells), 60), 6)]
-    return lines, sheet(rows)
+        if len(cells) < SHOWN:
+            label = f"{path.name} {picture.width}x{picture.height}{turned}"
+            picture.thumbnail((512, 512))
+            cells.append((label, cropped(picture, target)))
+    return lines, sheet([cells[k:k + 6] for k in range(0, len(cells), 6)])
