@@ -168,6 +168,14 @@ def test_a_mask_that_is_missing_empty_or_of_another_size_is_refused(tmp_path):
     refused(lambda: masks.mask_of(tmp_path / "masks", tmp_path / "a.png", None, None), "empty")
 
 
+def test_check_looks_at_every_mask(tiny, tmp_path):
+    folder = photos(tmp_path / "photos")
+    (tmp_path / "masks").mkdir()
+    for path in sorted(folder.iterdir())[:2]:
+        left_half(*Image.open(path).size[::-1]).save(tmp_path / "masks" / path.name)
+    run_refused(call("train.py", folder, "--class-word", "dog", "--weights", tiny, "--mask", "masks", "--check", "--out", "run"), "no mask of 2.png")
+
+
 def test_segmentation_gives_the_mask_where_the_word_is_seen(tmp_path):
     seen = np.zeros((64, 64), np.float32)
     seen[16:48, 16:48] = 1

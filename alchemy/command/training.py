@@ -14,7 +14,7 @@ from ..formats.tensors import open_safetensors
 from ..formats.embeddings import KEYS, save_embedding
 from ..formats.folder import save_checkpoint
 from ..files import save_json
-from ..methods import dreambooth, textual_inversion
+from ..methods import dreambooth, masks, textual_inversion
 from ..report import preflight, sheets
 from ..train import start, train
 from ..sdxl import Conditioning
@@ -57,6 +57,8 @@ def complete(args, sdxl):
 def look(args, out, sdxl, pictures):
     """Say what is odd about pictures and token, before anything is computed; with --check, draw the pictures and their crops too."""
     lines, page = preflight.look(sdxl, pictures, args.size, args.captions)
+    for path, _ in pictures if args.mask not in (None, "segment") else ():
+        masks.mask_of(args.mask, path, sdxl, None)  # which refuses one that is missing or does not fit
     counts = preflight.pieces(sdxl, args.token) if args.token and args.method != "textual-inversion" else [0]  # a new word has rows, no pieces
     if args.check and any(counts) or max(counts) > 3:
         lines.append(f"{args.token!r} has {counts[0]} and {counts[1]} pieces in the two tokenizers" + (
