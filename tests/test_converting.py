@@ -16,7 +16,7 @@ from alchemy.formats.folder import save_checkpoint
 from checkpoints import (NETWORKS, SHIPPED, VAE, refused, same, vocabulary_read_once, weights, write_folder, write_json,  # noqa: F401
                          write_single, write_weights)
 from running import contents, tiny  # noqa: F401
-from spellings import adapter, ALPHA, fresh, pairs, RANK, SPELLINGS, written  # noqa: F401
+from spellings import adapter, adapters, ALPHA, fresh, pairs, RANK, SPELLINGS, written  # noqa: F401
 
 
 # LoRAs
@@ -186,7 +186,7 @@ def test_merging_for_good_keeps_no_weight_twice(fresh, pairs, tmp_path):
     sdxl = fresh()
     alchemy.load_lora(sdxl, tmp_path / "a.safetensors")
     save_checkpoint(sdxl, tmp_path / "whole")
-    assert lora.names(sdxl) == [] and all(layer.original is None for layer in lora.layers(sdxl).values())
+    assert not adapters(sdxl) and all(layer.original is None for layer in lora.layers(sdxl).values())
     identical(alchemy.load(tmp_path / "whole", "cpu"), sdxl)
 
 
