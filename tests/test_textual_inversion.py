@@ -175,6 +175,6 @@ def test_the_header_tells_of_the_word_and_of_no_lora(tiny, tmp_path):
     photos(tmp_path / "photos")
     good(call("train.py", "photos", "--weights", tiny, "--method", "textual-inversion", "--token", TOKEN, "--init-word", "dog", "--steps", 1, "--preview-every", 0,
               "--out", "run"))
-    with safe_open("run/embedding.safetensors", "pt") as file:
+    with safe_open("run/my-dog.safetensors", "pt") as file:
         facts = {key.removeprefix("alchemy."): value for key, value in file.metadata().items() if key.startswith("alchemy.")}
     assert facts == {"base": "tiny", "steps": "1", "seed": "0", "name": "run", "token": TOKEN, "prompt": f"a photo of a {TOKEN}"}

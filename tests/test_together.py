@@ -72,7 +72,7 @@ def test_insert_takes_the_word_of_an_embedding_for_the_token(tiny, tmp_path):
     photos(tmp_path / "photos")
     good(call("train.py", "photos", "--weights", tiny, "--method", "textual-inversion", "--token", "<mine>", "--class-word", "dog", "--steps", 1,
               "--preview-every", 0, "--out", "word"))
-    flags = ("insert.py", SCENE, "--class-word", "dog", "--weights", tiny, "--embedding", "word/embedding.safetensors", "--steps", 8)
+    flags = ("insert.py", SCENE, "--class-word", "dog", "--weights", tiny, "--embedding", "word/mine.safetensors", "--steps", 8)
     good(call(*flags))
     good(call(*flags, "--token", "<mine>", "--out", "same"))
     assert contents("out/insert")["facts.json"].count(b'"token": "<mine>"') == 1
