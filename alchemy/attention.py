@@ -13,11 +13,11 @@ from .lora import LoRALinear
 
 
 class Attention(nn.Module):
-    """x (B, N, C) looks at context (B, M, D), or at itself. `watch`, where set, is given the probabilities (B, heads, N, M)."""
+    """x (B, N, C) looks at context (B, M, D), or at itself. Each of `watch` is given the probabilities (B, heads, N, M)."""
 
     def __init__(self, dim, heads, context_dim=None):
         super().__init__()
-        self.heads, self.watch = heads, None
+        self.heads, self.watch = heads, ()
         self.to_q = LoRALinear(dim, dim, bias=False)
         self.to_k = LoRALinear(context_dim or dim, dim, bias=False)
         self.to_v = LoRALinear(context_dim or dim, dim, bias=False)
@@ -27,8 +27,8 @@ class Attention(nn.Module):
         context = x if context is None else context
         q, k, v = self.to_q(x), self.to_k(context), self.to_v(context)
         q, k, v = (y.unflatten(-1, (self.heads, -1)).transpose(1, 2) for y in (q, k, v))  # (B, heads, N or M, d)
-        if self.watch:
-            self.watch(torch.softmax((q.float() * q.shape[-1] ** -0.5) @ k.float().transpose(-1, -2), dim=-1))
+        for see in self.watch:
+            see(torch.softmax((q.float() * q.shape[-1] ** -0.5) @ k.float().transpose(-1, -2), dim=-1))
         x = F.scaled_dot_product_attention(q, k, v)
         return self.to_out[0](x.transpose(1, 2).flatten(2))  # (B, N, C)
 
@@ -37,7 +37,7 @@ class Attention(nn.Module):
 def watch(unet, names, see):
     """Inside, each forward of the attention layers in names calls see(name, probabilities (B, heads, N, M) float32).
 
-    names end in attn1 or attn2 (see `attentions`). What the layers compute does not change by a bit.
+    names end in attn1 or attn2 (see `attentions`). What the layers compute does not change by a bit. One watch within another: both see.
     """
     known = attentions(unet)
     for name in names:
@@ -45,11 +45,11 @@ def watch(unet, names, see):
             raise ValueError(f"no attention layer {name!r}; there are {', '.join(list(known)[:3])}, ...")
     try:
         for name in names:
-            known[name].watch = partial(see, name)
+            known[name].watch += partial(see, name),
         yield
     finally:
         for name in names:
-            known[name].watch = None
+            known[name].watch = known[name].watch[:-1]
 
 
 def attentions(unet):

@@ -64,11 +64,11 @@ class PlantedAttention(Attention):
 
     def __init__(self, name, table):
         nn.Module.__init__(self)
-        self.name, self.table, self.watch = name, table, None
+        self.name, self.table, self.watch = name, table, ()
 
     def forward(self, t, batch):
-        if self.watch:
-            self.watch(self.table(self.name, t, batch))
+        for see in self.watch:
+            see(self.table(self.name, t, batch))
 
 
 class UNet(nn.Module):

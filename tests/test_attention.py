@@ -63,14 +63,25 @@ def test_watching_changes_no_bit_and_leaves_no_trace(call):
         assert torch.equal(net(*given), plain)
     count = len(seen)
     assert torch.equal(net(*given), plain) and len(seen) == count == 30
-    assert all(layer.watch is None for layer in attention.attentions(net).values())
+    assert all(layer.watch == () for layer in attention.attentions(net).values())
+
+
+def test_one_watch_within_another_both_see_the_same(call):
+    net, given = call
+    outer, inner = [], []
+    with attention.watch(net, NAMES, lambda name, p: outer.append((name, p))):
+        with attention.watch(net, NAMES[:1], lambda name, p: inner.append((name, p))):
+            net(*given)
+        net(*given)
+    assert [name for name, _ in outer] == [*NAMES, *NAMES] and [name for name, _ in inner] == [NAMES[0]]
+    assert torch.equal(outer[0][1], inner[0][1])
 
 
 def test_watching_ends_when_something_fails_inside(call):
     net, _ = call
     with pytest.raises(KeyError), attention.watch(net, NAMES, print):
         raise KeyError
-    assert all(layer.watch is None for layer in attention.attentions(net).values())
+    assert all(layer.watch == () for layer in attention.attentions(net).values())
 
 
 def test_unwatched_attention_is_one_fused_call(call, monkeypatch):
