@@ -23,6 +23,7 @@ def parse(argv):
     p.add_argument("--like",     metavar="PICTURE",                     help="take every setting from this picture's text chunk; other flags override")
     command.add_checkpoint(p)
     command.add_drawing(p)
+    command.add_inspect(p)
     args = given = p.parse_args(argv)
     if args.prompts and (args.prompt or args.like or command.is_picture(Path(args.out))):
         raise ValueError("--prompts goes without a prompt and --like, and --out is then a folder")
@@ -72,12 +73,16 @@ def main(argv=None):
         others = {json.loads(line)["file_name"] for line in (out / "metadata.jsonl").read_text(encoding="utf-8").splitlines()} - {path.name for *_, path in wanted}
         if others:
             raise ValueError(f"{out}: its metadata.jsonl tells of other pictures ({sorted(others)[0]}): name another folder")
+    page = command.page_folder(args)
 
     from PIL import Image, ImageOps
     from alchemy import images, loop, samplers
     from alchemy.command.dataset import digests, is_there
     from alchemy.files import replace
     from alchemy.formats import png
+    if page:
+        from alchemy.report.page import write
+        from alchemy.report.record import Recorder
     image = args.image and images.read(args.image)
     sdxl = command.load(args)
     command.put_loras(sdxl, args.lora, args.embedding)  # before a prompt is encoded: text encoders may have adapters too
@@ -93,11 +98,15 @@ def main(argv=None):
     conditioning = {prompt: sdxl.encode_prompt([prompt], size) for prompt in dict.fromkeys(prompt for prompt, *_ in missing)}
     sdxl.free("text_encoders")  # the UNet can use the memory
     for prompt, seed, path in missing:
+        recorder = page and Recorder(sdxl, prompt, len(grid), negative_prompt=args.negative_prompt, full=args.inspect_full, **options)
+
         def bar(steps):
-            return command.progress(steps, len(grid), f"seed {seed}")
+            return command.progress(recorder.follow(steps) if recorder else steps, len(grid), f"seed {seed}")
         picture = loop.sample(sdxl, conditioning[prompt], unconditional, seed, size, image=image, strength=strength, progress=bar, **options)
         png.save(picture, path, facts | {"prompt": prompt, "seed": seed})
-        command.wrote(path)
+        if recorder:
+            paths = write(page if len(missing) == 1 else page / path.stem, prompt, [("", recorder, picture)], facts | {"prompt": prompt, "seed": seed})
+        command.wrote(path, *(paths if recorder else ()))
     if args.prompts:
         rows = [json.dumps({"file_name": path.name, "text": prompt}, ensure_ascii=False) for prompt, _, path in wanted]
         replace(out / "metadata.jsonl", lambda new: new.write_text("\n".join(rows) + "\n", encoding="utf-8"))

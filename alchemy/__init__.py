@@ -6,7 +6,7 @@ HOME = {
     "load": "formats.checkpoint", "SDXL": "sdxl", "Conditioning": "sdxl",
     "noise": "loop", "generators": "loop", "denoise": "loop", "Step": "loop", "keep": "loop",
     "text_to_image": "loop", "image_to_image": "loop",
-    "segment": "segmentation", "insert": "insertion", "add_lora": "lora",
+    "inspect": "report.page", "segment": "segmentation", "insert": "insertion", "add_lora": "lora",
     "load_lora": "formats.lora", "save_lora": "formats.lora",
 }
 __all__ = list(HOME)

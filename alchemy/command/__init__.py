@@ -100,6 +100,25 @@ def add_drawing(p):
     g.add_argument("--seed",     type=SEED, default=0, metavar="N",   help="of the noise: equal seeds draw equal pictures (default: 0)")
 
 
+def add_inspect(p):
+    g = p.add_argument_group("a look inside")
+    g.add_argument("--inspect", metavar="DIR",                        help="write a page that shows every step: index.html in this folder, or in the next free one of its name, and sheets of pictures")
+    g.add_argument("--inspect-full", action="store_true",             help="with --inspect: all arrays too, as safetensors beside the page")
+
+
+def page_folder(args):
+    """A free folder for the page of --inspect, proved writable; None where none is wanted."""
+    if args.inspect_full and not args.inspect:
+        raise ValueError("--inspect-full goes with --inspect DIR, which says where")
+    if not args.inspect:
+        return None
+    path, number = Path(args.inspect), 0
+    while (path / "index.html").exists():
+        number += 1
+        path = Path(args.inspect).with_name(f"{Path(args.inspect).name}-{number}")
+    return folder(path, "--inspect")
+
+
 def drawing(args):
     """The options of alchemy.denoise among the flags."""
     return {name: getattr(args, name) for name in ("sampler", "grid", "steps", "guidance", "eta")}
@@ -181,7 +200,7 @@ def free_path(path):
     return free
 
 
-def folder(path):
+def folder(path, flag="--out"):
     """The folder, made if need be and proved writable before the work begins."""
     import tempfile
     path = Path(path)
@@ -190,7 +209,7 @@ def folder(path):
         with tempfile.TemporaryFile(dir=path):
             return path
     except OSError as error:
-        raise ValueError(f"--out {path}: cannot write there ({error.strerror}); name another folder") from None
+        raise ValueError(f"{flag} {path}: cannot write there ({error.strerror}); name another folder") from None
 
 
 def say(text):
@@ -223,8 +242,8 @@ def run(main):
 
 
 def settings_of(args):
-    """The flags as JSON knows them."""
-    return json.loads(json.dumps(vars(args), default=str))
+    """The flags as JSON knows them, but those that have no part in what is made."""
+    return json.loads(json.dumps({k: v for k, v in vars(args).items() if not k.startswith("inspect")}, default=str))
 
 
 def read_settings(path, args):

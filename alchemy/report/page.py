@@ -1,0 +1,63 @@
+"""The page: one HTML file with all its pictures and data in it, opened from disk; beside it contact sheets and, if asked for, the arrays."""
+import html
+import json
+import re
+from pathlib import Path
+
+from .. import loop, samplers
+from ..files import replace, save_tensors
+from ..formats import png
+from . import stage
+from .record import Recorder
+from .sheets import sheet
+
+PARTS = Path(__file__).with_name("page")
+SCRIPTS = ("base.js", "stage.js", "attention.js", "insertion.js", "training.js", "start.js")
+
+
+def inspect(sdxl, prompt, folder, *, size=None, seed=0, negative_prompt=None, full=False, **options):
+    """Draw a prompt's picture and write the page of how it came about: (PIL picture, paths written, index.html the last).
+
+    size (H, W) and options: see alchemy.text_to_image. full: the arrays too, as safetensors.
+    """
+    size, _, options = loop.settings(sdxl, negative_prompt, size, options)
+    grid = sdxl.schedule.grid(options["steps"], options.get("grid"), fractional=samplers.find(options["sampler"]).fractional)
+    recorder = Recorder(sdxl, prompt, len(grid), negative_prompt=negative_prompt, full=full, **options)
+    picture = loop.text_to_image(sdxl, prompt, size=size, seed=seed, negative_prompt=negative_prompt, progress=recorder.follow, **options)
+    return picture, write(folder, prompt, [("", recorder, picture)], {"prompt": prompt, "seed": seed, "size": size} | options)
+
+
+def write(folder, title, stages, facts, more=None, rows=None):
+    """The page of some stages, (name, Recorder, picture) each, in a folder; returns the paths. more: what else page/start.js reads;
+    rows: of a further contact sheet."""
+    folder, data, sheets, arrays = Path(folder), [], {}, {}
+    folder.mkdir(parents=True, exist_ok=True)
+    for number, (name, recorder, picture) in enumerate(stages, 1):
+        made, colours = stage.decoded(recorder)
+        shown, levels = stage.frames(recorder, colours), stage.maps(recorder)
+        data.append(stage.describe(recorder, name, picture, made, shown, levels))
+        file = "steps" if len(stages) == 1 else f"stage-{number}"
+        sheets[f"{file}.png"] = stage.contact(recorder, made, shown, levels)
+        if recorder.full:
+            arrays[f"{file}.safetensors"] = recorder.arrays()
+    sheets |= {"overview.png": rows} if rows else {}
+    for file, rows in sheets.items():
+        png.save(sheet(rows, least=128), folder / file, facts)
+    for file, tensors in arrays.items():
+        save_tensors(tensors, folder / file, facts)
+    whole = page_of(title, {"title": title, "facts": facts, "stages": data, "alpha_bar": curve(stages)} | (more or {}))
+    replace(folder / "index.html", lambda new: new.write_text(whole, encoding="utf-8"))
+    return [folder / file for file in (*sheets, *arrays, "index.html")]
+
+
+def curve(stages):
+    """alpha_bar at every tenth timestep."""
+    return [round(x, 6) for x in stages[0][1].sdxl.schedule.alpha_bar[::10].tolist()] if stages else []
+
+
+def page_of(title, data):
+    """The parts of page/ and the data in one text. In it no "<" of the data is left, so that none can end the script it stands in."""
+    parts = {"title": html.escape(title), "style": (PARTS / "style.css").read_text(encoding="utf-8"),
+             "data": json.dumps(data, ensure_ascii=False, separators=(",", ":"), allow_nan=False).replace("<", "\\u003c"),
+             "script": "\n".join((PARTS / name).read_text(encoding="utf-8") for name in SCRIPTS)}
+    return re.sub(r"\{\{(\w+)\}\}", lambda m: parts[m[1]], (PARTS / "index.html").read_text(encoding="utf-8"))

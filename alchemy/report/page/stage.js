@@ -1,0 +1,120 @@
+// One stage: at each step, what the network saw, what it said, and what was made of it.
+
+const X_T = "<i>x<sub>t</sub></i>", X_0 = "<i>x</i><sub>0</sub>", EPS = "<i>ε</i>", X_PREV = "<i>x</i><sub>prev</sub>";
+
+// Pictures with signs between them. parts: strings (signs, filled in later) and tiles.
+function equation(...parts) {
+  return element("div.equation", {}, ...parts.map(part => typeof part === "string" ? element("span.sign", {html: part}) : part[0]));
+}
+
+// The step of a stage at the time shown: of two stages on one grid, both are at the same noise.
+function placed(stage, k) {
+  const t = time.frames[k].t, found = stage.steps.findIndex(step => step.t <= t + 1e-6);
+  return {k: found < 0 ? stage.steps.length - 1 : found, begun: stage.steps[0].t >= t - 1e-6};
+}
+
+function apart(stage) {
+  const x_t = tile(`${X_T}, what the network sees`, "x_t"), x_0 = tile(`predicted ${X_0}`, "x_0"), eps = tile(`predicted noise ${EPS}`, "eps");
+  const shown = equation(x_t, "=", x_0, "+", eps), signs = shown.querySelectorAll(".sign");
+  const made = card(".wide", "The network takes the picture apart",
+    `It is shown ${X_T}, a mixture of picture and noise, and says which part is noise. What is left is its guess of the finished picture,
+     ${X_0}. At the beginning the guess is a blur, the mean of all that could be meant.
+     <b class="formula">${X_T} = √ᾱ · ${X_0} + √(1 − ᾱ) · ${EPS}</b>`, shown);
+  return [made, k => {
+    const ab = stage.steps[k].alpha_bar;
+    signs[0].innerHTML = `=<br>${Math.sqrt(ab).toFixed(3)} ×`;
+    signs[1].innerHTML = `+<br>${Math.sqrt(1 - ab).toFixed(3)} ×`;
+    for (const [name, [, canvas]] of Object.entries({x_t, x_0, eps})) show(canvas, frame(stage.films[name], k));
+  }];
+}
+
+function together(stage) {
+  const second = stage.sampler.startsWith("dpmpp");
+  const x_prev = tile(`${X_PREV}, where the next step begins`, "x_prev"), x_0 = tile(`the same ${X_0}`, "x_0 again"), eps = tile(`the same ${EPS}`, "eps again");
+  const shown = equation(x_prev, "=", x_0, "+", eps, ""), signs = shown.querySelectorAll(".sign");
+  const made = card(".wide", "The sampler puts it together again, with less noise",
+    `The same two parts, mixed for the next, cleaner level of noise. That is the whole of sampling; DDPM, DDIM and Euler differ only in how much
+     of the noise is drawn anew (σ) and in the levels they visit.
+     <b class="formula">${X_PREV} = √ᾱ<sub>prev</sub> · ${X_0} + √(1 − ᾱ<sub>prev</sub> − σ²) · ${EPS} + σ · <i>z</i></b>` +
+    (second ? ` DPM-Solver++(2M) steps towards an ${X_0} extrapolated from its last two guesses: the picture on the left is its own, the mixture on the right nearly so.` : "") +
+    (stage.mask ? ` Outside the mask, ${X_PREV} is then replaced: see below.` : ""), shown);
+  return [made, k => {
+    const {alpha_bar_prev: ab, sigma} = stage.steps[k];
+    signs[0].innerHTML = `=<br>${Math.sqrt(ab).toFixed(3)} ×`;
+    signs[1].innerHTML = `+<br>${Math.sqrt(Math.max(1 - ab - sigma ** 2, 0)).toFixed(3)} ×`;
+    signs[2].innerHTML = sigma ? `+<br>${sigma.toFixed(3)} × <i>z</i>` : "";
+    for (const [name, [, canvas]] of Object.entries({x_prev, x_0, eps})) show(canvas, frame(stage.films[name], k));
+  }];
+}
+
+function guess(stage) {
+  const [figure, canvas, words] = tile("", "decoded");
+  const made = card("", "Through the VAE", `The guess ${X_0} as pixels: the decoder's picture, made at ${stage.decoded.at.length} of the steps
+    (the nearest is shown). All small pictures here are ${stage.latent[1]} × ${stage.latent[0]} latents seen through a linear map to red, green and blue, fitted to this run.`, figure);
+  return [made, k => {
+    const near = stage.decoded.at.reduce((best, at, i) => Math.abs(at - k) < Math.abs(stage.decoded.at[best] - k) ? i : best, 0);
+    words.textContent = `decoded at step ${stage.steps[stage.decoded.at[near]].index + 1}`;
+    show(canvas, frame(stage.decoded, near));
+  }];
+}
+
+// A curve over t from 0 to T with a dot for each step; the step shown stands out.
+function plot(stage, label, of, ticks) {
+  const W = 320, H = 120, left = 34, T = (data.alpha_bar.length - 1) * 10, values = data.alpha_bar.map(of).filter(isFinite);
+  const low = Math.min(...values), high = Math.max(...values);
+  const x = t => left + t / T * (W - left - 8), y = v => 8 + (high - Math.max(v, low)) / (high - low) * (H - 26);
+  const line = data.alpha_bar.map((ab, i) => `${x(10 * i).toFixed(1)},${y(of(ab)).toFixed(1)}`).join(" ");
+  const dots = stage.steps.map(step => svg("circle", {cx: x(step.t), cy: y(of(step.alpha_bar)), r: 2, class: "dot"}));
+  const mark = svg("circle", {r: 5, class: "mark"}), rule = svg("line", {y1: 4, y2: H - 18, class: "rule"});
+  const axis = ticks.map(([v, text]) => svg("g", {}, svg("line", {x1: left, x2: W - 8, y1: y(v), y2: y(v), class: "tick"}),
+    svg("text", {x: left - 5, y: y(v) + 3.5, "text-anchor": "end"}, text)));
+  const drawn = svg("svg", {viewBox: `0 0 ${W} ${H}`, class: "plot"}, ...axis, svg("polyline", {points: line, class: "curve"}), ...dots, rule, mark,
+    svg("text", {x: left, y: H - 4}, "t = 0"), svg("text", {x: W - 8, y: H - 4, "text-anchor": "end"}, `t = ${T}, noise`));
+  return [element("figure", {}, drawn, element("figcaption", {html: label})), k => {
+    const step = stage.steps[k];
+    mark.setAttribute("cx", x(step.t)), mark.setAttribute("cy", y(of(step.alpha_bar)));
+    rule.setAttribute("x1", x(step.t)), rule.setAttribute("x2", x(step.t));
+  }];
+}
+
+function level(stage) {
+  const share = plot(stage, "ᾱ, the picture's share of the variance", ab => ab, [[0, "0"], [0.5, "0.5"], [1, "1"]]);
+  const ratio = plot(stage, "σ = √((1 − ᾱ)/ᾱ), noise over picture; each line is ten times the one below", ab => Math.log10(Math.sqrt((1 - ab) / ab)),
+    [[-1, "0.1"], [0, "1"], [1, "10"]]);
+  const numbers = element("dl.numbers");
+  const made = card("", "Where on the curve", "How much noise there is at timestep t is fixed beforehand. Each dot is a step.", numbers, share[0], ratio[0]);
+  return [made, k => {
+    const step = stage.steps[k], ab = step.alpha_bar;
+    const rows = [["t", number(step.t, 4) + " → " + (step.t_prev == null ? "end" : number(step.t_prev, 4))], ["ᾱ", number(ab)], ["σ", number(Math.sqrt((1 - ab) / ab))],
+      ["SNR", number(ab / (1 - ab))], ["std of ε", number(step.std.eps)], ["std of x₀", number(step.std.x_0)]];
+    numbers.replaceChildren(...rows.flatMap(([name, value]) => [element("dt", {}, name), element("dd", {}, value)]));
+    share[1](k), ratio[1](k);
+  }];
+}
+
+function guidance(stage) {
+  const uncond = tile(`${X_0} if told nothing`, "x_0_uncond"), cond = tile(`${X_0} if told the prompt`, "x_0_cond"), mixed = tile(`${X_0} guided: used`, "x_0 guided");
+  const where = tile(`where the prompt speaks: |${EPS}<sub>told</sub> − ${EPS}<sub>untold</sub>|`, "guidance");
+  const made = card(".full", "Guidance",
+    `The network is asked twice, with the prompt and without (${stage.negative ? "that is, with the negative prompt" : "zeros"}), and the difference is
+     exaggerated ${number(stage.guidance)} times. <b class="formula">${EPS} = ${EPS}<sub>untold</sub> + ${number(stage.guidance)} · (${EPS}<sub>told</sub> − ${EPS}<sub>untold</sub>)</b>`,
+    element("div.row", {}, uncond[0], cond[0], mixed[0], where[0]));
+  return [made, k => {
+    for (const [name, [, canvas]] of Object.entries({x_0_uncond: uncond, x_0_cond: cond, x_0: mixed})) show(canvas, frame(stage.films[name], k));
+    show(where[1], heat(stage.films.guidance, k));
+  }];
+}
+
+// The whole stage in a column of its own.
+function stageView(stage) {
+  const parts = [apart, guess, together, level, stage.mask && putBack, stage.guided && guidance, stage.mass.length && words, Object.keys(stage.own).length && places];
+  const made = parts.filter(Boolean).map(part => part(stage));
+  const wait = element("p.wait");
+  const column = element("div.stage", {}, stage.name && element("h2", {}, stage.name), stage.name && element("p.prompt", {}, stage.prompt), wait, ...made.map(([shown]) => shown));
+  follow(at => {
+    const {k, begun} = placed(stage, at);
+    wait.textContent = begun ? "" : `begins at t = ${number(stage.steps[0].t, 4)}: its first step is shown`;
+    for (const [, update] of made) update(k);
+  });
+  return column;
+}

@@ -1,0 +1,62 @@
+// Puts the page together: what it is of, the bar that moves through time, the parts.
+
+function bar() {
+  const slider = element("input", {type: "range", min: 0, max: time.frames.length - 1, value: 0, id: "step", "aria-label": "step"});
+  const said = element("output", {id: "said"});
+  let playing = null;
+  const button = element("button", {type: "button", id: "play", title: "play (space)"}, "▶");
+  function play() {
+    if (playing) clearInterval(playing), playing = null;
+    else {
+      if (time.k === time.frames.length - 1) go(0);
+      playing = setInterval(() => time.k < time.frames.length - 1 ? go(time.k + 1) : play(), Math.max(80, Math.min(400, 9000 / time.frames.length)));
+    }
+    button.textContent = playing ? "❚❚" : "▶";
+  }
+  button.addEventListener("click", play);
+  slider.addEventListener("input", () => go(+slider.value));
+  const back = element("button", {type: "button", title: "back (arrow left)", onclick: () => go(time.k - 1)}, "‹");
+  const on = element("button", {type: "button", title: "on (arrow right)", onclick: () => go(time.k + 1)}, "›");
+  document.addEventListener("keydown", event => {
+    if (event.altKey || event.ctrlKey || event.metaKey) return;
+    const to = {ArrowLeft: time.k - 1, ArrowRight: time.k + 1, Home: 0, End: time.frames.length - 1}[event.key];
+    if (to !== undefined) go(to);
+    else if (event.key === " " && event.target.tagName !== "BUTTON") play();
+    else return;
+    event.preventDefault();
+  });
+  follow(k => {
+    slider.value = k;
+    said.textContent = time.frames[k].said;
+  });
+  document.getElementById("bar").append(back, button, on, slider, said);
+}
+
+function facts() {
+  const rows = Object.entries(data.facts).filter(([, value]) => value !== null && value !== "").map(([name, value]) =>
+    element("tr", {}, element("th", {}, name), element("td", {}, typeof value === "string" ? value : JSON.stringify(value))));
+  return element("details.card.full", {}, element("summary", {}, "All settings"), element("table", {}, ...rows));
+}
+
+function head() {
+  const last = data.stages[data.stages.length - 1], size = last && `${last.pixels[1]} × ${last.pixels[0]}`;
+  const told = last ? `${last.sampler}, guidance ${number(last.guidance)}, ${size}, seed ${data.facts.seed}` : "";
+  document.getElementById("head").append(element("div", {}, element("div.label", {}, data.kind || "How this picture was drawn"), element("h1", {}, data.title), element("p", {}, told)),
+    ...(last && !data.insertion ? [element("img", {src: last.picture, alt: "the finished picture"})] : []));
+}
+
+function start() {
+  const longest = data.stages.reduce((best, stage) => !best || stage.steps.length > best.steps.length ? stage : best, null);
+  if (longest) {
+    const count = longest.steps[longest.steps.length - 1].index + 1;
+    time.frames = longest.steps.map(step => ({t: step.t, said: `step ${step.index + 1} of ${count} · t ${number(step.t, 4)} · σ ${number(Math.sqrt((1 - step.alpha_bar) / step.alpha_bar))}`}));
+  }
+  head();
+  bar();
+  const main = document.getElementById("main");
+  if (data.stages.length) main.append(element("div.stages" + (data.stages.length > 1 ? ".two" : ""), {}, ...data.stages.map(stageView)));
+  main.append(facts());
+  go(0);
+}
+
+start();

@@ -1,0 +1,101 @@
+"""What a Recorder kept, as a page and a contact sheet show it: pictures of each quantity, maps of each token, numbers."""
+import torch
+import torch.nn.functional as F
+from PIL import Image
+
+from .. import images
+from .pictures import bytes_of, film, fit, preview, spread, uri
+
+DECODED = 6  # steps whose x_0 goes through the VAE
+
+
+@torch.no_grad()
+def decoded(recorder):
+    """({step: x_0 as a picture (3,H,W) in [-1,1]}, the linear map that they give)."""
+    x_0, vae = recorder.latents["x_0"], recorder.sdxl.vae
+    chosen = spread(len(x_0), DECODED)
+    made = {k: vae.decode(x_0[k][None].float().to(recorder.sdxl.device))[0].float().cpu() for k in chosen}
+    return made, fit(torch.stack([x_0[k].float() for k in chosen]), torch.stack(list(made.values())))
+
+
+def frames(recorder, colours):
+    """{quantity: uint8 frames, one a step}. Of the guided and the unguided prediction, what x_0 each would mean."""
+    made = {name: preview(recorder.stacked(name), colours) for name in recorder.latents}
+    if "eps_uncond" in recorder.latents:
+        ab = torch.tensor([s["alpha_bar"] for s in recorder.steps]).view(-1, 1, 1, 1)
+        a, s, x_t = ab.sqrt().clamp(min=1e-4), (1 - ab).sqrt(), recorder.stacked("x_t")
+        for name in ("uncond", "cond"):
+            made[f"x_0_{name}"] = preview((x_t - s * recorder.stacked(f"eps_{name}")) / a, colours)
+        difference = (recorder.stacked("eps_cond") - recorder.stacked("eps_uncond")).square().mean(1).sqrt()
+        made["guidance"] = bytes_of(difference, 0, float(difference.quantile(0.995)) if difference.numel() < 2 ** 24 else float(difference.max()))
+    return made
+
+
+def maps(recorder):
+    """Cross-attention: {level: (n, tokens, h, w) probabilities}, finest first, and "all", the mean of the levels, each by its own mean."""
+    if not recorder.cross or not recorder.cross[0]:
+        return {}
+    levels = {}
+    for n in sorted(recorder.cross[0], reverse=True):
+        h, w = recorder.shape(n)
+        levels[f"{w} × {h}"] = torch.stack([step[n] for step in recorder.cross]).float().movedim(-1, 1).unflatten(-1, (h, w))
+    finest = next(iter(levels.values())).shape[-2:]
+    even = [F.interpolate(m / m.mean((2, 3), keepdim=True).clamp(min=1e-9), finest, mode="bilinear", align_corners=False) for m in levels.values()]
+    return levels | ({"all": sum(even) / len(even)} if len(levels) > 1 else {})
+
+
+def films_of(level):
+    """(n, tokens, h, w) to a film for each token, the mean over the steps last, and the probabilities (low, high) of black and white."""
+    level = torch.cat([level, level.mean(0, keepdim=True)])
+    films, ranges = [], []
+    for token in level.unbind(1):
+        low, high = float(token.min()), float(token.max())
+        films.append(film(bytes_of(token, low, high)))
+        ranges.append([low, high])
+    return {"films": films, "range": ranges}
+
+
+def tokens(sdxl, prompt):
+    """The prompt as each tokenizer cuts it: [id, spelling] of every piece with start and end, and the words that did not fit."""
+    cut = []
+    for tokenizer in sdxl.tokenizers:
+        ids = tokenizer(prompt)
+        pieces = [[i, text] for i, text in tokenizer.pieces(prompt)][:75]
+        cut.append({"pieces": [[ids[0], "start"], *pieces, [ids[len(pieces) + 1], "end"]], "lost": tokenizer.lost(prompt)})
+    return cut
+
+
+def describe(recorder, name, picture, made, shown, levels):
+    """The stage as page/stage.js reads it. picture: what came of it; made: see decoded; shown: see frames; levels: see maps."""
+    steps = [dict(s, std={q: round(float(recorder.latents[q][k].float().std()), 4) for q in ("x_t", "eps", "x_0")}) for k, s in enumerate(recorder.steps)]
+    large = film(torch.stack([m.movedim(0, -1) for m in made.values()]).add(1).mul(127.5).round().clamp(0, 255).byte().numpy())
+    own = {}
+    for k, found in recorder.own.items():
+        for n, p in found.items():
+            h, w = recorder.shape(n)
+            level = own.setdefault(f"{w} × {h}", {"w": w, "h": h, "at": [], "src": []})
+            level["at"].append(k)
+            level["src"].append(uri(Image.fromarray(p.numpy())))
+    # How much of all attention goes to each token: the mean over the places, and over the levels.
+    mass = sum(level.mean((2, 3)) for key, level in levels.items() if key != "all") / max(len(levels) - ("all" in levels), 1)
+    return {"name": name, "prompt": recorder.prompt, "negative": recorder.negative, "sampler": recorder.sampler, "guidance": recorder.guidance,
+            "eta": recorder.eta, "guided": "eps_uncond" in recorder.latents, "steps": steps, "tokens": tokens(recorder.sdxl, recorder.prompt),
+            "films": {key: film(x) for key, x in shown.items()}, "decoded": large | {"at": list(made)}, "picture": uri(picture, picture.width <= 256),
+            "cross": {key: films_of(level) for key, level in levels.items()},
+            "mass": [[round(x, 5) for x in row] for row in mass.tolist()] if levels else [],
+            "own": own, "latent": recorder.size, "pixels": picture.size[::-1]}
+
+
+def contact(recorder, made, shown, levels):
+    """Rows of (label, picture) for sheets.sheet: each quantity, then each token's map, at a few steps."""
+    chosen = spread(len(recorder.steps), 8)
+    words = {"x_t": "x_t", "eps": "predicted noise", "x_0": "predicted x_0", "x_0_uncond": "x_0, unguided", "x_0_cond": "x_0, prompt alone",
+             "guidance": "where the prompt speaks"}
+    rows = [[(f"{words[q]}, t {recorder.steps[k]['t']:g}", Image.fromarray(shown[q][k])) for k in chosen] for q in words if q in shown]
+    rows.append([(f"decoded, t {recorder.steps[k]['t']:g}", images.to_image(x)) for k, x in made.items()])
+    level = next(iter(levels.values()), None) if "all" not in levels else levels["all"]
+    pieces = tokens(recorder.sdxl, recorder.prompt)[0]["pieces"]
+    for i, (_, text) in list(enumerate(pieces))[:-1][:16] if level is not None else ():
+        m = bytes_of(level[chosen, i], float(level[:, i].min()), float(level[:, i].max()))
+        rows.append([(f"{text!r}, t {recorder.steps[k]['t']:g}", Image.fromarray(m[j])) for j, k in enumerate(chosen)])
+    return rows
