@@ -28,6 +28,7 @@ def parse(argv):
     g.add_argument("--crop",       action=command.BooleanOptionalAction, help="work on a part around the mask, at full resolution (default: where the picture is large)")
     command.add_checkpoint(p)
     command.add_drawing(p)
+    command.add_inspect(p)
     args = p.parse_args(argv)
     if args.prompt is None:
         args.class_word = args.class_word or command.EXAMPLE["class_word"]
@@ -80,6 +81,7 @@ def places(out):
 def main(argv=None):
     args = parse(argv)
     result, folder = places(Path(args.out))
+    page = command.page_folder(args)
 
     import numpy as np
     import torch
@@ -104,15 +106,20 @@ def main(argv=None):
     def bar(steps):
         second = bool(image or started)
         started.append(second)
-        return command.progress(steps, len(grid(chosen["strength"] if second else 1.0)), "stage 2" if second else "stage 1")
+        return command.progress(watcher.follow(steps) if page else steps, len(grid(chosen["strength"] if second else 1.0)), "stage 2" if second else "stage 1")
 
+    if page:
+        from alchemy.report import placing
+        watcher = placing.Watcher(sdxl, args.prompt, args.class_word, args.token, [len(grid(1.0)), len(grid(chosen["strength"]))], image=image, mask=mask,
+                                  size=size, negative_prompt=args.negative_prompt, full=args.inspect_full, **command.drawing(args) | chosen)
     made = alchemy.insert(sdxl, args.prompt, args.class_word, args.token, image=image, mask=mask, seed=args.seed, size=args.size, crop=args.crop,
                           negative_prompt=args.negative_prompt, progress=bar, grid=args.grid, eta=args.eta, **chosen)
     second, edge = grid(chosen["strength"]), seam(made)
     command.say(f"stage 2 ran {command.ran(sdxl.schedule, second, chosen['steps'])}")
     command.say(f"changed {float((made.feathered > 0).float().mean()):.1%} of the picture; seam {edge:.2f} (the jump across the mask's edge over the scene's own)")
     facts = command.settings_of(args) | chosen | {"script": "insert.py", "size": size, "first_timestep": second[0][0], "box": made.box, "seam": round(edge, 4)}
-    command.wrote(*write(made, result, folder, facts))
+    paths = write(made, result, folder, facts)
+    command.wrote(*paths, *(placing.write_page(page, watcher, made, facts) if page else ()))
 
 
 if __name__ == "__main__":

@@ -49,7 +49,7 @@ def films_of(level):
     level = torch.cat([level, level.mean(0, keepdim=True)])
     films, ranges = [], []
     for token in level.unbind(1):
-        low, high = float(token.min()), float(token.max())
+        low, high = (float(x) for x in torch.quantile(token.flatten()[:2 ** 24], torch.tensor([0.0, 0.999])))  # a few brightest are cut
         films.append(film(bytes_of(token, low, high)))
         ranges.append([low, high])
     return {"films": films, "range": ranges}

@@ -23,7 +23,8 @@ function words(stage) {
   const levels = Object.keys(stage.cross), now = levels.map(level => tile("", `cross ${level}`)), mean = levels.map(level => tile("", `mean ${level}`));
   const strip = element("div.strip"), said = element("p.said");
   const cut = stage.tokens[0].pieces;
-  let token = Math.max(1, cut.length - 2), at = 0;
+  const share = i => stage.mass.reduce((sum, row) => sum + row[i], 0) / stage.mass.length;
+  let token = cut.map((_, i) => i).slice(1, -1).reduce((best, i) => share(i) > share(best) ? i : best, 1), at = 0;  // the one most looked at
   const chosen = [...new Set(Array.from({length: Math.min(10, stage.steps.length)}, (_, i, n = Math.min(10, stage.steps.length)) => Math.round(i * (stage.steps.length - 1) / Math.max(n - 1, 1))))];
 
   function update() {
@@ -35,7 +36,7 @@ function words(stage) {
       now[i][2].textContent = (level === "all" ? "all levels" : `level ${level}`) + ", this step";
       mean[i][2].textContent = `mean over the steps; dark to light: ${scale}`;
     }
-    said.textContent = `“${cut[token][1]}” gets ${percent(stage.mass[at][token])} of all attention at this step.`;
+    said.textContent = `“${cut[token][1]}” gets ${percent(stage.mass[at][token])} of all attention at this step, all ${cut.length} tokens together ${percent(stage.mass[at].reduce((sum, x) => sum + x, 0))}, the padding behind them the rest.`;
     for (const button of made.querySelectorAll(".chip")) button.setAttribute("aria-pressed", button.dataset.token == token);
     for (const [i, k] of chosen.entries()) strip.children[i].classList.toggle("now", k === at);
   }
@@ -52,9 +53,9 @@ function words(stage) {
   }
   const made = card(".full", "Which places look at which word",
     `In cross-attention each place of the picture spreads one unit of attention over the 77 tokens of the prompt. Pick a token: light places look at it.
-     Most goes to the start token, which says nothing: that is how a place looks away.
-     <b class="formula">softmax(<i>q k</i>ᵀ/√<i>d</i>)</b>, <i>q</i> from places, <i>k</i> from tokens; mean over the heads and layers of a level, told half of the batch.`,
-    chips(stage, pick), said, element("div.row", {}, ...now.map(([figure]) => figure)), element("div.row", {}, ...mean.map(([figure]) => figure)),
+     The start, the end and the padding say little; what goes there is how a place looks away.
+     <b class="formula">softmax(<i>q k</i>ᵀ/√<i>d</i>), <i>q</i> from places, <i>k</i> from tokens</b> Here: the mean over the heads and layers of a level, of the half of the batch that is told the prompt.`,
+    chips(stage, pick), said, element("div.pair", {}, element("div.row", {}, ...now.map(([figure]) => figure)), element("div.row", {}, ...mean.map(([figure]) => figure))),
     element("div.label", {}, "through the steps (click to go there)"), strip);
   pick(token);
   return [made, k => { at = k; update(); }];
@@ -94,6 +95,6 @@ function places(stage) {
   update();
   return [card(".full", "Which places look at which places",
     `In self-attention the places look at each other: this is how the left ear knows where the right one is. Pick a place in the picture; light is what it attends to,
-     each map by its own largest. <b class="formula">softmax(<i>q k</i>ᵀ/√<i>d</i>)</b>, <i>q</i> and <i>k</i> from places.`,
+     each map by its own largest. <b class="formula">softmax(<i>q k</i>ᵀ/√<i>d</i>), <i>q</i> and <i>k</i> from places</b>`,
     levels.length > 1 ? choice : null, element("div.places", {}, figure, shown)), () => {}];
 }

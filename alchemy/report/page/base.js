@@ -85,8 +85,8 @@ function coloured(map, under) {
     const row = Math.floor(y * map.height / h) * map.width;
     for (let x = 0; x < w; x++, i += 4) {
       const value = map.data[4 * (row + Math.floor(x * map.width / w))];
-      const colour = COLOURS[value], share = under ? 0.25 + 0.65 * value / 255 : 1;
-      const grey = under ? (under.data[i] + under.data[i + 1] + under.data[i + 2]) / 3 * 0.8 : 0;
+      const colour = COLOURS[value], share = under ? 0.3 + 0.6 * value / 255 : 1;
+      const grey = under ? (under.data[i] + under.data[i + 1] + under.data[i + 2]) / 3 * 0.6 : 0;
       for (let c = 0; c < 3; c++) made.data[i + c] = share * colour[c] + (1 - share) * grey;
       made.data[i + 3] = 255;
     }

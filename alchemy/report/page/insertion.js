@@ -1,0 +1,56 @@
+// insert.py's own: the scene put back at each step, how the mask came to be, the way back into the picture.
+
+// The pixels of a picture where a mask is light, or, with `outside`, where it is dark; elsewhere nothing.
+async function cut(film, k, outside) {
+  const pixels = await frame(film, k), mask = await frame(data.insertion.latent_mask, 0);
+  for (let i = 0; i < pixels.data.length; i += 4) pixels.data[i + 3] = outside ? 255 - mask.data[i] : mask.data[i];
+  return pixels;
+}
+
+function putBack(stage) {
+  const inside = tile("drawn by the model, inside the mask", "inside"), outside = tile("the scene at the noise just reached", "outside"), both = tile(`${X_PREV}, where the next step begins`, "x_prev blended");
+  const made = card("", "The scene is put back, at every step",
+    `What the model drew outside the mask <i>m</i> is thrown away; the known scene <i>k</i> takes its place, noised to the level that the step has just reached
+     with one and the same noise <i>n</i>. So the model always sees the subject in its true surroundings, and fits it to them.
+     <b class="formula">${X_PREV} ← <i>m</i> · ${X_PREV} + (1 − <i>m</i>) · (√ᾱ<sub>prev</sub> · <i>k</i> + √(1 − ᾱ<sub>prev</sub>) · <i>n</i>)</b>`, equation(inside, "+", outside, "=", both));
+  return [made, k => {
+    show(inside[1], cut(stage.films.x_prev, k, false));
+    show(outside[1], cut(stage.films.x_prev, k, true));
+    show(both[1], frame(stage.films.x_prev, k));
+  }];
+}
+
+// Before and after in one frame; the handle moves the border between them.
+function compare() {
+  const {scene, result, changed, outside, seam} = data.insertion;
+  const after = element("img", {src: result, alt: "the result"});
+  const slider = element("input", {type: "range", min: 0, max: 100, value: 50, "aria-label": "scene or result", id: "compare"});
+  const set = () => { after.style.clipPath = `inset(0 0 0 ${slider.value}%)`; };
+  slider.addEventListener("input", set);
+  set();
+  return element("section.card.hero", {}, element("div", {}, element("div.compare", {}, element("img", {src: scene, alt: "the scene"}), after), slider),
+    element("div", {}, element("h3", {}, "The scene, and the subject in it"),
+      element("p", {}, "Left of the handle the scene as it was, right of it the result. The unmodified model draws the scene with the class word; its own attention says where the class stands; there, and only there, the model with the LoRA draws the subject."),
+      element("dl.numbers", {}, ...[["may change", percent(changed)], ["largest difference outside", `${outside} of 255`], ["seam (1: none to be seen)", number(seam)]].map(([name, value]) =>
+        element("div", {}, element("dt", {}, name), element("dd", {}, value))))));
+}
+
+function maskMade() {
+  const tiles = data.insertion.mask.map((step, i) => {
+    const made = tile(`<b>${i + 1}. ${step.name}</b><br>${step.note}`, `mask ${i}`);
+    show(made[1], heat(step.film, 0));
+    return made[0];
+  });
+  return element("section.card", {}, element("h3", {}, "How the mask came to be"),
+    element("p", {}, "From the model's own attention to the region where something may change; no other network has a part in it."), element("div.row.four", {}, ...tiles));
+}
+
+function composite() {
+  const made = data.insertion, [figure, canvas] = tile(`<b>difference</b><br>|result − scene|; the lightest is ${made.most} of 255, outside the mask it is ${made.outside}`, "difference");
+  show(canvas, heat(made.difference, 0));
+  const shown = [["scene", "scene", "at its own resolution"], ["crop", "crop", `the part that was worked on, from (${made.box[1]}, ${made.box[0]}), ${made.box[3]} × ${made.box[2]} pixels, at the working size`],
+    ["drawn", "drawn", "what stage 2 made of it"], ["result", "result", "scene + feathered mask · (drawn − scene)"]];
+  return element("section.card", {}, element("h3", {}, "Back into the picture"),
+    element("p", {}, "The VAE changes every pixel a little, also where the latents stayed. So only what the feathered mask names is taken from it; the rest is the scene, to the bit."),
+    element("div.row", {}, ...shown.map(([key, name, note]) => element("figure", {}, element("img", {src: made[key], alt: name}), element("figcaption", {html: `<b>${name}</b><br>${note}`}))), figure));
+}

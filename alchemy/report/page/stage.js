@@ -16,7 +16,7 @@ function placed(stage, k) {
 function apart(stage) {
   const x_t = tile(`${X_T}, what the network sees`, "x_t"), x_0 = tile(`predicted ${X_0}`, "x_0"), eps = tile(`predicted noise ${EPS}`, "eps");
   const shown = equation(x_t, "=", x_0, "+", eps), signs = shown.querySelectorAll(".sign");
-  const made = card(".wide", "The network takes the picture apart",
+  const made = card("", "The network takes the picture apart",
     `It is shown ${X_T}, a mixture of picture and noise, and says which part is noise. What is left is its guess of the finished picture,
      ${X_0}. At the beginning the guess is a blur, the mean of all that could be meant.
      <b class="formula">${X_T} = √ᾱ · ${X_0} + √(1 − ᾱ) · ${EPS}</b>`, shown);
@@ -32,7 +32,7 @@ function together(stage) {
   const second = stage.sampler.startsWith("dpmpp");
   const x_prev = tile(`${X_PREV}, where the next step begins`, "x_prev"), x_0 = tile(`the same ${X_0}`, "x_0 again"), eps = tile(`the same ${EPS}`, "eps again");
   const shown = equation(x_prev, "=", x_0, "+", eps, ""), signs = shown.querySelectorAll(".sign");
-  const made = card(".wide", "The sampler puts it together again, with less noise",
+  const made = card("", "The sampler puts it together again, with less noise",
     `The same two parts, mixed for the next, cleaner level of noise. That is the whole of sampling; DDPM, DDIM and Euler differ only in how much
      of the noise is drawn anew (σ) and in the levels they visit.
      <b class="formula">${X_PREV} = √ᾱ<sub>prev</sub> · ${X_0} + √(1 − ᾱ<sub>prev</sub> − σ²) · ${EPS} + σ · <i>z</i></b>` +
@@ -60,7 +60,7 @@ function guess(stage) {
 
 // A curve over t from 0 to T with a dot for each step; the step shown stands out.
 function plot(stage, label, of, ticks) {
-  const W = 320, H = 120, left = 34, T = (data.alpha_bar.length - 1) * 10, values = data.alpha_bar.map(of).filter(isFinite);
+  const W = 320, H = 120, left = 34, T = data.alpha_bar.length * 10, values = data.alpha_bar.map(of).filter(isFinite);
   const low = Math.min(...values), high = Math.max(...values);
   const x = t => left + t / T * (W - left - 8), y = v => 8 + (high - Math.max(v, low)) / (high - low) * (H - 26);
   const line = data.alpha_bar.map((ab, i) => `${x(10 * i).toFixed(1)},${y(of(ab)).toFixed(1)}`).join(" ");
@@ -87,7 +87,7 @@ function level(stage) {
     const step = stage.steps[k], ab = step.alpha_bar;
     const rows = [["t", number(step.t, 4) + " → " + (step.t_prev == null ? "end" : number(step.t_prev, 4))], ["ᾱ", number(ab)], ["σ", number(Math.sqrt((1 - ab) / ab))],
       ["SNR", number(ab / (1 - ab))], ["std of ε", number(step.std.eps)], ["std of x₀", number(step.std.x_0)]];
-    numbers.replaceChildren(...rows.flatMap(([name, value]) => [element("dt", {}, name), element("dd", {}, value)]));
+    numbers.replaceChildren(...rows.map(([name, value]) => element("div", {}, element("dt", {}, name), element("dd", {}, value))));
     share[1](k), ratio[1](k);
   }];
 }
@@ -95,7 +95,7 @@ function level(stage) {
 function guidance(stage) {
   const uncond = tile(`${X_0} if told nothing`, "x_0_uncond"), cond = tile(`${X_0} if told the prompt`, "x_0_cond"), mixed = tile(`${X_0} guided: used`, "x_0 guided");
   const where = tile(`where the prompt speaks: |${EPS}<sub>told</sub> − ${EPS}<sub>untold</sub>|`, "guidance");
-  const made = card(".full", "Guidance",
+  const made = card("", "Guidance",
     `The network is asked twice, with the prompt and without (${stage.negative ? "that is, with the negative prompt" : "zeros"}), and the difference is
      exaggerated ${number(stage.guidance)} times. <b class="formula">${EPS} = ${EPS}<sub>untold</sub> + ${number(stage.guidance)} · (${EPS}<sub>told</sub> − ${EPS}<sub>untold</sub>)</b>`,
     element("div.row", {}, uncond[0], cond[0], mixed[0], where[0]));
@@ -107,10 +107,12 @@ function guidance(stage) {
 
 // The whole stage in a column of its own.
 function stageView(stage) {
-  const parts = [apart, guess, together, level, stage.mask && putBack, stage.guided && guidance, stage.mass.length && words, Object.keys(stage.own).length && places];
-  const made = parts.filter(Boolean).map(part => part(stage));
+  const made = [];
+  const these = (...parts) => parts.filter(Boolean).map(part => (made.push(part(stage)), made[made.length - 1][0]));
   const wait = element("p.wait");
-  const column = element("div.stage", {}, stage.name && element("h2", {}, stage.name), stage.name && element("p.prompt", {}, stage.prompt), wait, ...made.map(([shown]) => shown));
+  const column = element("div.stage", {}, stage.name && element("h2", {}, stage.name), stage.name && element("p.prompt", {}, stage.prompt), wait,
+    element("div.main", {}, ...these(apart, together, stage.mask && putBack, stage.guided && guidance)), element("div.side", {}, ...these(guess, level)),
+    ...these(stage.mass.length && words, Object.keys(stage.own).length && places));
   follow(at => {
     const {k, begun} = placed(stage, at);
     wait.textContent = begun ? "" : `begins at t = ${number(stage.steps[0].t, 4)}: its first step is shown`;

@@ -54,7 +54,12 @@ function start() {
   head();
   bar();
   const main = document.getElementById("main");
+  if (data.insertion) {
+    data.stages[data.stages.length - 1].mask = true;
+    main.append(compare());
+  }
   if (data.stages.length) main.append(element("div.stages" + (data.stages.length > 1 ? ".two" : ""), {}, ...data.stages.map(stageView)));
+  if (data.insertion) main.append(maskMade(), composite());
   main.append(facts());
   go(0);
 }
