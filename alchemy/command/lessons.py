@@ -1,5 +1,5 @@
 """What train.py teaches: pictures and prompts, encoded once, and the loss of a step. With --check, one picture stands for all of them."""
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Callable
 
@@ -13,10 +13,12 @@ UNRELATED = "a photo of a car"
 
 @dataclass(frozen=True)
 class Lesson:
-    """prompts[prompt]: its Conditioning, of one, None's too. shown: the prompts of previews. loss_of(step, part): see alchemy.train.train."""
+    """prompts[prompt]: its Conditioning, of one, None's too. shown: the prompts of previews. loss_of(step, part): see alchemy.train.train.
+    error_at(t): the plain error, with no weight and no prior, of the very first batch at timestep t."""
     prompts: object
     shown: list
     loss_of: Callable
+    error_at: Callable
 
 
 def live(args):
@@ -52,6 +54,14 @@ def told(args, sdxl, prompts):
     return {prompt: Conditioning(*(part.cpu() for part in c.parts())) for prompt, c in made.items()}
 
 
+def at_timestep(sdxl, draw, prompts):
+    """The error_at of a Lesson."""
+    def error(t):
+        batch = draw(0, 0)
+        return float(errors(sdxl, replace(batch, t=batch.t * 0 + t), prompts, 0).mean())
+    return error
+
+
 def encoded(args, sdxl, pictures):
     """(path, caption, (H,W) of the crops) of each picture to data.Photos, in order."""
     def one(path, caption, size):
@@ -71,12 +81,13 @@ def subject(args, sdxl, pictures):
     command.say(f"{len(pictures)} photos, {prompt!r}, kept apart from {of_class!r} with weight {args.prior_weight:g}" +
                 (f", by {args.class_pictures} pictures of it" if drawn else ""))
     draw = data.stream(sdxl, photos, args.size, args.seed, args.batch, args.accumulation)
-    shown = [prompt, of_class, UNRELATED]
+    shown, error_at = [prompt, of_class, UNRELATED], at_timestep(sdxl, draw, prompts)
     if drawn is None:
-        return Lesson(prompts, shown, lambda step, part: loss(sdxl, draw(step, part), prompts, of_class, args.prior_weight, args.snr_gamma))
+        return Lesson(prompts, shown, lambda step, part: loss(
+            sdxl, draw(step, part), prompts, of_class, args.prior_weight, args.snr_gamma), error_at)
     beside = data.stream(sdxl, drawn, args.size, args.seed + prior.FIRST_SEED, args.batch, args.accumulation)  # with noise of their own
     return Lesson(prompts, shown, lambda step, part: prior.loss(
-        sdxl, draw(step, part), beside(step, part), prompts, args.prior_weight, args.snr_gamma))
+        sdxl, draw(step, part), beside(step, part), prompts, args.prior_weight, args.snr_gamma), error_at)
 
 
 def inversion(args, sdxl, pictures):
@@ -90,7 +101,7 @@ def inversion(args, sdxl, pictures):
     changing = told(args, sdxl, prompts)
     draw = textual_inversion.stream(data.stream(sdxl, photos, args.size, args.seed, args.batch, args.accumulation), prompts, args.seed)
     return Lesson(changing, [prompts[0], prompts[0].replace(args.token, word), UNRELATED],
-                  lambda step, part: errors(sdxl, draw(step, part), changing, args.snr_gamma).mean())
+                  lambda step, part: errors(sdxl, draw(step, part), changing, args.snr_gamma).mean(), at_timestep(sdxl, draw, changing))
 
 
 def class_photos(args, sdxl, prompt):
@@ -111,4 +122,5 @@ def captioned(args, sdxl, pictures):
     shapes = ", ".join(f"{sizes.count((h, w))} of {w}x{h}" for h, w in sorted(set(sizes)))
     command.say(f"{len(pictures)} pictures with {len(texts)} captions: {shapes}")
     draw = captions.stream(sdxl, buckets, args.seed, args.batch, args.accumulation, args.caption_dropout)
-    return Lesson(prompts, texts[:3], lambda step, part: errors(sdxl, draw(step, part), prompts, args.snr_gamma).mean())
+    return Lesson(prompts, texts[:3], lambda step, part: errors(sdxl, draw(step, part), prompts, args.snr_gamma).mean(),
+                  at_timestep(sdxl, draw, prompts))

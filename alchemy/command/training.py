@@ -118,7 +118,7 @@ def resumed(args, path):
 
 
 def main(args):
-    out = command.folder(args.out)
+    out, page = command.folder(args.out), None if args.check else command.page_folder(args)
     sdxl = command.load(args)
     complete(args, sdxl)
     if args.method == "full" and Path(args.weights).is_file() and not args.config:
@@ -149,17 +149,24 @@ def main(args):
     if not args.resume:
         results.clear(args)
     save_json(command.settings_of(args), out / "settings.json")
-    ended = steps(args, out, sdxl, lesson, state)
+    watcher = None
+    if page:
+        from ..report import teaching
+        watcher = teaching.Watcher(sdxl, lesson.error_at, args.steps, state.step)
+    ended = steps(args, out, sdxl, lesson, state, watcher)
     if ended:
         command.say(f"stopped after step {state.step}; the same command with --resume goes on")
         sys.exit(128 + ended)
     finish(args, out, sdxl, lesson, state)
+    if page:
+        command.wrote(*teaching.write_page(page, watcher, state.losses, list(lesson.prompts)[0], command.settings_of(args), args.inspect_full))
 
 
-def steps(args, out, sdxl, lesson, state):
+def steps(args, out, sdxl, lesson, state, watcher=None):
     """The loop with its bar, previews and states. Returns the signal that ended it, or None."""
     stop, rows, path = Stop(), [], out / "state.safetensors"
     running = train(sdxl, state, lesson.loss_of, steps=args.steps, accumulation=args.accumulation, warmup=args.warmup)
+    running = watcher.follow(running) if watcher else running
     every = args.save_every or (None if args.method == "full" else 100)  # of SDXL's whole UNet, a state has 31 GB
     if every and not path.exists():
         state.save(path, {"kind": args.method})  # so that there is a good one, whatever comes
@@ -173,6 +180,8 @@ def steps(args, out, sdxl, lesson, state):
                 if not rows and (out / "preview.png").exists():  # of before a stop: the sheet starts anew, that one stays beside it
                     (out / "preview.png").rename(command.free_path(out / "preview.png"))
                 rows.append(preview(args, sdxl, lesson, step))
+                if watcher:
+                    watcher.previews[step] = rows[-1]
                 page = sheets.sheet(rows + [[("loss", sheets.curve(state.losses))]])
                 png.save(page, out / "preview.png", command.settings_of(args))
     except FloatingPointError as error:

@@ -27,10 +27,10 @@ def inspect(sdxl, prompt, folder, *, size=None, seed=0, negative_prompt=None, fu
     return picture, write(folder, prompt, [("", recorder, picture)], {"prompt": prompt, "seed": seed, "size": size} | options)
 
 
-def write(folder, title, stages, facts, more=None, rows=None):
+def write(folder, title, stages, facts, more=None, rows=None, arrays=None):
     """The page of some stages, (name, Recorder, picture) each, in a folder; returns the paths. more: what else page/start.js reads;
-    rows: of a further contact sheet."""
-    folder, data, sheets, arrays = Path(folder), [], {}, {}
+    rows: of a further contact sheet; arrays: {file: tensors} beside those that the Recorders were to keep in full."""
+    folder, data, sheets, arrays = Path(folder), [], {}, dict(arrays or {})
     folder.mkdir(parents=True, exist_ok=True)
     for number, (name, recorder, picture) in enumerate(stages, 1):
         made, colours = stage.decoded(recorder)

@@ -30,7 +30,7 @@ class Recorder:
         self.sdxl, self.prompt, self.negative, self.full = sdxl, prompt, negative_prompt, full
         self.sampler, self.guidance = sampler, guidance
         self.eta = samplers.find(sampler).eta if eta is None else eta
-        self.kept, self.size, self.seen = spread(total, MOST_STEPS), None, {}
+        self.total, self.kept, self.size, self.seen = total, spread(total, MOST_STEPS), None, {}
         self.looks = [1 + k for k in spread(total - 1, LOOKS)] if total > 1 else []  # before the first step the latents' size is not known
         self.looks = sorted({min(self.kept, key=lambda k: abs(k - look)) for look in self.looks})
         self.words = min(75, len(sdxl.tokenizers[0].pieces(prompt))) + 2  # with the start and the end

@@ -1,4 +1,5 @@
 """What a Recorder kept, as a page and a contact sheet show it: pictures of each quantity, maps of each token, numbers."""
+import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image
@@ -20,7 +21,12 @@ def decoded(recorder):
 
 def frames(recorder, colours):
     """{quantity: uint8 frames, one a step}. Of the guided and the unguided prediction, what x_0 each would mean."""
-    made = {name: preview(recorder.stacked(name), colours) for name in recorder.latents}
+    made = {name: preview(recorder.stacked(name), colours) for name in ("x_t", "x_0", "eps")}
+    x_prev = recorder.stacked("x_prev")
+    if len(recorder.steps) == recorder.total:  # each is the next x_t: only the last is new
+        made["x_t"] = np.concatenate([made["x_t"], preview(x_prev[-1:], colours)])
+    else:
+        made["x_prev"] = preview(x_prev, colours)
     if "eps_uncond" in recorder.latents:
         ab = torch.tensor([s["alpha_bar"] for s in recorder.steps]).view(-1, 1, 1, 1)
         a, s, x_t = ab.sqrt().clamp(min=1e-4), (1 - ab).sqrt(), recorder.stacked("x_t")

@@ -23,8 +23,8 @@ function words(stage) {
   const levels = Object.keys(stage.cross), now = levels.map(level => tile("", `cross ${level}`)), mean = levels.map(level => tile("", `mean ${level}`));
   const strip = element("div.strip"), said = element("p.said");
   const cut = stage.tokens[0].pieces;
-  const share = i => stage.mass.reduce((sum, row) => sum + row[i], 0) / stage.mass.length;
-  let token = cut.map((_, i) => i).slice(1, -1).reduce((best, i) => share(i) > share(best) ? i : best, 1), at = 0;  // the one most looked at
+  const peak = i => stage.cross[levels[0]].range[i][1];
+  let token = cut.map((_, i) => i).slice(1, -1).reduce((best, i) => peak(i) > peak(best) ? i : best, 1), at = 0;  // the one with the clearest place
   const chosen = [...new Set(Array.from({length: Math.min(10, stage.steps.length)}, (_, i, n = Math.min(10, stage.steps.length)) => Math.round(i * (stage.steps.length - 1) / Math.max(n - 1, 1))))];
 
   function update() {

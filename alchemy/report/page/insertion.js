@@ -14,9 +14,9 @@ function putBack(stage) {
      with one and the same noise <i>n</i>. So the model always sees the subject in its true surroundings, and fits it to them.
      <b class="formula">${X_PREV} ← <i>m</i> · ${X_PREV} + (1 − <i>m</i>) · (√ᾱ<sub>prev</sub> · <i>k</i> + √(1 − ᾱ<sub>prev</sub>) · <i>n</i>)</b>`, equation(inside, "+", outside, "=", both));
   return [made, k => {
-    show(inside[1], cut(stage.films.x_prev, k, false));
-    show(outside[1], cut(stage.films.x_prev, k, true));
-    show(both[1], frame(stage.films.x_prev, k));
+    show(inside[1], next(stage, k, (film, k) => cut(film, k, false)));
+    show(outside[1], next(stage, k, (film, k) => cut(film, k, true)));
+    show(both[1], next(stage, k));
   }];
 }
 

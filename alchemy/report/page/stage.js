@@ -36,15 +36,20 @@ function together(stage) {
     `The same two parts, mixed for the next, cleaner level of noise. That is the whole of sampling; DDPM, DDIM and Euler differ only in how much
      of the noise is drawn anew (σ) and in the levels they visit.
      <b class="formula">${X_PREV} = √ᾱ<sub>prev</sub> · ${X_0} + √(1 − ᾱ<sub>prev</sub> − σ²) · ${EPS} + σ · <i>z</i></b>` +
-    (second ? ` DPM-Solver++(2M) steps towards an ${X_0} extrapolated from its last two guesses: the picture on the left is its own, the mixture on the right nearly so.` : "") +
-    (stage.mask ? ` Outside the mask, ${X_PREV} is then replaced: see below.` : ""), shown);
+    (second ? ` DPM-Solver++(2M) steps towards an ${X_0} extrapolated from its last two guesses: the picture on the left is its own, the mixture on the right nearly so.` : ""), shown);
   return [made, k => {
     const {alpha_bar_prev: ab, sigma} = stage.steps[k];
     signs[0].innerHTML = `=<br>${Math.sqrt(ab).toFixed(3)} ×`;
     signs[1].innerHTML = `+<br>${Math.sqrt(Math.max(1 - ab - sigma ** 2, 0)).toFixed(3)} ×`;
     signs[2].innerHTML = sigma ? `+<br>${sigma.toFixed(3)} × <i>z</i>` : "";
-    for (const [name, [, canvas]] of Object.entries({x_prev, x_0, eps})) show(canvas, frame(stage.films[name], k));
+    for (const [name, [, canvas]] of Object.entries({x_0, eps})) show(canvas, frame(stage.films[name], k));
+    show(x_prev[1], next(stage, k));
   }];
+}
+
+// The frame of x_prev: where no step was left out, it is the next step's x_t, and not told twice.
+function next(stage, k, of = frame) {
+  return stage.films.x_prev ? of(stage.films.x_prev, k) : of(stage.films.x_t, k + 1);
 }
 
 function guess(stage) {
@@ -109,13 +114,13 @@ function guidance(stage) {
 function stageView(stage) {
   const made = [];
   const these = (...parts) => parts.filter(Boolean).map(part => (made.push(part(stage)), made[made.length - 1][0]));
-  const wait = element("p.wait");
-  const column = element("div.stage", {}, stage.name && element("h2", {}, stage.name), stage.name && element("p.prompt", {}, stage.prompt), wait,
-    element("div.main", {}, ...these(apart, together, stage.mask && putBack, stage.guided && guidance)), element("div.side", {}, ...these(guess, level)),
+  const wait = element("span.wait");
+  const column = element("div.stage", {}, stage.name && element("h2", {}, stage.name), element("p.prompt", {}, stage.name && stage.prompt + " ", wait),
+    element("div.main", {}, ...these(apart, together, stage.guided && guidance, stage.mask && putBack)), element("div.side", {}, ...these(guess, level)),
     ...these(stage.mass.length && words, Object.keys(stage.own).length && places));
   follow(at => {
     const {k, begun} = placed(stage, at);
-    wait.textContent = begun ? "" : `begins at t = ${number(stage.steps[0].t, 4)}: its first step is shown`;
+    wait.textContent = begun ? "" : `· begins at t = ${number(stage.steps[0].t, 4)}: its first step is shown`;
     for (const [, update] of made) update(k);
   });
   return column;

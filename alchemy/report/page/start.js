@@ -40,7 +40,8 @@ function facts() {
 
 function head() {
   const last = data.stages[data.stages.length - 1], size = last && `${last.pixels[1]} × ${last.pixels[0]}`;
-  const told = last ? `${last.sampler}, guidance ${number(last.guidance)}, ${size}, seed ${data.facts.seed}` : "";
+  const {method, steps, rank, seed, learning_rate: rate} = data.facts;
+  const told = last ? `${last.sampler}, guidance ${number(last.guidance)}, ${size}, seed ${seed}` : `${method}, ${steps} steps, rank ${rank}, learning rate ${rate}, seed ${seed}`;
   document.getElementById("head").append(element("div", {}, element("div.label", {}, data.kind || "How this picture was drawn"), element("h1", {}, data.title), element("p", {}, told)),
     ...(last && !data.insertion ? [element("img", {src: last.picture, alt: "the finished picture"})] : []));
 }
@@ -51,6 +52,10 @@ function start() {
     const count = longest.steps[longest.steps.length - 1].index + 1;
     time.frames = longest.steps.map(step => ({t: step.t, said: `step ${step.index + 1} of ${count} · t ${number(step.t, 4)} · σ ${number(Math.sqrt((1 - step.alpha_bar) / step.alpha_bar))}`}));
   }
+  if (data.training) {
+    const {moments, losses} = data.training;
+    time.frames = moments.map(step => ({said: `after step ${step} of ${losses.length}`}));
+  }
   head();
   bar();
   const main = document.getElementById("main");
@@ -59,6 +64,7 @@ function start() {
     main.append(compare());
   }
   if (data.stages.length) main.append(element("div.stages" + (data.stages.length > 1 ? ".two" : ""), {}, ...data.stages.map(stageView)));
+  if (data.training) main.append(trainingView());
   if (data.insertion) main.append(maskMade(), composite());
   main.append(facts());
   go(0);
