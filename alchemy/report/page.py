@@ -8,6 +8,7 @@ from .. import loop, samplers
 from ..files import replace, save_tensors
 from ..formats import png
 from . import stage
+from .pictures import fit
 from .record import Recorder
 from .sheets import sheet
 
@@ -32,8 +33,9 @@ def write(folder, title, stages, facts, more=None, rows=None, arrays=None):
     rows: of a further contact sheet; arrays: {file: tensors} beside those that the Recorders were to keep in full."""
     folder, data, sheets, arrays = Path(folder), [], {}, dict(arrays or {})
     folder.mkdir(parents=True, exist_ok=True)
-    for number, (name, recorder, picture) in enumerate(stages, 1):
-        made, colours = stage.decoded(recorder)
+    decoded = [stage.decoded(recorder) for _, recorder, _ in stages]
+    colours = fit([(stages[i][1].latents["x_0"][k], x) for i, made in enumerate(decoded) for k, x in made.items()]) if stages else None
+    for number, ((name, recorder, picture), made) in enumerate(zip(stages, decoded), 1):
         shown, levels = stage.frames(recorder, colours), stage.maps(recorder)
         data.append(stage.describe(recorder, name, picture, made, shown, levels))
         file = "steps" if len(stages) == 1 else f"stage-{number}"

@@ -9,13 +9,11 @@ import torch.nn.functional as F
 from PIL import Image
 
 
-def fit(latents, pictures):
-    """The linear map (5,3) from latents (n,4,h,w) and a 1 to pictures (n,3,H,W) in [-1,1], reduced to (h,w): least squares over all places.
-
-    It is made from a run's own latents and their decoded pictures, and so knows every VAE.
-    """
-    small = F.interpolate(pictures.double(), latents.shape[-2:], mode="area")
-    return torch.linalg.lstsq(with_one(latents), small.movedim(1, -1).flatten(0, 2)).solution
+def fit(pairs):
+    """The linear map (5,3) from latents (4,h,w) and a 1 to pictures (3,H,W) in [-1,1], reduced to (h,w): least squares over all places of
+    all pairs (latents, picture). Made from a run's own latents and what they decode to, it fits every VAE."""
+    small = [F.interpolate(picture[None].double(), x.shape[-2:], mode="area")[0].flatten(1).T for x, picture in pairs]
+    return torch.linalg.lstsq(torch.cat([with_one(x[None]) for x, _ in pairs]), torch.cat(small)).solution
 
 
 def with_one(latents):
@@ -47,7 +45,7 @@ def film(frames):
     page = np.zeros((rows * h, columns * w, *frames.shape[3:]), dtype=np.uint8)
     for k, frame in enumerate(frames):
         page[k // columns * h:k // columns * h + h, k % columns * w:k % columns * w + w] = frame
-    return {"src": uri(Image.fromarray(page), exact=max(h, w) <= 64), "n": n, "columns": columns, "w": w, "h": h}
+    return {"src": uri(Image.fromarray(page), exact=max(h, w) <= 32), "n": n, "columns": columns, "w": w, "h": h}
 
 
 def uri(picture, exact=True):

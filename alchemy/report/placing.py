@@ -27,6 +27,8 @@ class Watcher:
         prompts = {"Stage 1: the scene, unmodified model": prompt, "Stage 2: the subject, with the LoRA": with_token(prompt, class_word, token)}
         stages = [(name, Recorder(sdxl, told, total, **options)) for (name, told), total in zip(prompts.items(), totals)]
         self.stages, self.begun = stages[1:] if image else stages, 0
+        for _, recorder in self.stages:
+            recorder.focus = positions(sdxl, recorder.prompt, class_word)[0]
         if mask is None:
             size = working_size(sdxl, image.size[::-1]) if image else size
             window = () if image else (len(sdxl.schedule.alpha_bar), sdxl.defaults["window"])
@@ -52,7 +54,7 @@ def mask_stages(watcher, made, threshold):
     large = F.interpolate(spread[None, None].float().cpu(), (h, w), mode="bicubic", align_corners=False)[0, 0].clamp(0, 1)
     soft = to_pixels(spread, made.scene)
     rough = soft >= threshold
-    return [("cross-attention", "how much each place looks at the class word, mean of all levels and steps", raw.cpu()),
+    return [("cross-attention", "how much each place looks at the class word: the mean of all levels, and of the steps that count", raw.cpu()),
             ("times self-attention", "places that belong together share it: <i>A</i><sub>self</sub> · <i>m</i>", spread.cpu()),
             ("enlarged", "to the picture's size, bicubic", large),
             ("edge-aware", "a guided filter moves its edges to the picture's (He et al. 2010): <i>a · I + b</i> in each window", soft),

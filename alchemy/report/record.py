@@ -28,7 +28,7 @@ class Recorder:
 
     def __init__(self, sdxl, prompt, total, *, negative_prompt=None, full=False, sampler="euler", guidance=5.0, eta=None, **_):
         self.sdxl, self.prompt, self.negative, self.full = sdxl, prompt, negative_prompt, full
-        self.sampler, self.guidance = sampler, guidance
+        self.sampler, self.guidance, self.focus = sampler, guidance, None  # focus: the token to be shown first
         self.eta = samplers.find(sampler).eta if eta is None else eta
         self.total, self.kept, self.size, self.seen = total, spread(total, MOST_STEPS), None, {}
         self.looks = [1 + k for k in spread(total - 1, LOOKS)] if total > 1 else []  # before the first step the latents' size is not known

@@ -5,18 +5,16 @@ import torch.nn.functional as F
 from PIL import Image
 
 from .. import images
-from .pictures import bytes_of, film, fit, preview, spread, uri
+from .pictures import bytes_of, film, preview, spread, uri
 
 DECODED = 6  # steps whose x_0 goes through the VAE
 
 
 @torch.no_grad()
 def decoded(recorder):
-    """({step: x_0 as a picture (3,H,W) in [-1,1]}, the linear map that they give)."""
+    """{step: x_0 as a picture (3,H,W) in [-1,1]} of a few steps."""
     x_0, vae = recorder.latents["x_0"], recorder.sdxl.vae
-    chosen = spread(len(x_0), DECODED)
-    made = {k: vae.decode(x_0[k][None].float().to(recorder.sdxl.device))[0].float().cpu() for k in chosen}
-    return made, fit(torch.stack([x_0[k].float() for k in chosen]), torch.stack(list(made.values())))
+    return {k: vae.decode(x_0[k][None].float().to(recorder.sdxl.device))[0].float().cpu() for k in spread(len(x_0), DECODED)}
 
 
 def frames(recorder, colours):
@@ -84,7 +82,7 @@ def describe(recorder, name, picture, made, shown, levels):
             level["src"].append(uri(Image.fromarray(p.numpy())))
     # How much of all attention goes to each token: the mean over the places, and over the levels.
     mass = sum(level.mean((2, 3)) for key, level in levels.items() if key != "all") / max(len(levels) - ("all" in levels), 1)
-    return {"name": name, "prompt": recorder.prompt, "negative": recorder.negative, "sampler": recorder.sampler, "guidance": recorder.guidance,
+    return {"name": name, "focus": recorder.focus, "prompt": recorder.prompt, "negative": recorder.negative, "sampler": recorder.sampler, "guidance": recorder.guidance,
             "eta": recorder.eta, "guided": "eps_uncond" in recorder.latents, "steps": steps, "tokens": tokens(recorder.sdxl, recorder.prompt),
             "films": {key: film(x) for key, x in shown.items()}, "decoded": large | {"at": list(made)}, "picture": uri(picture, picture.width <= 256),
             "cross": {key: films_of(level) for key, level in levels.items()},

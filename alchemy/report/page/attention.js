@@ -24,7 +24,7 @@ function words(stage) {
   const strip = element("div.strip"), said = element("p.said");
   const cut = stage.tokens[0].pieces;
   const peak = i => stage.cross[levels[0]].range[i][1];
-  let token = cut.map((_, i) => i).slice(1, -1).reduce((best, i) => peak(i) > peak(best) ? i : best, 1), at = 0;  // the one with the clearest place
+  let token = stage.focus || cut.map((_, i) => i).slice(1, -1).reduce((best, i) => peak(i) > peak(best) ? i : best, 1), at = 0;  // else the one with the clearest place
   const chosen = [...new Set(Array.from({length: Math.min(10, stage.steps.length)}, (_, i, n = Math.min(10, stage.steps.length)) => Math.round(i * (stage.steps.length - 1) / Math.max(n - 1, 1))))];
 
   function update() {
@@ -77,7 +77,7 @@ function places(stage) {
       show(tiles[i][1], Promise.resolve(coloured({width: w, height: h, data: row}, under)));
     }
     shown.replaceChildren(...tiles.map(([f]) => f));
-    choice.replaceChildren(...levels.map(l => element("button.chip", {type: "button", "aria-pressed": l === level, onclick: () => { level = l; update(); }}, element("b", {}, `level ${l}`))));
+    choice.replaceChildren(...levels.map(l => element("button.chip", {type: "button", "aria-pressed": String(l === level), onclick: () => { level = l; update(); }}, element("b", {}, `level ${l}`))));
     const image = await picture(stage.picture), context = canvas.getContext("2d");
     canvas.width = image.width, canvas.height = image.height;
     context.drawImage(image, 0, 0);

@@ -13,11 +13,13 @@ function putBack(stage) {
     `What the model drew outside the mask <i>m</i> is thrown away; the known scene <i>k</i> takes its place, noised to the level that the step has just reached
      with one and the same noise <i>n</i>. So the model always sees the subject in its true surroundings, and fits it to them.
      <b class="formula">${X_PREV} ← <i>m</i> · ${X_PREV} + (1 − <i>m</i>) · (√ᾱ<sub>prev</sub> · <i>k</i> + √(1 − ᾱ<sub>prev</sub>) · <i>n</i>)</b>`, equation(inside, "+", outside, "=", both));
-  return [made, k => {
+  follow(at => {
+    const {k} = placed(stage, at);
     show(inside[1], next(stage, k, (film, k) => cut(film, k, false)));
     show(outside[1], next(stage, k, (film, k) => cut(film, k, true)));
     show(both[1], next(stage, k));
-  }];
+  });
+  return made;
 }
 
 // Before and after in one frame; the handle moves the border between them.

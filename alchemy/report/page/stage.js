@@ -19,6 +19,7 @@ function apart(stage) {
   const made = card("", "The network takes the picture apart",
     `It is shown ${X_T}, a mixture of picture and noise, and says which part is noise. What is left is its guess of the finished picture,
      ${X_0}. At the beginning the guess is a blur, the mean of all that could be meant.
+     (All these pictures are ${stage.latent[1]} × ${stage.latent[0]} latents, in colours by a linear map that was fitted to this run.)
      <b class="formula">${X_T} = √ᾱ · ${X_0} + √(1 − ᾱ) · ${EPS}</b>`, shown);
   return [made, k => {
     const ab = stage.steps[k].alpha_bar;
@@ -55,7 +56,7 @@ function next(stage, k, of = frame) {
 function guess(stage) {
   const [figure, canvas, words] = tile("", "decoded");
   const made = card("", "Through the VAE", `The guess ${X_0} as pixels: the decoder's picture, made at ${stage.decoded.at.length} of the steps
-    (the nearest is shown). All small pictures here are ${stage.latent[1]} × ${stage.latent[0]} latents seen through a linear map to red, green and blue, fitted to this run.`, figure);
+    (the nearest is shown).`, figure);
   return [made, k => {
     const near = stage.decoded.at.reduce((best, at, i) => Math.abs(at - k) < Math.abs(stage.decoded.at[best] - k) ? i : best, 0);
     words.textContent = `decoded at step ${stage.steps[stage.decoded.at[near]].index + 1}`;
@@ -90,7 +91,7 @@ function level(stage) {
   const made = card("", "Where on the curve", "How much noise there is at timestep t is fixed beforehand. Each dot is a step.", numbers, share[0], ratio[0]);
   return [made, k => {
     const step = stage.steps[k], ab = step.alpha_bar;
-    const rows = [["t", number(step.t, 4) + " → " + (step.t_prev == null ? "end" : number(step.t_prev, 4))], ["ᾱ", number(ab)], ["σ", number(Math.sqrt((1 - ab) / ab))],
+    const rows = [["t", number(step.t, 4) + "→" + (step.t_prev == null ? "end" : number(step.t_prev, 4))], ["ᾱ", number(ab)], ["σ", number(Math.sqrt((1 - ab) / ab))],
       ["SNR", number(ab / (1 - ab))], ["std of ε", number(step.std.eps)], ["std of x₀", number(step.std.x_0)]];
     numbers.replaceChildren(...rows.map(([name, value]) => element("div", {}, element("dt", {}, name), element("dd", {}, value))));
     share[1](k), ratio[1](k);
@@ -99,11 +100,11 @@ function level(stage) {
 
 function guidance(stage) {
   const uncond = tile(`${X_0} if told nothing`, "x_0_uncond"), cond = tile(`${X_0} if told the prompt`, "x_0_cond"), mixed = tile(`${X_0} guided: used`, "x_0 guided");
-  const where = tile(`where the prompt speaks: |${EPS}<sub>told</sub> − ${EPS}<sub>untold</sub>|`, "guidance");
+  const where = tile("where the two differ", "guidance");
   const made = card("", "Guidance",
     `The network is asked twice, with the prompt and without (${stage.negative ? "that is, with the negative prompt" : "zeros"}), and the difference is
      exaggerated ${number(stage.guidance)} times. <b class="formula">${EPS} = ${EPS}<sub>untold</sub> + ${number(stage.guidance)} · (${EPS}<sub>told</sub> − ${EPS}<sub>untold</sub>)</b>`,
-    element("div.row", {}, uncond[0], cond[0], mixed[0], where[0]));
+    element("div.row.four", {}, uncond[0], cond[0], mixed[0], where[0]));
   return [made, k => {
     for (const [name, [, canvas]] of Object.entries({x_0_uncond: uncond, x_0_cond: cond, x_0: mixed})) show(canvas, frame(stage.films[name], k));
     show(where[1], heat(stage.films.guidance, k));
@@ -116,7 +117,7 @@ function stageView(stage) {
   const these = (...parts) => parts.filter(Boolean).map(part => (made.push(part(stage)), made[made.length - 1][0]));
   const wait = element("span.wait");
   const column = element("div.stage", {}, stage.name && element("h2", {}, stage.name), element("p.prompt", {}, stage.name && stage.prompt + " ", wait),
-    element("div.main", {}, ...these(apart, together, stage.guided && guidance, stage.mask && putBack)), element("div.side", {}, ...these(guess, level)),
+    element("div.main", {}, ...these(apart, together, stage.guided && guidance)), element("div.side", {}, ...these(guess, level)),
     ...these(stage.mass.length && words, Object.keys(stage.own).length && places));
   follow(at => {
     const {k, begun} = placed(stage, at);

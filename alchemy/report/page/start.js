@@ -59,13 +59,10 @@ function start() {
   head();
   bar();
   const main = document.getElementById("main");
-  if (data.insertion) {
-    data.stages[data.stages.length - 1].mask = true;
-    main.append(compare());
-  }
+  if (data.insertion) main.append(compare());
   if (data.stages.length) main.append(element("div.stages" + (data.stages.length > 1 ? ".two" : ""), {}, ...data.stages.map(stageView)));
   if (data.training) main.append(trainingView());
-  if (data.insertion) main.append(maskMade(), composite());
+  if (data.insertion) main.append(maskMade(), putBack(data.stages[data.stages.length - 1]), composite());
   main.append(facts());
   go(0);
 }

@@ -1,15 +1,21 @@
 // train.py's own: the loss, the loss by timestep, how far each layer has moved, previews through time.
 
+// Round numbers between two.
+function round(low, high) {
+  const least = (high - low) / 5, power = 10 ** Math.floor(Math.log10(least)), step = [1, 2, 5, 10].map(m => m * power).find(s => s >= least);
+  return Array.from({length: 7}, (_, k) => (Math.ceil(low / step - 1e-9) + k) * step).filter(v => v <= high);
+}
+
 // Axes, lines of [x, y] and a place for more. kind of y: plain or its logarithm.
 function chart(xs, ys, {log = false, x, y, H = 250}) {
   const W = 560, left = 46, bottom = 34, f = log ? Math.log10 : v => v;
   const [x0, x1] = xs, [y0, y1] = ys.map(f);
   const at = (a, b) => [left + (a - x0) / (x1 - x0 || 1) * (W - left - 12), 10 + (y1 - Math.max(Math.min(f(b), y1), y0)) / (y1 - y0 || 1) * (H - 10 - bottom)];
-  const ticks = log ? [0.0001, 0.001, 0.01, 0.1, 1].filter(v => f(v) >= y0 - 1e-9 && f(v) <= y1 + 1e-9) : [0, 0.25, 0.5, 0.75, 1].map(k => ys[0] + k * (ys[1] - ys[0]));
+  const ticks = log ? [0.0001, 0.001, 0.01, 0.1, 1].filter(v => f(v) >= y0 - 1e-9 && f(v) <= y1 + 1e-9) : round(...ys);
   const drawn = svg("svg", {viewBox: `0 0 ${W} ${H}`, class: "plot"}, ...ticks.map(v => svg("g", {}, svg("line", {x1: left, x2: W - 12, y1: at(x0, v)[1], y2: at(x0, v)[1], class: "tick"}),
     svg("text", {x: left - 6, y: at(x0, v)[1] + 3.5, "text-anchor": "end"}, number(v, 2)))),
     ...[x0, x1].map((v, i) => svg("text", {x: at(v, 1)[0], y: H - bottom + 14, "text-anchor": i ? "end" : "start"}, number(v, 4))),
-    svg("text", {x: (left + W) / 2, y: H - 4, "text-anchor": "middle"}, x), svg("text", {x: left + 6, y: 20, class: "what"}, y));
+    svg("text", {x: (left + W) / 2, y: H - 4, "text-anchor": "middle"}, x), svg("text", {x: W - 12, y: 22, "text-anchor": "end"}, y));
   const line = (points, style) => svg("polyline", {points: points.map(p => at(...p).map(c => c.toFixed(1)).join()).join(" "), class: style});
   return {drawn, at, line, H, bottom};
 }
@@ -31,8 +37,8 @@ function lossCurve() {
 function lossByTimestep() {
   const {timesteps, by_t, moments} = data.training, all = by_t.flatMap(([, row]) => row);
   const ratios = by_t.map(([, row]) => row.map((v, j) => v / by_t[0][1][j])), x = "timestep t: 0 is clean, the end is noise", T = data.training.T;
-  const plain = chart([0, T], [Math.min(...all) / 1.3, Math.max(...all) * 1.3], {log: true, x, y: "error", H: 180});
-  const ratio = chart([0, T], [Math.min(0.95, ...ratios.flat()), Math.max(1.05, ...ratios.flat())], {x, y: "over what it was before the first step", H: 200});
+  const plain = chart([0, T], [Math.min(...all) / 1.3, Math.max(...all) * 1.3], {log: true, x, y: "error, logarithmic", H: 180});
+  const ratio = chart([0, T], [Math.min(0.95, ...ratios.flat()), Math.max(1.05, ...ratios.flat())], {x, y: "the same, over what it was before the first step", H: 200});
   const lines = [[plain, by_t.map(([, row]) => row)], [ratio, ratios]].map(([where, rows]) => rows.map((row, i) => {
     const made = where.line(row.map((v, j) => [timesteps[j], v]), "curve" + (i ? "" : " first"));
     where.drawn.append(made);
