@@ -226,6 +226,38 @@ FAULTS = {
         ("buckets upside down", "picture_size[0] / picture_size[1]", "picture_size[1] / picture_size[0]"),
         ("every bucket as often", "[len(buckets[size]) for size in sizes]", "[1 for size in sizes]"),
     ),
+    ("report/pictures", "inspect"): (
+        ("the map to colours has no constant", "(0, 1), value=1.0)", "(0, 1), value=0.0)"),
+        ("a film is cut into columns of its height", "k % columns * w:k % columns * w + w]", "k % columns * h:k % columns * h + w]"),
+        ("a long run loses its last step", "(count - 1) / max(", "(count - 2) / max("),
+    ),
+    ("report/record", "inspect"): (
+        ("attention of the half that is told nothing", "probabilities[-1].mean(0)", "probabilities[0].mean(0)"),
+        ("layers of a level are added, not their mean", "total / count for key", "total for key"),
+        ("self-attention by its largest of each column", "p.amax(1, keepdim=True)", "p.amax(0, keepdim=True)"),
+        ("sigma without eta", "step.alpha_bar_prev, self.eta)", "step.alpha_bar_prev, 1.0)"),
+        ("levels are rounded down", "-(-side // 2 ** level)", "side // 2 ** level"),
+    ),
+    ("report/stage", "inspect"): (
+        ("told and untold change places", 'recorder.stacked(f"eps_{name}")', 'recorder.stacked("eps_cond" if name == "uncond" else "eps_uncond")'),
+        ("a level counts by its size", "m / m.mean((2, 3), keepdim=True).clamp(min=1e-9)", "m"),
+    ),
+    ("report/page", "inspect"): (
+        ("a prompt can end the script", '.replace("<", "\\u003c")', ""),
+    ),
+    ("report/placing", "inspect_more"): (
+        ("raw attention is sharpened already", "watcher.maps.heat(0)", "watcher.maps.heat(power)"),
+        ("the latents' mask is of the whole picture", "made.mask[None, top:top + height, left:left + width]", "made.feathered[None]"),
+        ("a difference wraps around", "np.int16", "np.uint8"),
+        ("the difference is looked for inside", "made.feathered.cpu().numpy() == 0", "made.feathered.cpu().numpy() > 0"),
+    ),
+    ("report/teaching", "inspect_more"): (
+        ("the norm is not by the weights'", "adapter.delta().norm() / layer.weight.float().norm()", "adapter.delta().norm()"),
+        ("a lost step counts as nothing, not as no step", "else (total, weight)", "else (0.95 * total, 0.95 * weight + 1)"),
+    ),
+    ("command/lessons", "inspect_more"): (
+        ("the error at the batch's own timesteps", "t=batch.t * 0 + t", "t=batch.t"),
+    ),
     ("methods/masks", "captions"): (
         ("a mask is not turned", "ImageOps.exif_transpose(opened)", "opened"),
     ),

@@ -36,6 +36,7 @@ from running import (SCENE, call, contents, drawn, good, inserted, lora_file, no
     ("sample.py", ["a dog", "--strength", "0.5"], ["--strength", "--image"]),
     ("insert.py", [SCENE, "--class-word", "dog", "--image", "a.png", "--size", "64"], ["--size", "--image"]),
     ("sample.py", ["a dog", "--config", "."], ["has configurations of its own", "single file"]), ("sample.py", ["--out", "beach.jpg"], ["beach.jpg", ".png"]), ("insert.py", ["--out", "beach.webp"], ["beach.webp", ".png"]),
+    *((f"{script}.py", ["--inspect-full"], ["--inspect-full", "--inspect DIR"]) for script in ("sample", "insert", "train")),
     ("insert.py", [SCENE], ["--class-word is missing"]), ("insert.py", [SCENE, "--class-word", "dog"], ["--lora is missing"]),
     ("insert.py", [SCENE, "--class-word", "cat"], ["'cat'", SCENE, "--class-word"]), ("insert.py", ["--strength", "0"], ["--strength"]),
     ("insert.py", ["--strength", "1.5"], ["--strength"]), ("insert.py", ["--threshold", "-1"], ["--threshold"]), ("insert.py", ["--dilate", "7"], ["--dilate"])])

@@ -58,7 +58,7 @@ def at_timestep(sdxl, draw, prompts):
     """The error_at of a Lesson."""
     def error(t):
         batch = draw(0, 0)
-        return float(errors(sdxl, replace(batch, t=batch.t * 0 + t), prompts, 0).mean())
+        return float(errors(sdxl, replace(batch, t=batch.t * 0 + t), prompts, 0).mean().detach())
     return error
 
 
