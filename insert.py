@@ -7,7 +7,7 @@ Img2Img with the LoRA puts the subject there. Nothing outside the mask changes.
 from pathlib import Path
 
 from alchemy import command
-from alchemy.command import together
+from alchemy.command import inspecting, together
 
 NAMES = (*(f"{name}.png" for name in ("scene", "soft_mask", "mask", "feathered", "crop", "drawn", "sheet")), "facts.json")  # beside the result
 
@@ -28,7 +28,7 @@ def parse(argv):
     g.add_argument("--crop",       action=command.BooleanOptionalAction, help="work on a part around the mask, at full resolution (default: where the picture is large)")
     command.add_checkpoint(p)
     command.add_drawing(p)
-    command.add_inspect(p)
+    inspecting.add_flags(p)
     args = p.parse_args(argv)
     if args.prompt is None:
         args.class_word = args.class_word or command.EXAMPLE["class_word"]
@@ -81,7 +81,7 @@ def places(out):
 def main(argv=None):
     args = parse(argv)
     result, folder = places(Path(args.out))
-    page = command.page_folder(args)
+    page = inspecting.page_folder(args)
 
     import numpy as np
     import torch

@@ -9,7 +9,7 @@ import json
 from pathlib import Path
 
 from alchemy import command
-from alchemy.command import together
+from alchemy.command import inspecting, together
 
 
 def parse(argv):
@@ -23,7 +23,7 @@ def parse(argv):
     p.add_argument("--like",     metavar="PICTURE",                     help="take every setting from this picture's text chunk; other flags override")
     command.add_checkpoint(p)
     command.add_drawing(p)
-    command.add_inspect(p)
+    inspecting.add_flags(p)
     args = given = p.parse_args(argv)
     if args.prompts and (args.prompt or args.like or command.is_picture(Path(args.out))):
         raise ValueError("--prompts goes without a prompt and --like, and --out is then a folder")
@@ -73,7 +73,7 @@ def main(argv=None):
         others = {json.loads(line)["file_name"] for line in (out / "metadata.jsonl").read_text(encoding="utf-8").splitlines()} - {path.name for *_, path in wanted}
         if others:
             raise ValueError(f"{out}: its metadata.jsonl tells of other pictures ({sorted(others)[0]}): name another folder")
-    page = command.page_folder(args)
+from alchemy.command import inspecting, together
 
     from PIL import Image, ImageOps
     from alchemy import images, loop, samplers

@@ -7,7 +7,7 @@
 from pathlib import Path
 
 from alchemy import command
-from alchemy.command import together
+from alchemy.command import inspecting, together
 from alchemy.command.results import result
 
 
@@ -52,7 +52,7 @@ def parser():
     g.add_argument("--preview-every", type=command.WHOLE, metavar="N",   help="steps between previews; 0 is none (default: a quarter of the steps)")
     g.add_argument("--save-every",    type=command.COUNT, metavar="N",   help="steps between states to resume from (default: 100; with --method full, whose states are large, one at the end or an interruption)")
     command.add_checkpoint(p)
-    command.add_inspect(p)
+    inspecting.add_flags(p)
     return p
 
 

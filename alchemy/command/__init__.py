@@ -100,25 +100,6 @@ def add_drawing(p):
     g.add_argument("--seed",     type=SEED, default=0, metavar="N",   help="of the noise: equal seeds draw equal pictures (default: 0)")
 
 
-def add_inspect(p):
-    g = p.add_argument_group("a look inside")
-    g.add_argument("--inspect", metavar="DIR",                        help="write a page that shows every step: index.html in this folder, or in the next free one of its name, and sheets of pictures")
-    g.add_argument("--inspect-full", action="store_true",             help="with --inspect: all arrays too, as safetensors beside the page")
-
-
-def page_folder(args):
-    """A free folder for the page of --inspect, proved writable; None where none is wanted."""
-    if args.inspect_full and not args.inspect:
-        raise ValueError("--inspect-full goes with --inspect DIR, which says where")
-    if not args.inspect:
-        return None
-    path, number = Path(args.inspect), 0
-    while (path / "index.html").exists():
-        number += 1
-        path = Path(args.inspect).with_name(f"{Path(args.inspect).name}-{number}")
-    return folder(path, "--inspect")
-
-
 def drawing(args):
     """The options of alchemy.denoise among the flags."""
     return {name: getattr(args, name) for name in ("sampler", "grid", "steps", "guidance", "eta")}

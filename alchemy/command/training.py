@@ -18,7 +18,7 @@ from ..methods import dreambooth, masks, textual_inversion
 from ..report import preflight, sheets
 from ..train import start, train
 from ..sdxl import Conditioning
-from . import results
+from . import inspecting, results
 from .lessons import captioned, inversion, listed, live, subject
 
 
@@ -118,7 +118,7 @@ def resumed(args, path):
 
 
 def main(args):
-    out, page = command.folder(args.out), None if args.check else command.page_folder(args)
+    out, page = command.folder(args.out), None if args.check else inspecting.page_folder(args)
     sdxl = command.load(args)
     complete(args, sdxl)
     if args.method == "full" and Path(args.weights).is_file() and not args.config:
@@ -149,17 +149,25 @@ def main(args):
     if not args.resume:
         results.clear(args)
     save_json(command.settings_of(args), out / "settings.json")
+    ended = teach(args, out, page, sdxl, lesson, state)
+    if ended:
+        command.say(f"stopped after step {state.step}; the same command with --resume goes on")
+        sys.exit(128 + ended)
+
+
+def teach(args, out, page, sdxl, lesson, state):
+    """All steps, then what they made, and the page where one is wanted. Returns the signal that ended it, or None."""
     watcher = None
     if page:
         from ..report import teaching
         watcher = teaching.Watcher(sdxl, lesson.error_at, args.steps, state.step)
     ended = steps(args, out, sdxl, lesson, state, watcher)
     if ended:
-        command.say(f"stopped after step {state.step}; the same command with --resume goes on")
-        sys.exit(128 + ended)
+        return ended
     finish(args, out, sdxl, lesson, state)
     if page:
         command.wrote(*teaching.write_page(page, watcher, state.losses, list(lesson.prompts)[0], command.settings_of(args), args.inspect_full))
+    return None
 
 
 def steps(args, out, sdxl, lesson, state, watcher=None):
