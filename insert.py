@@ -106,12 +106,14 @@ def main(argv=None):
     def bar(steps):
         second = bool(image or started)
         started.append(second)
-        return command.progress(watcher.follow(steps) if page else steps, len(grid(chosen["strength"] if second else 1.0)), "stage 2" if second else "stage 1")
+        steps = watcher.follow(steps) if page else steps
+        return command.progress(steps, len(grid(chosen["strength"] if second else 1.0)), "stage 2" if second else "stage 1")
 
     if page:
         from alchemy.report import placing
-        watcher = placing.Watcher(sdxl, args.prompt, args.class_word, args.token, [len(grid(1.0)), len(grid(chosen["strength"]))], image=image, mask=mask,
-                                  size=size, negative_prompt=args.negative_prompt, full=args.inspect_full, **command.drawing(args) | chosen)
+        totals = [len(grid(1.0)), len(grid(chosen["strength"]))]
+        watcher = placing.Watcher(sdxl, args.prompt, args.class_word, args.token, totals, image=image, mask=mask, size=size,
+                                  negative_prompt=args.negative_prompt, full=args.inspect_full, **command.drawing(args) | chosen)
     made = alchemy.insert(sdxl, args.prompt, args.class_word, args.token, image=image, mask=mask, seed=args.seed, size=args.size, crop=args.crop,
                           negative_prompt=args.negative_prompt, progress=bar, grid=args.grid, eta=args.eta, **chosen)
     second, edge = grid(chosen["strength"]), seam(made)

@@ -81,8 +81,7 @@ from alchemy.command import inspecting, together
     from alchemy.files import replace
     from alchemy.formats import png
     if page:
-        from alchemy.report.page import write
-        from alchemy.report.record import Recorder
+        from alchemy.report.page import Recorder, write
     image = args.image and images.read(args.image)
     sdxl = command.load(args)
     command.put_loras(sdxl, args.lora, args.embedding)  # before a prompt is encoded: text encoders may have adapters too
@@ -105,7 +104,8 @@ from alchemy.command import inspecting, together
         picture = loop.sample(sdxl, conditioning[prompt], unconditional, seed, size, image=image, strength=strength, progress=bar, **options)
         png.save(picture, path, facts | {"prompt": prompt, "seed": seed})
         if recorder:
-            paths = write(page if len(missing) == 1 else page / path.stem, prompt, [("", recorder, picture)], facts | {"prompt": prompt, "seed": seed})
+            where = page if len(missing) == 1 else page / path.stem
+            paths = write(where, prompt, [("", recorder, picture)], facts | {"prompt": prompt, "seed": seed})
         command.wrote(path, *(paths if recorder else ()))
     if args.prompts:
         rows = [json.dumps({"file_name": path.name, "text": prompt}, ensure_ascii=False) for prompt, _, path in wanted]

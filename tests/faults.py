@@ -243,7 +243,7 @@ FAULTS = {
         ("a level counts by its size", "m / m.mean((2, 3), keepdim=True).clamp(min=1e-9)", "m"),
     ),
     ("report/page", "inspect"): (
-        ("a prompt can end the script", '.replace("<", "\\u003c")', ""),
+        ("a prompt can end the script", '.replace("<", "\\\\u003c")', ""),
     ),
     ("report/placing", "inspect_more"): (
         ("raw attention is sharpened already", "watcher.maps.heat(0)", "watcher.maps.heat(power)"),

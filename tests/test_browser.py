@@ -59,8 +59,8 @@ def browse(path, actions, tmp_path, width=1280):
     text = path.read_text(encoding="utf-8")
     copy = tmp_path / "copy.html"
     copy.write_text(text.replace("<head>", "<head>" + BEFORE, 1).replace("</body>", AFTER % actions + "</body>"), encoding="utf-8")
-    done = subprocess.run([CHROMIUM, "--headless", "--no-sandbox", "--disable-gpu", f"--user-data-dir={tmp_path / 'profile'}", f"--window-size={width},900",
-                           "--virtual-time-budget=20000", "--dump-dom", copy.as_uri()], capture_output=True, text=True, timeout=180)
+    done = subprocess.run([CHROMIUM, "--headless", "--no-sandbox", "--disable-gpu", f"--user-data-dir={tmp_path / 'profile'}",
+                           f"--window-size={width},900", "--virtual-time-budget=20000", "--dump-dom", copy.as_uri()], capture_output=True, text=True, timeout=180)
     title = re.search(r"<title>SEEN(.*?)</title>", done.stdout, re.S)
     assert title, done.stderr[-2000:]
     return json.loads(html.unescape(title[1]))
@@ -111,6 +111,7 @@ def test_the_page_of_a_training_run_follows_the_slider(taught, tmp_path):
     seen = browse(tmp_path / "page/index.html", """
       const cell = document.querySelector("table.heat td"), before = cell.style.background;
       slide(3);
-      return {colour: before !== cell.style.background, now: document.querySelector(".column.now .label").textContent, said: document.getElementById("said").textContent,
+      const text = name => document.querySelector(name).textContent;
+      return {colour: before !== cell.style.background, now: text(".column.now .label"), said: text("#said"),
               curves: document.querySelectorAll(".lesson polyline").length};""", tmp_path)
     assert seen == {"undrawn": 0, "wide": 0, "wrong": [], "colour": True, "now": "step 3", "said": "after step 3 of 3", "curves": 1 + 2 * 4}

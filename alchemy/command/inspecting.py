@@ -6,8 +6,8 @@ from .. import command
 
 def add_flags(p):
     g = p.add_argument_group("a look inside")
-    g.add_argument("--inspect", metavar="DIR",                        help="write a page that shows every step: index.html in this folder, or in the next free one of its name, and sheets of pictures")
-    g.add_argument("--inspect-full", action="store_true",             help="with --inspect: all arrays too, as safetensors beside the page")
+    g.add_argument("--inspect", metavar="DIR",            help="write a page that shows every step, and sheets, into this folder or the next free one of its name")
+    g.add_argument("--inspect-full", action="store_true", help="with --inspect: all arrays too, as safetensors beside the page")
 
 
 def page_folder(args):

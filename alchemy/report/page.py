@@ -1,4 +1,4 @@
-"""The page: one HTML file with all its pictures and data in it, opened from disk; beside it contact sheets and, if asked for, the arrays."""
+"""The page: one HTML file with all its pictures and data in it, opened from disk; beside it contact sheets and, if wanted, the arrays."""
 import html
 import json
 import re

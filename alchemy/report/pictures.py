@@ -37,15 +37,15 @@ def spread(count, most):
     return sorted({round(k * (count - 1) / max(min(count, most) - 1, 1)) for k in range(min(count, most))})
 
 
-def film(frames):
-    """uint8 frames (n,h,w) or (n,h,w,3) in one picture, row after row: what page/base.js cuts apart again."""
+def film(frames, exact=False):
+    """uint8 frames (n,h,w) or (n,h,w,3) in one picture, row after row: what page/base.js cuts apart again. Small ones are always exact."""
     n, h, w = frames.shape[:3]
     columns = max(1, min(n, round(math.sqrt(n * h / w))))
     rows = -(-n // columns)
     page = np.zeros((rows * h, columns * w, *frames.shape[3:]), dtype=np.uint8)
     for k, frame in enumerate(frames):
         page[k // columns * h:k // columns * h + h, k % columns * w:k % columns * w + w] = frame
-    return {"src": uri(Image.fromarray(page), exact=max(h, w) <= 32), "n": n, "columns": columns, "w": w, "h": h}
+    return {"src": uri(Image.fromarray(page), exact or max(h, w) <= 32), "n": n, "columns": columns, "w": w, "h": h}
 
 
 def uri(picture, exact=True):

@@ -24,7 +24,8 @@ class Watcher:
 
     def __init__(self, sdxl, prompt, class_word, token, totals, *, image=None, mask=None, size=None, **options):
         self.sdxl, self.looking, self.maps = sdxl, ExitStack(), None
-        prompts = {"Stage 1: the scene, unmodified model": prompt, "Stage 2: the subject, with the LoRA": with_token(prompt, class_word, token)}
+        named = with_token(prompt, class_word, token)
+        prompts = {"Stage 1: the scene, unmodified model": prompt, "Stage 2: the subject, with the LoRA": named}
         stages = [(name, Recorder(sdxl, told, total, **options)) for (name, told), total in zip(prompts.items(), totals)]
         self.stages, self.begun = stages[1:] if image else stages, 0
         for _, recorder in self.stages:
@@ -54,7 +55,8 @@ def mask_stages(watcher, made, threshold):
     large = F.interpolate(spread[None, None].float().cpu(), (h, w), mode="bicubic", align_corners=False)[0, 0].clamp(0, 1)
     soft = to_pixels(spread, made.scene)
     rough = soft >= threshold
-    return [("cross-attention", "how much each place looks at the class word: the mean of all levels, and of the steps that count", raw.cpu()),
+    return [("cross-attention",
+             "how much each place looks at the class word: the mean of all levels, and of the steps that count", raw.cpu()),
             ("times self-attention", "places that belong together share it: <i>A</i><sub>self</sub> · <i>m</i>", spread.cpu()),
             ("enlarged", "to the picture's size, bicubic", large),
             ("edge-aware", "a guided filter moves its edges to the picture's (He et al. 2010): <i>a · I + b</i> in each window", soft),
@@ -81,7 +83,7 @@ def difference(made):
 
 def single(map):
     """One (H,W) in [0,1] as a film of one frame."""
-    return film(bytes_of(map, 0, 1)[None])
+    return film(bytes_of(map, 0, 1)[None], exact=True)
 
 
 def write_page(folder, watcher, made, facts):
@@ -90,12 +92,12 @@ def write_page(folder, watcher, made, facts):
     changed, outside = difference(made)
     top = max(int(changed.max()), 1)
     small = made.scene.width <= 256
-    told = {"scene": uri(made.scene, small), "result": uri(made.result, small), "crop": uri(made.crop, small), "drawn": uri(made.drawn, small),
-            "mask": [{"name": name, "note": note, "film": single(m)} for name, note, m in steps], "seam": facts["seam"], "box": made.box,
-            "difference": single(torch.from_numpy(changed) / top), "most": top, "outside": outside, "changed": float((made.feathered > 0).float().mean()),
-            "latent_mask": single(latent_mask(made, watcher.sdxl.factor)), "size": made.scene.size}
+    told = {name: uri(getattr(made, name), small) for name in ("scene", "result", "crop", "drawn")}
+    told |= {"mask": [{"name": name, "note": note, "film": single(m)} for name, note, m in steps], "seam": facts["seam"], "box": made.box,
+             "difference": single(torch.from_numpy(changed) / top), "most": top, "outside": outside,
+             "changed": float((made.feathered > 0).float().mean()), "latent_mask": single(latent_mask(made, watcher.sdxl.factor)), "size": made.scene.size}
     pictures = [made.scene, made.drawn][-len(watcher.stages):]
     rows = [[(name, sheets.grey(m)) for name, _, m in steps],
-            [("scene", made.scene), ("crop", made.crop), ("drawn", made.drawn), ("result", made.result), ("difference", Image.fromarray(changed))]]
+            [*((name, getattr(made, name)) for name in ("scene", "crop", "drawn", "result")), ("difference", Image.fromarray(changed))]]
     stages = [(name, recorder, picture) for (name, recorder), picture in zip(watcher.stages, pictures)]
     return write(folder, facts["prompt"], stages, facts, {"kind": "How the subject came into the scene", "insertion": told}, rows)

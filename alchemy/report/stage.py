@@ -7,7 +7,8 @@ from PIL import Image
 from .. import images
 from .pictures import bytes_of, film, preview, spread, uri
 
-DECODED = 6  # steps whose x_0 goes through the VAE
+DECODED = 6     # steps whose x_0 goes through the VAE
+MOST = 2 ** 24  # numbers that torch.quantile takes
 
 
 @torch.no_grad()
@@ -31,7 +32,7 @@ def frames(recorder, colours):
         for name in ("uncond", "cond"):
             made[f"x_0_{name}"] = preview((x_t - s * recorder.stacked(f"eps_{name}")) / a, colours)
         difference = (recorder.stacked("eps_cond") - recorder.stacked("eps_uncond")).square().mean(1).sqrt()
-        made["guidance"] = bytes_of(difference, 0, float(difference.quantile(0.995)) if difference.numel() < 2 ** 24 else float(difference.max()))
+        made["guidance"] = bytes_of(difference, 0, float(difference.flatten()[:MOST].quantile(0.995)))
     return made
 
 
@@ -44,7 +45,8 @@ def maps(recorder):
         h, w = recorder.shape(n)
         levels[f"{w} × {h}"] = torch.stack([step[n] for step in recorder.cross]).float().movedim(-1, 1).unflatten(-1, (h, w))
     finest = next(iter(levels.values())).shape[-2:]
-    even = [F.interpolate(m / m.mean((2, 3), keepdim=True).clamp(min=1e-9), finest, mode="bilinear", align_corners=False) for m in levels.values()]
+    even = [F.interpolate(m / m.mean((2, 3), keepdim=True).clamp(min=1e-9), finest, mode="bilinear", align_corners=False)
+            for m in levels.values()]
     return levels | ({"all": sum(even) / len(even)} if len(levels) > 1 else {})
 
 
@@ -53,7 +55,7 @@ def films_of(level):
     level = torch.cat([level, level.mean(0, keepdim=True)])
     films, ranges = [], []
     for token in level.unbind(1):
-        low, high = (float(x) for x in torch.quantile(token.flatten()[:2 ** 24], torch.tensor([0.0, 0.999])))  # a few brightest are cut
+        low, high = (float(x) for x in torch.quantile(token.flatten()[:MOST], torch.tensor([0.0, 0.999])))  # a few brightest are cut
         films.append(film(bytes_of(token, low, high)))
         ranges.append([low, high])
     return {"films": films, "range": ranges}
@@ -71,7 +73,8 @@ def tokens(sdxl, prompt):
 
 def describe(recorder, name, picture, made, shown, levels):
     """The stage as page/stage.js reads it. picture: what came of it; made: see decoded; shown: see frames; levels: see maps."""
-    steps = [dict(s, std={q: round(float(recorder.latents[q][k].float().std()), 4) for q in ("x_t", "eps", "x_0")}) for k, s in enumerate(recorder.steps)]
+    spread_of = {q: recorder.stacked(q).flatten(1).std(1).tolist() for q in ("eps", "x_0")}
+    steps = [dict(s, std={q: round(x[k], 4) for q, x in spread_of.items()}) for k, s in enumerate(recorder.steps)]
     large = film(torch.stack([m.movedim(0, -1) for m in made.values()]).add(1).mul(127.5).round().clamp(0, 255).byte().numpy())
     own = {}
     for k, found in recorder.own.items():
@@ -82,9 +85,11 @@ def describe(recorder, name, picture, made, shown, levels):
             level["src"].append(uri(Image.fromarray(p.numpy())))
     # How much of all attention goes to each token: the mean over the places, and over the levels.
     mass = sum(level.mean((2, 3)) for key, level in levels.items() if key != "all") / max(len(levels) - ("all" in levels), 1)
-    return {"name": name, "focus": recorder.focus, "prompt": recorder.prompt, "negative": recorder.negative, "sampler": recorder.sampler, "guidance": recorder.guidance,
-            "eta": recorder.eta, "guided": "eps_uncond" in recorder.latents, "steps": steps, "tokens": tokens(recorder.sdxl, recorder.prompt),
-            "films": {key: film(x) for key, x in shown.items()}, "decoded": large | {"at": list(made)}, "picture": uri(picture, picture.width <= 256),
+    return {"name": name, "focus": recorder.focus, "prompt": recorder.prompt, "negative": recorder.negative,
+            "sampler": recorder.sampler, "guidance": recorder.guidance, "eta": recorder.eta, "guided": "eps_uncond" in recorder.latents,
+            "steps": steps, "tokens": tokens(recorder.sdxl, recorder.prompt),
+            "films": {key: film(x) for key, x in shown.items()}, "decoded": large | {"at": list(made)},
+            "picture": uri(picture, picture.width <= 256),
             "cross": {key: films_of(level) for key, level in levels.items()},
             "mass": [[round(x, 5) for x in row] for row in mass.tolist()] if levels else [],
             "own": own, "latent": recorder.size, "pixels": picture.size[::-1]}

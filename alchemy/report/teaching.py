@@ -16,7 +16,8 @@ MOMENTS, MEASURED, LEVELS = 24, 5, 12  # moments of a run that are kept; of them
 class Watcher:
     """Stands between the training loop and whoever follows it. error_at(t): the plain error of one batch, always the same, at timestep t.
 
-    moments: steps; norms: {layer: ‖ΔW‖/‖W‖ at each moment}; by_t: {step: error at each of timesteps}; previews: {step: row of (label, picture)}.
+    moments: steps; norms: {layer: ‖ΔW‖/‖W‖ at each moment}; by_t: {step: error at each of timesteps}; previews: {step: row of
+    (label, picture)}.
     """
 
     def __init__(self, sdxl, error_at, steps, begin=0):
@@ -50,7 +51,8 @@ class Watcher:
         """Everything as {name: tensor}, for a file."""
         made = {f"norm.{name}": torch.tensor(norms, dtype=torch.float64) for name, norms in self.norms.items()}
         made |= {f"error_by_timestep.step_{step}": torch.tensor(row, dtype=torch.float64) for step, row in self.by_t.items()}
-        return made | {"losses": torch.tensor(losses, dtype=torch.float64), "moments": torch.tensor(self.moments), "timesteps": torch.tensor(self.timesteps)}
+        return made | {"losses": torch.tensor(losses, dtype=torch.float64), "moments": torch.tensor(self.moments),
+                       "timesteps": torch.tensor(self.timesteps)}
 
 
 def running_mean(losses):
@@ -79,11 +81,13 @@ def write_page(folder, watcher, losses, title, facts, full=False):
     shown = [[step, [[label.partition(": ")[2], uri(small(picture))] for label, picture in row]] for step, row in watcher.previews.items()]
     blocks = network(watcher.norms)
     told = {"losses": [round(x, 5) if math.isfinite(x) else None for x in losses], "means": [x and round(x, 5) for x in running_mean(losses)],
-            "T": len(watcher.sdxl.schedule.alpha_bar), "timesteps": watcher.timesteps, "by_t": [[step, [round(x, 5) for x in row]] for step, row in watcher.by_t.items()],
+            "T": len(watcher.sdxl.schedule.alpha_bar), "timesteps": watcher.timesteps,
+            "by_t": [[step, [round(x, 5) for x in row]] for step, row in watcher.by_t.items()],
             "moments": watcher.moments, "network": blocks, "previews": shown}
     rows = [[("loss", sheets.curve(losses))] + ([("norm of each layer's LoRA", heat(blocks))] if blocks else [])]
     rows += [[(label, picture) for label, picture in row] for row in watcher.previews.values()]
-    return write(folder, title, [], facts, {"kind": "How the subject was learned", "training": told}, rows, {"training.safetensors": watcher.arrays(losses)} if full else None)
+    arrays = {"training.safetensors": watcher.arrays(losses)} if full else None
+    return write(folder, title, [], facts, {"kind": "How the subject was learned", "training": told}, rows, arrays)
 
 
 def small(picture, most=384):

@@ -108,6 +108,11 @@ function card(kind, title, text, ...children) {
   return element("section.card" + kind, {}, element("h3", {}, title), element("p", {html: text}), ...children);
 }
 
+// Names and values in columns.
+function numbers(rows) {
+  return element("dl.numbers", {}, ...rows.map(([name, value]) => element("div", {}, element("dt", {}, name), element("dd", {}, value))));
+}
+
 // The place in time that the bar at the top sets; whoever shows something of it listens.
 const time = {k: 0, listeners: [], frames: []};
 function follow(listener) {

@@ -8,18 +8,21 @@ async function cut(film, k, outside) {
 }
 
 function putBack(stage) {
-  const inside = tile("drawn by the model, inside the mask", "inside"), outside = tile("the scene at the noise just reached", "outside"), both = tile(`${X_PREV}, where the next step begins`, "x_prev blended");
-  const made = card("", "The scene is put back, at every step",
-    `What the model drew outside the mask <i>m</i> is thrown away; the known scene <i>k</i> takes its place, noised to the level that the step has just reached
-     with one and the same noise <i>n</i>. So the model always sees the subject in its true surroundings, and fits it to them.
-     <b class="formula">${X_PREV} ← <i>m</i> · ${X_PREV} + (1 − <i>m</i>) · (√ᾱ<sub>prev</sub> · <i>k</i> + √(1 − ᾱ<sub>prev</sub>) · <i>n</i>)</b>`, equation(inside, "+", outside, "=", both));
+  const inside = tile("drawn by the model, inside the mask", "inside");
+  const outside = tile("the scene at the noise just reached", "outside");
+  const both = tile(`${X_PREV}, where the next step begins`, "x_prev blended");
   follow(at => {
     const {k} = placed(stage, at);
     show(inside[1], next(stage, k, (film, k) => cut(film, k, false)));
     show(outside[1], next(stage, k, (film, k) => cut(film, k, true)));
     show(both[1], next(stage, k));
   });
-  return made;
+  return card("", "The scene is put back, at every step",
+    `What the model drew outside the mask <i>m</i> is thrown away; the known scene <i>k</i> takes its place, noised to the level that the
+     step has just reached with one and the same noise <i>n</i>. So the model always sees the subject in its true surroundings, and fits
+     it to them.
+     <b class="formula">${X_PREV} ← <i>m</i> · ${X_PREV} + (1 − <i>m</i>) ·
+       (√ᾱ<sub>prev</sub> · <i>k</i> + √(1 − ᾱ<sub>prev</sub>) · <i>n</i>)</b>`, equation(inside, "+", outside, "=", both));
 }
 
 // Before and after in one frame; the handle moves the border between them.
@@ -30,29 +33,40 @@ function compare() {
   const set = () => { after.style.clipPath = `inset(0 0 0 ${slider.value}%)`; };
   slider.addEventListener("input", set);
   set();
-  return element("section.card.hero", {}, element("div", {}, element("div.compare", {}, element("img", {src: scene, alt: "the scene"}), after), slider),
-    element("div", {}, element("h3", {}, "The scene, and the subject in it"),
-      element("p", {}, "Left of the handle the scene as it was, right of it the result. The unmodified model draws the scene with the class word; its own attention says where the class stands; there, and only there, the model with the LoRA draws the subject."),
-      element("dl.numbers", {}, ...[["may change", percent(changed)], ["largest difference outside", `${outside} of 255`], ["seam (1: none to be seen)", number(seam)]].map(([name, value]) =>
-        element("div", {}, element("dt", {}, name), element("dd", {}, value))))));
+  const pictures = element("div.compare", {}, element("img", {src: scene, alt: "the scene"}), after);
+  const text = `Left of the handle the scene as it was, right of it the result. The unmodified model draws the scene with the class word;
+    its own attention says where the class stands; there, and only there, the model with the LoRA draws the subject.`;
+  return element("section.card.hero", {}, element("div", {}, pictures, slider),
+    element("div", {}, element("h3", {}, "The scene, and the subject in it"), element("p", {}, text),
+      numbers([["may change", percent(changed)], ["largest difference outside", `${outside} of 255`],
+        ["seam (1: none to be seen)", number(seam)]])));
 }
 
 function maskMade() {
   const tiles = data.insertion.mask.map((step, i) => {
-    const made = tile(`<b>${i + 1}. ${step.name}</b><br>${step.note}`, `mask ${i}`);
-    show(made[1], heat(step.film, 0));
-    return made[0];
+    const [figure, canvas] = tile(`<b>${i + 1}. ${step.name}</b><br>${step.note}`, `mask ${i}`);
+    show(canvas, heat(step.film, 0));
+    return figure;
   });
-  return element("section.card", {}, element("h3", {}, "How the mask came to be"),
-    element("p", {}, "From the model's own attention to the region where something may change; no other network has a part in it."), element("div.row.four", {}, ...tiles));
+  return card("", "How the mask came to be",
+    "From the model's own attention to the region where something may change; no other network has a part in it.",
+    element("div.row.four", {}, ...tiles));
 }
 
 function composite() {
-  const made = data.insertion, [figure, canvas] = tile(`<b>difference</b><br>|result − scene|; the lightest is ${made.most} of 255, outside the mask it is ${made.outside}`, "difference");
+  const made = data.insertion, [top, left, height, width] = made.box;
+  const shown = {
+    scene: "at its own resolution",
+    crop: `the part that was worked on, from (${left}, ${top}), ${width} × ${height} pixels, at the working size`,
+    drawn: "what stage 2 made of it",
+    result: "scene + feathered mask · (drawn − scene)",
+  };
+  const figures = Object.entries(shown).map(([name, note]) =>
+    element("figure", {}, element("img", {src: made[name], alt: name}), element("figcaption", {html: `<b>${name}</b><br>${note}`})));
+  const [figure, canvas] = tile(
+    `<b>difference</b><br>|result − scene|; the lightest is ${made.most} of 255, outside the mask it is ${made.outside}`, "difference");
   show(canvas, heat(made.difference, 0));
-  const shown = [["scene", "scene", "at its own resolution"], ["crop", "crop", `the part that was worked on, from (${made.box[1]}, ${made.box[0]}), ${made.box[3]} × ${made.box[2]} pixels, at the working size`],
-    ["drawn", "drawn", "what stage 2 made of it"], ["result", "result", "scene + feathered mask · (drawn − scene)"]];
-  return element("section.card", {}, element("h3", {}, "Back into the picture"),
-    element("p", {}, "The VAE changes every pixel a little, also where the latents stayed. So only what the feathered mask names is taken from it; the rest is the scene, to the bit."),
-    element("div.row", {}, ...shown.map(([key, name, note]) => element("figure", {}, element("img", {src: made[key], alt: name}), element("figcaption", {html: `<b>${name}</b><br>${note}`}))), figure));
+  return card("", "Back into the picture",
+    `The VAE changes every pixel a little, also where the latents stayed. So only what the feathered mask names is taken from it; the rest
+     is the scene, to the bit.`, element("div.row", {}, ...figures, figure));
 }

@@ -1,5 +1,6 @@
 // One stage: at each step, what the network saw, what it said, and what was made of it.
 
+const sigma = ab => Math.sqrt((1 - ab) / ab);
 const X_T = "<i>x<sub>t</sub></i>", X_0 = "<i>x</i><sub>0</sub>", EPS = "<i>ε</i>", X_PREV = "<i>x</i><sub>prev</sub>";
 
 // Pictures with signs between them. parts: strings (signs, filled in later) and tiles.
@@ -14,7 +15,8 @@ function placed(stage, k) {
 }
 
 function apart(stage) {
-  const x_t = tile(`${X_T}, what the network sees`, "x_t"), x_0 = tile(`predicted ${X_0}`, "x_0"), eps = tile(`predicted noise ${EPS}`, "eps");
+  const x_t = tile(`${X_T}, what the network sees`, "x_t");
+  const x_0 = tile(`predicted ${X_0}`, "x_0"), eps = tile(`predicted noise ${EPS}`, "eps");
   const shown = equation(x_t, "=", x_0, "+", eps), signs = shown.querySelectorAll(".sign");
   const made = card("", "The network takes the picture apart",
     `It is shown ${X_T}, a mixture of picture and noise, and says which part is noise. What is left is its guess of the finished picture,
@@ -31,13 +33,15 @@ function apart(stage) {
 
 function together(stage) {
   const second = stage.sampler.startsWith("dpmpp");
-  const x_prev = tile(`${X_PREV}, where the next step begins`, "x_prev"), x_0 = tile(`the same ${X_0}`, "x_0 again"), eps = tile(`the same ${EPS}`, "eps again");
+  const x_prev = tile(`${X_PREV}, where the next step begins`, "x_prev");
+  const x_0 = tile(`the same ${X_0}`, "x_0 again"), eps = tile(`the same ${EPS}`, "eps again");
   const shown = equation(x_prev, "=", x_0, "+", eps, ""), signs = shown.querySelectorAll(".sign");
   const made = card("", "The sampler puts it together again, with less noise",
-    `The same two parts, mixed for the next, cleaner level of noise. That is the whole of sampling; DDPM, DDIM and Euler differ only in how much
-     of the noise is drawn anew (σ) and in the levels they visit.
+    `The same two parts, mixed for the next, cleaner level of noise. That is the whole of sampling; DDPM, DDIM and Euler differ only in how
+     much of the noise is drawn anew (σ) and in the levels they visit.
      <b class="formula">${X_PREV} = √ᾱ<sub>prev</sub> · ${X_0} + √(1 − ᾱ<sub>prev</sub> − σ²) · ${EPS} + σ · <i>z</i></b>` +
-    (second ? ` DPM-Solver++(2M) steps towards an ${X_0} extrapolated from its last two guesses: the picture on the left is its own, the mixture on the right nearly so.` : ""), shown);
+    (second ? ` DPM-Solver++(2M) steps towards an ${X_0} extrapolated from its last two guesses: the picture on the left is its own, the
+     mixture on the right nearly so.` : ""), shown);
   return [made, k => {
     const {alpha_bar_prev: ab, sigma} = stage.steps[k];
     signs[0].innerHTML = `=<br>${Math.sqrt(ab).toFixed(3)} ×`;
@@ -55,11 +59,11 @@ function next(stage, k, of = frame) {
 
 function guess(stage) {
   const [figure, canvas, words] = tile("", "decoded");
-  const made = card("", "Through the VAE", `The guess ${X_0} as pixels: the decoder's picture, made at ${stage.decoded.at.length} of the steps
-    (the nearest is shown).`, figure);
+  const made = card("", "Through the VAE",
+    `The guess ${X_0} as pixels: the decoder's picture, made at ${stage.decoded.at.length} of the steps (the nearest is shown).`, figure);
   return [made, k => {
-    const near = stage.decoded.at.reduce((best, at, i) => Math.abs(at - k) < Math.abs(stage.decoded.at[best] - k) ? i : best, 0);
-    words.textContent = `decoded at step ${stage.steps[stage.decoded.at[near]].index + 1}`;
+    const at = stage.decoded.at, near = at.reduce((best, j, i) => Math.abs(j - k) < Math.abs(at[best] - k) ? i : best, 0);
+    words.textContent = `decoded at step ${stage.steps[at[near]].index + 1}`;
     show(canvas, frame(stage.decoded, near));
   }];
 }
@@ -74,7 +78,8 @@ function plot(stage, label, of, ticks) {
   const mark = svg("circle", {r: 5, class: "mark"}), rule = svg("line", {y1: 4, y2: H - 18, class: "rule"});
   const axis = ticks.map(([v, text]) => svg("g", {}, svg("line", {x1: left, x2: W - 8, y1: y(v), y2: y(v), class: "tick"}),
     svg("text", {x: left - 5, y: y(v) + 3.5, "text-anchor": "end"}, text)));
-  const drawn = svg("svg", {viewBox: `0 0 ${W} ${H}`, class: "plot"}, ...axis, svg("polyline", {points: line, class: "curve"}), ...dots, rule, mark,
+  const drawn = svg("svg", {viewBox: `0 0 ${W} ${H}`, class: "plot"},
+    ...axis, svg("polyline", {points: line, class: "curve"}), ...dots, rule, mark,
     svg("text", {x: left, y: H - 4}, "t = 0"), svg("text", {x: W - 8, y: H - 4, "text-anchor": "end"}, `t = ${T}, noise`));
   return [element("figure", {}, drawn, element("figcaption", {html: label})), k => {
     const step = stage.steps[k];
@@ -85,29 +90,32 @@ function plot(stage, label, of, ticks) {
 
 function level(stage) {
   const share = plot(stage, "ᾱ, the picture's share of the variance", ab => ab, [[0, "0"], [0.5, "0.5"], [1, "1"]]);
-  const ratio = plot(stage, "σ = √((1 − ᾱ)/ᾱ), noise over picture; each line is ten times the one below", ab => Math.log10(Math.sqrt((1 - ab) / ab)),
-    [[-1, "0.1"], [0, "1"], [1, "10"]]);
-  const numbers = element("dl.numbers");
-  const made = card("", "Where on the curve", "How much noise there is at timestep t is fixed beforehand. Each dot is a step.", numbers, share[0], ratio[0]);
+  const ratio = plot(stage, "σ = √((1 − ᾱ)/ᾱ), noise over picture; each line is ten times the one below",
+    ab => Math.log10(sigma(ab)), [[-1, "0.1"], [0, "1"], [1, "10"]]);
+  const told = element("div");
+  const made = card("", "Where on the curve", "How much noise there is at timestep t is fixed beforehand. Each dot is a step.",
+    told, share[0], ratio[0]);
   return [made, k => {
     const step = stage.steps[k], ab = step.alpha_bar;
-    const rows = [["t", number(step.t, 4) + "→" + (step.t_prev == null ? "end" : number(step.t_prev, 4))], ["ᾱ", number(ab)], ["σ", number(Math.sqrt((1 - ab) / ab))],
-      ["SNR", number(ab / (1 - ab))], ["std of ε", number(step.std.eps)], ["std of x₀", number(step.std.x_0)]];
-    numbers.replaceChildren(...rows.map(([name, value]) => element("div", {}, element("dt", {}, name), element("dd", {}, value))));
+    const to = step.t_prev == null ? "end" : number(step.t_prev, 4);
+    told.replaceChildren(numbers([["t", `${number(step.t, 4)}→${to}`], ["ᾱ", number(ab)], ["σ", number(sigma(ab))],
+      ["SNR", number(ab / (1 - ab))], ["std of ε", number(step.std.eps)], ["std of x₀", number(step.std.x_0)]]));
     share[1](k), ratio[1](k);
   }];
 }
 
 function guidance(stage) {
-  const uncond = tile(`${X_0} if told nothing`, "x_0_uncond"), cond = tile(`${X_0} if told the prompt`, "x_0_cond"), mixed = tile(`${X_0} guided: used`, "x_0 guided");
-  const where = tile("where the two differ", "guidance");
+  const uncond = tile(`${X_0} if told nothing`, "x_0_uncond"), cond = tile(`${X_0} if told the prompt`, "x_0_cond");
+  const mixed = tile(`${X_0} guided: used`, "x_0 guided"), where = tile("where the two differ", "guidance");
+  const untold = `${EPS}<sub>untold</sub>`, told = `${EPS}<sub>told</sub>`, g = number(stage.guidance);
   const made = card("", "Guidance",
-    `The network is asked twice, with the prompt and without (${stage.negative ? "that is, with the negative prompt" : "zeros"}), and the difference is
-     exaggerated ${number(stage.guidance)} times. <b class="formula">${EPS} = ${EPS}<sub>untold</sub> + ${number(stage.guidance)} · (${EPS}<sub>told</sub> − ${EPS}<sub>untold</sub>)</b>`,
+    `The network is asked twice, with the prompt and without (${stage.negative ? "that is, with the negative prompt" : "zeros"}), and the
+     difference is exaggerated ${g} times. <b class="formula">${EPS} = ${untold} + ${g} · (${told} − ${untold})</b>`,
     element("div.row.four", {}, uncond[0], cond[0], mixed[0], where[0]));
   return [made, k => {
-    for (const [name, [, canvas]] of Object.entries({x_0_uncond: uncond, x_0_cond: cond, x_0: mixed})) show(canvas, frame(stage.films[name], k));
-    show(where[1], heat(stage.films.guidance, k));
+    const films = stage.films;
+    show(uncond[1], frame(films.x_0_uncond, k)), show(cond[1], frame(films.x_0_cond, k)), show(mixed[1], frame(films.x_0, k));
+    show(where[1], heat(films.guidance, k));
   }];
 }
 
@@ -116,7 +124,8 @@ function stageView(stage) {
   const made = [];
   const these = (...parts) => parts.filter(Boolean).map(part => (made.push(part(stage)), made[made.length - 1][0]));
   const wait = element("span.wait");
-  const column = element("div.stage", {}, stage.name && element("h2", {}, stage.name), element("p.prompt", {}, stage.name && stage.prompt + " ", wait),
+  const named = stage.name ? [element("h2", {}, stage.name), element("p.prompt", {}, stage.prompt + " ", wait)] : [];
+  const column = element("div.stage", {}, ...named,
     element("div.main", {}, ...these(apart, together, stage.guided && guidance)), element("div.side", {}, ...these(guess, level)),
     ...these(stage.mass.length && words, Object.keys(stage.own).length && places));
   follow(at => {

@@ -9,7 +9,8 @@ function bar() {
     if (playing) clearInterval(playing), playing = null;
     else {
       if (time.k === time.frames.length - 1) go(0);
-      playing = setInterval(() => time.k < time.frames.length - 1 ? go(time.k + 1) : play(), Math.max(80, Math.min(400, 9000 / time.frames.length)));
+      const pace = Math.max(80, Math.min(400, 9000 / time.frames.length));
+      playing = setInterval(() => time.k < time.frames.length - 1 ? go(time.k + 1) : play(), pace);
     }
     button.textContent = playing ? "❚❚" : "▶";
   }
@@ -41,16 +42,20 @@ function facts() {
 function head() {
   const last = data.stages[data.stages.length - 1], size = last && `${last.pixels[1]} × ${last.pixels[0]}`;
   const {method, steps, rank, seed, learning_rate: rate} = data.facts;
-  const told = last ? `${last.sampler}, guidance ${number(last.guidance)}, ${size}, seed ${seed}` : `${method}, ${steps} steps, rank ${rank}, learning rate ${rate}, seed ${seed}`;
-  document.getElementById("head").append(element("div", {}, element("div.label", {}, data.kind || "How this picture was drawn"), element("h1", {}, data.title), element("p", {}, told)),
-    ...(last && !data.insertion ? [element("img", {src: last.picture, alt: "the finished picture"})] : []));
+  const told = last ? `${last.sampler}, guidance ${number(last.guidance)}, ${size}` :
+    `${method}, ${steps} steps, rank ${rank}, learning rate ${rate}`;
+  const kind = element("div.label", {}, data.kind || "How this picture was drawn");
+  const top = document.getElementById("head");
+  top.append(element("div", {}, kind, element("h1", {}, data.title), element("p", {}, `${told}, seed ${seed}`)));
+  if (last && !data.insertion) top.append(element("img", {src: last.picture, alt: "the finished picture"}));
 }
 
 function start() {
   const longest = data.stages.reduce((best, stage) => !best || stage.steps.length > best.steps.length ? stage : best, null);
   if (longest) {
     const count = longest.steps[longest.steps.length - 1].index + 1;
-    time.frames = longest.steps.map(step => ({t: step.t, said: `step ${step.index + 1} of ${count} · t ${number(step.t, 4)} · σ ${number(Math.sqrt((1 - step.alpha_bar) / step.alpha_bar))}`}));
+    time.frames = longest.steps.map(({t, index, alpha_bar}) =>
+      ({t, said: `step ${index + 1} of ${count} · t ${number(t, 4)} · σ ${number(sigma(alpha_bar))}`}));
   }
   if (data.training) {
     const {moments, losses} = data.training;

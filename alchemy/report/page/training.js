@@ -1,8 +1,11 @@
 // train.py's own: the loss, the loss by timestep, how far each layer has moved, previews through time.
 
+const ERROR = `‖target − prediction(${X_T}, <i>t</i>, prompt)‖²`;
+
 // Round numbers between two.
 function round(low, high) {
-  const least = (high - low) / 5, power = 10 ** Math.floor(Math.log10(least)), step = [1, 2, 5, 10].map(m => m * power).find(s => s >= least);
+  const least = (high - low) / 5, power = 10 ** Math.floor(Math.log10(least));
+  const step = [1, 2, 5, 10].map(m => m * power).find(s => s >= least);
   return Array.from({length: 7}, (_, k) => (Math.ceil(low / step - 1e-9) + k) * step).filter(v => v <= high);
 }
 
@@ -10,13 +13,19 @@ function round(low, high) {
 function chart(xs, ys, {log = false, x, y, H = 250}) {
   const W = 560, left = 46, bottom = 34, f = log ? Math.log10 : v => v;
   const [x0, x1] = xs, [y0, y1] = ys.map(f);
-  const at = (a, b) => [left + (a - x0) / (x1 - x0 || 1) * (W - left - 12), 10 + (y1 - Math.max(Math.min(f(b), y1), y0)) / (y1 - y0 || 1) * (H - 10 - bottom)];
+  const within = v => Math.max(Math.min(v, y1), y0);
+  const at = (a, b) => [left + (a - x0) / (x1 - x0 || 1) * (W - left - 12), 10 + (y1 - within(f(b))) / (y1 - y0 || 1) * (H - 10 - bottom)];
   const ticks = log ? [0.0001, 0.001, 0.01, 0.1, 1].filter(v => f(v) >= y0 - 1e-9 && f(v) <= y1 + 1e-9) : round(...ys);
-  const drawn = svg("svg", {viewBox: `0 0 ${W} ${H}`, class: "plot"}, ...ticks.map(v => svg("g", {}, svg("line", {x1: left, x2: W - 12, y1: at(x0, v)[1], y2: at(x0, v)[1], class: "tick"}),
-    svg("text", {x: left - 6, y: at(x0, v)[1] + 3.5, "text-anchor": "end"}, number(v, 2)))),
-    ...[x0, x1].map((v, i) => svg("text", {x: at(v, 1)[0], y: H - bottom + 14, "text-anchor": i ? "end" : "start"}, number(v, 4))),
-    svg("text", {x: (left + W) / 2, y: H - 4, "text-anchor": "middle"}, x), svg("text", {x: W - 12, y: 22, "text-anchor": "end"}, y));
-  const line = (points, style) => svg("polyline", {points: points.map(p => at(...p).map(c => c.toFixed(1)).join()).join(" "), class: style});
+  const text = (x, y, anchor, said) => svg("text", {x, y, "text-anchor": anchor}, said);
+  const drawn = svg("svg", {viewBox: `0 0 ${W} ${H}`, class: "plot"},
+    ...ticks.flatMap(v => {
+      const [, y] = at(x0, v);
+      return [svg("line", {x1: left, x2: W - 12, y1: y, y2: y, class: "tick"}), text(left - 6, y + 3.5, "end", number(v, 2))];
+    }),
+    ...[x0, x1].map((v, i) => text(at(v, 1)[0], H - bottom + 14, i ? "end" : "start", number(v, 4))),
+    text((left + W) / 2, H - 4, "middle", x), text(W - 12, 22, "end", y));
+  const written = points => points.map(p => at(...p).map(c => c.toFixed(1)).join()).join(" ");
+  const line = (points, style) => svg("polyline", {points: written(points), class: style});
   return {drawn, at, line, H, bottom};
 }
 
@@ -25,20 +34,25 @@ function lossCurve() {
   const top = good[Math.min(good.length - 1, Math.floor(good.length * 0.98))] || 1;
   const {drawn, at, line, H, bottom} = chart([0, losses.length], [0, top * 1.05], {x: "step", y: "loss", H: 390});
   const stride = Math.ceil(losses.length / 2000);  // no screen shows more
-  losses.forEach((v, i) => i % stride === 0 && v != null && drawn.append(svg("circle", {cx: at(i + 1, v)[0], cy: at(i + 1, v)[1], r: 1.6, class: "dot faint"})));
-  drawn.append(line(means.map((v, i) => [i + 1, v]).filter(([, v], i) => v != null && i % stride === 0), "curve strong"));
+  const thinned = values => values.map((v, i) => [i + 1, v]).filter(([, v], i) => v != null && i % stride === 0);
+  for (const [cx, cy] of thinned(losses).map(p => at(...p))) drawn.append(svg("circle", {cx, cy, r: 1.6, class: "dot faint"}));
+  drawn.append(line(thinned(means), "curve strong"));
   const rule = svg("line", {y1: 8, y2: H - bottom, class: "rule"});
   drawn.append(rule);
   follow(k => { const [x] = at(moments[k], 0); rule.setAttribute("x1", x), rule.setAttribute("x2", x); });
-  return card("", "The loss", `A dot for each step, the line is their running mean. One step sees a few timesteps only, drawn by chance, and some are much harder than others:
-    hence the dots' spread. <b class="formula"><i>w<sub>t</sub></i> · ‖target − prediction(${X_T}, <i>t</i>, prompt)‖² + <i>λ</i> · (the class stays as it was)</b>`, drawn);
+  return card("", "The loss",
+    `A dot for each step, the line is their running mean. One step sees a few timesteps only, drawn by chance, and some are much harder than
+     others: hence the dots' spread.
+     <b class="formula"><i>w<sub>t</sub></i> · ${ERROR} + <i>λ</i> · (the class stays as it was)</b>`, drawn);
 }
 
 function lossByTimestep() {
   const {timesteps, by_t, moments} = data.training, all = by_t.flatMap(([, row]) => row);
-  const ratios = by_t.map(([, row]) => row.map((v, j) => v / by_t[0][1][j])), x = "timestep t: 0 is clean, the end is noise", T = data.training.T;
+  const ratios = by_t.map(([, row]) => row.map((v, j) => v / by_t[0][1][j]));
+  const x = "timestep t: 0 is clean, the end is noise", T = data.training.T;
   const plain = chart([0, T], [Math.min(...all) / 1.3, Math.max(...all) * 1.3], {log: true, x, y: "error, logarithmic", H: 180});
-  const ratio = chart([0, T], [Math.min(0.95, ...ratios.flat()), Math.max(1.05, ...ratios.flat())], {x, y: "the same, over what it was before the first step", H: 200});
+  const ratio = chart([0, T], [Math.min(0.95, ...ratios.flat()), Math.max(1.05, ...ratios.flat())],
+    {x, y: "the same, over what it was before the first step", H: 200});
   const lines = [[plain, by_t.map(([, row]) => row)], [ratio, ratios]].map(([where, rows]) => rows.map((row, i) => {
     const made = where.line(row.map((v, j) => [timesteps[j], v]), "curve" + (i ? "" : " first"));
     where.drawn.append(made);
@@ -50,8 +64,11 @@ function lossByTimestep() {
     for (const those of lines) those.forEach((made, i) => made.classList.toggle("strong", i === now));
     said.textContent = `thick: after step ${by_t[now][0]}; dashed: before the first`;
   });
-  return card("", "The loss by timestep", `The same pictures with the same noise, at each noise level, measured ${by_t.length} times: what has been learned, and where. With little noise (left) the
-    noise is hard to see and the error large; with much (right) all is noise, and the question is what the subject is. <b class="formula">‖target − prediction(${X_T}, <i>t</i>, prompt)‖²</b>`, plain.drawn, ratio.drawn, said);
+  return card("", "The loss by timestep",
+    `The same pictures with the same noise, at each noise level, measured ${by_t.length} times: what has been learned, and where. With
+     little noise (left) the noise is hard to see and the error large; with much (right) all is noise, and the question is what the
+     subject is.
+     <b class="formula">${ERROR}</b>`, plain.drawn, ratio.drawn, said);
 }
 
 const ROWS = [["attn1.to_q", "self q"], ["attn1.to_k", "self k"], ["attn1.to_v", "self v"], ["attn1.to_out", "self out"],
@@ -79,19 +96,23 @@ function heatMap() {
     }
     said.textContent = `after step ${moments[k]}; black is 0, the lightest ${percent(most)} (point at a cell for its own)`;
   });
-  return card(".full", "How far each layer has moved", `A column for each transformer block, in the order in which the network runs them; a row for each projection that a LoRA sits on.
-    <b class="formula">‖<i>α/r · B A</i>‖ / ‖<i>W</i>‖</b>`,
-    element("table.heat", {}, element("tr", {}, element("th"), ...groups.map(([name, span]) => element("th", {colspan: span}, name))), ...body), said);
+  const top = element("tr", {}, element("th"), ...groups.map(([name, span]) => element("th", {colspan: span}, name)));
+  return card(".full", "How far each layer has moved",
+    `A column for each transformer block, in the order in which the network runs them; a row for each projection that a LoRA sits on.
+     <b class="formula">‖<i>α/r · B A</i>‖ / ‖<i>W</i>‖</b>`, element("table.heat", {}, top, ...body), said);
 }
 
 function previewGrid() {
   const {previews, moments} = data.training, prompts = previews[0][1].map(([prompt]) => prompt);
-  const columns = previews.map(([step, row]) => element("div.column", {}, element("div.label", {}, `step ${step}`), ...row.map(([prompt, src]) => element("img", {src, alt: `${prompt}, step ${step}`}))));
+  const columns = previews.map(([step, row]) => element("div.column", {}, element("div.label", {}, `step ${step}`),
+    ...row.map(([prompt, src]) => element("img", {src, alt: `${prompt}, step ${step}`}))));
   follow(k => {
     const now = previews.reduce((best, [step], i) => step <= moments[k] ? i : best, -1);
     columns.forEach((column, i) => column.classList.toggle("now", i === now));
   });
-  return card(".full", "What it draws, through time", `The same seeds each time, from top to bottom: ${prompts.length} prompts. The first should become the subject; the others should stay what they are.`,
+  return card(".full", "What it draws, through time",
+    `The same seed each time, ${prompts.length} prompts from top to bottom. The first should become the subject; the others should stay
+     what they are.`,
     element("ol.prompts", {}, ...prompts.map(prompt => element("li", {}, prompt))), element("div.columns", {}, ...columns));
 }
 
