@@ -125,6 +125,8 @@ def processes(rounds, folder):
     draws = [process(command, rounds)[0] for command in (
         [python, "sample.py", PROMPT, "--out", f"{folder}/ours.png"], [python, "-c", DRAW.format(weights, f"{folder}/theirs.png")])]
     yield "sample.py against a diffusers script, s", *draws
+    page = process([python, "sample.py", PROMPT, "--out", f"{folder}/ours.png", "--inspect", f"{folder}/page"], rounds)[0]
+    yield "sample.py --inspect (right: without), s", page, draws[0]
     for script in ("train.py", "sample.py", "insert.py"):
         yield f"{script} --help, s", process([python, script, "--help"], rounds)[0], None
 
