@@ -73,7 +73,7 @@ def main(argv=None):
         others = {json.loads(line)["file_name"] for line in (out / "metadata.jsonl").read_text(encoding="utf-8").splitlines()} - {path.name for *_, path in wanted}
         if others:
             raise ValueError(f"{out}: its metadata.jsonl tells of other pictures ({sorted(others)[0]}): name another folder")
-from alchemy.command import inspecting, together
+    page = inspecting.page_folder(args)
 
     from PIL import Image, ImageOps
     from alchemy import images, loop, samplers

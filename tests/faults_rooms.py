@@ -1,0 +1,93 @@
+"""The faults of faults.py in the rooms around the core."""
+
+ROOMS = {
+    ("formats/layout", "manifest"): (
+        ("thirds of in_proj", '"qkv".index', '"kqv".index'),
+        ("text_projection as stored", "tensor.T.contiguous()", "tensor"),
+        ("the VAE's levels from the coarsest", "levels - 1 - int(m[1])", "int(m[1])"),
+        ("upsampler at index 1", "+ layers}.2", "+ layers}.1"),
+        ("middle resnets", "2 * int(m[2])", "int(m[2])"),
+    ),
+    ("formats/lora", "lora_files lora_writing"): (
+        ("alpha is not read", "told(layer, len(down)) if alpha is None else alpha) for", "told(layer, len(down))) for"),
+        ("alpha is not baked in", "up * (alpha / len(down))", "up"),
+        ("the second text encoder is the first", '"text_encoder_2": "lora_te2_"', '"text_encoder_2": "lora_te1_"'),
+        ("a DoRA is a LoRA", "if dora := [key for key in keys if key.endswith(DORA)]:", "if dora := []:"),
+        ("transformers 5's names are unknown", 'names = {name, name.removeprefix("text_model.")}', "names = {name}"),
+        ("peft's alpha beside is not read", 'if Path(path).name == "adapter_model.safetensors" else {}', "if False else {}"),
+        ("NaN is put on", "if wild:", "if False:"),
+    ),
+    ("methods/prior", "prior"): (
+        ("the prior is a mean over both", "subject.mean() + prior_weight * prior.mean()", "torch.cat([subject, prior_weight * prior]).mean()"),
+        ("every class picture is the same", "FIRST_SEED + k)", "FIRST_SEED)"),
+        ("of whatever settings", "png.check(path, facts | {\"seed\": seed})", "pass"),
+        ("drawn again", "        if not path.exists():", "        if True:"),
+    ),
+    ("methods/dreambooth", "dreambooth"): (
+        ("text encoders stay as they were", "sdxl.read(name, torch.float32).requires_grad_(True)", 'sdxl.read(name, torch.float32).requires_grad_(name == "unet")'),
+        ("memory of the weights alone", "return 16 * sum", "return 4 * sum"),
+    ),
+    ("methods/textual_inversion", "textual_inversion"): (
+        ("the table learns", "self.weight, self.first = table.weight, first", "self.weight, self.first = table.weight.requires_grad_(True), first"),
+        ("the first row for all", "(ids - self.first).clamp(min=0)", "(ids - self.first).clamp(min=0, max=0)"),
+        ("a word's first piece alone", "ids[k % len(ids)]", "ids[0]"),
+    ),
+    ("formats/embeddings", "textual_inversion converting"): (
+        ("the two encoders' rows swapped", "dict(zip(KEYS, rows))", "dict(zip(KEYS, rows[::-1]))"),
+        ("clip_g is read as clip_l", "sorted(file.keys(), reverse=True)", "sorted(file.keys())"),
+    ),
+    ("formats/folder", "converting"): (
+        ("the originals of merged weights are kept", "layer.original, layer.lora = None, torch", "layer.lora = torch"),
+        ("a LoRA is written beside its weight", "        layer.merge()\n", "        pass\n"),
+    ),
+    ("formats/checkpoint", "converting"): (
+        ("the old VAE's configuration is written", '"config.json") or configs["vae"]', '"config.json") and configs["vae"]'),
+        ("the schedule is written as the folder has it", '"scheduler/scheduler_config.json": schedule,',
+         '"scheduler/scheduler_config.json": config_of(folder, "scheduler/scheduler_config.json"),'),
+    ),
+    ("methods/captions", "captions"): (
+        ("no caption is dropped", "None if lot < dropout else prompt", "prompt"),
+        ("buckets upside down", "picture_size[0] / picture_size[1]", "picture_size[1] / picture_size[0]"),
+        ("every bucket as often", "[len(buckets[size]) for size in sizes]", "[1 for size in sizes]"),
+    ),
+    ("report/pictures", "inspect"): (
+        ("the map to colours has no constant", "(0, 1), value=1.0)", "(0, 1), value=0.0)"),
+        ("a film is cut into columns of its height", "k % columns * w:k % columns * w + w]", "k % columns * h:k % columns * h + w]"),
+        ("a long run loses its last step", "(count - 1) / max(", "(count - 2) / max("),
+    ),
+    ("report/record", "inspect"): (
+        ("attention of the half that is told nothing", "probabilities[-1].mean(0)", "probabilities[0].mean(0)"),
+        ("layers of a level are added, not their mean", "total / count for key", "total for key"),
+        ("self-attention by its largest of each column", "p.amax(1, keepdim=True)", "p.amax(0, keepdim=True)"),
+        ("sigma without eta", "step.alpha_bar_prev, self.eta)", "step.alpha_bar_prev, 1.0)"),
+        ("levels are rounded down", "-(-side // 2 ** level)", "side // 2 ** level"),
+    ),
+    ("report/stage", "inspect"): (
+        ("told and untold change places", 'recorder.stacked(f"eps_{name}")', 'recorder.stacked("eps_cond" if name == "uncond" else "eps_uncond")'),
+        ("a level counts by its size", "m / m.mean((2, 3), keepdim=True).clamp(min=1e-9)", "m"),
+    ),
+    ("report/page", "inspect"): (
+        ("a prompt can end the script", '.replace("<", "\\\\u003c")', ""),
+    ),
+    ("report/placing", "inspect_more"): (
+        ("raw attention is sharpened already", "watcher.maps.heat(0)", "watcher.maps.heat(power)"),
+        ("the latents' mask is of the whole picture", "made.mask[None, top:top + height, left:left + width]", "made.feathered[None]"),
+        ("a difference wraps around", "np.int16", "np.uint8"),
+        ("the difference is looked for inside", "made.feathered.cpu().numpy() == 0", "made.feathered.cpu().numpy() > 0"),
+    ),
+    ("report/teaching", "inspect_more"): (
+        ("the norm is not by the weights'", "adapter.delta().norm() / layer.weight.float().norm()", "adapter.delta().norm()"),
+        ("a lost step counts as nothing, not as no step", "else (total, weight)", "else (0.95 * total, 0.95 * weight + 1)"),
+    ),
+    ("command/lessons", "inspect_more"): (
+        ("the error at the batch's own timesteps", "t=batch.t * 0 + t", "t=batch.t"),
+    ),
+    ("methods/masks", "captions"): (
+        ("a mask is not turned", "ImageOps.exif_transpose(opened)", "opened"),
+    ),
+    ("report/samplers", "samplers_sheet"): (
+        ("Euler steps in the level itself", "(level(ab_prev) - level(ab)) * step.eps", "(ab_prev - ab) * step.eps"),
+        ("DDPM with the larger variance", "(beta * (1 - ab_prev) / (1 - ab)) ** 0.5", "beta ** 0.5"),
+        ("the row of samplers draws other noise", "generators=made, hook", "generators=loop.generators([SEED]), hook"),
+    ),
+}
