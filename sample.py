@@ -5,7 +5,6 @@
     python sample.py --like out/beach.png                     make it again
     python sample.py --prompts prompts.txt --count 10 --lora ... --out out/set/        a data set: pictures and metadata.jsonl
 """
-import json
 from pathlib import Path
 
 from alchemy import command
@@ -69,17 +68,14 @@ def main(argv=None):
     out = Path(args.out)
     wanted = jobs(args, out)
     command.folder(out.parent if command.is_picture(out) else out)
-    if args.prompts and (out / "metadata.jsonl").exists():
-        others = {json.loads(line)["file_name"] for line in (out / "metadata.jsonl").read_text(encoding="utf-8").splitlines()} - {path.name for *_, path in wanted}
-        if others:
-            raise ValueError(f"{out}: its metadata.jsonl tells of other pictures ({sorted(others)[0]}): name another folder")
-    page = inspecting.page_folder(args)
 
     from PIL import Image, ImageOps
     from alchemy import images, loop, samplers
-    from alchemy.command.dataset import digests, is_there
-    from alchemy.files import replace
+    from alchemy.command import dataset
     from alchemy.formats import png
+    if args.prompts:
+        dataset.check_list(out, wanted)
+    page = inspecting.page_folder(args)
     if page:
         from alchemy.report.page import Recorder, write
     image = args.image and images.read(args.image)
@@ -92,8 +88,8 @@ def main(argv=None):
     grid = sdxl.schedule.grid(options["steps"], options.get("grid") or row.grid, strength if image else 1.0, row.fractional)
     command.say(f"{options['sampler']}: {command.ran(sdxl.schedule, grid, options['steps'])}, {size[1]}x{size[0]}")
 
-    facts = command.settings_of(args) | {"script": "sample.py", "size": size, "strength": strength, "count": 1, "digests": digests(args)} | options
-    missing = [job for job in wanted if not (args.prompts and is_there(job[2], facts | {"prompt": job[0], "seed": job[1]}))]
+    facts = command.settings_of(args) | {"script": "sample.py", "size": size, "strength": strength, "count": 1, "digests": dataset.digests(args)} | options
+    missing = [job for job in wanted if not (args.prompts and dataset.is_there(job[2], facts | {"prompt": job[0], "seed": job[1]}))]
     conditioning = {prompt: sdxl.encode_prompt([prompt], size) for prompt in dict.fromkeys(prompt for prompt, *_ in missing)}
     sdxl.free("text_encoders")  # the UNet can use the memory
     for prompt, seed, path in missing:
@@ -108,9 +104,7 @@ def main(argv=None):
             paths = write(where, prompt, [("", recorder, picture)], facts | {"prompt": prompt, "seed": seed})
         command.wrote(path, *(paths if recorder else ()))
     if args.prompts:
-        rows = [json.dumps({"file_name": path.name, "text": prompt}, ensure_ascii=False) for prompt, _, path in wanted]
-        replace(out / "metadata.jsonl", lambda new: new.write_text("\n".join(rows) + "\n", encoding="utf-8"))
-        command.wrote(out / "metadata.jsonl")
+        command.wrote(dataset.write_list(out, wanted))
 
 
 if __name__ == "__main__":

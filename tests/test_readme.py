@@ -65,10 +65,10 @@ def test_each_block_draws_a_picture(readme):
         assert picture.shape == (1, 3, 128, 128) and picture.abs().max() < 2 and picture.std() > 0.1
 
 
-def test_20_steps_of_heun_lead_where_60_of_euler_do(readme):
+def test_20_steps_of_heun_lead_to_within_a_tenth_of_where_60_of_euler_do(readme):
     noise = alchemy.noise((1, 4, 8, 8), [0])
     *_, last = alchemy.denoise(readme.sdxl, noise, readme.told, readme.untold, grid="linspace", steps=60)
-    assert deviation(readme.heun(noise, 20), last.x_prev) < 0.06
+    assert deviation(readme.heun(noise, 20), last.x_prev) < 0.1  # of the miniature, as it is trained: 0.06
 
 
 def test_of_steps_half_as_long_heun_keeps_a_quarter_of_the_error_and_euler_half(readme, monkeypatch):

@@ -1,11 +1,28 @@
 """A data set of sample.py --prompts that goes on where it stopped: what decides a picture, and whether it is there."""
 import hashlib
+import json
 from pathlib import Path
 
+from ..files import replace
 from ..formats import png
 
 DECIDE = ("prompt", "seed", "size", "sampler", "grid", "steps", "guidance", "eta", "negative_prompt", "weights", "vae", "config", "revision", "dtype",
           "lora", "embedding", "image", "strength", "digests")
+
+
+def check_list(folder, jobs):
+    """Raise ValueError where the folder's metadata.jsonl tells of pictures that are not of these jobs, (prompt, seed, path) each."""
+    path = folder / "metadata.jsonl"
+    listed = [json.loads(line)["file_name"] for line in path.read_text(encoding="utf-8").splitlines()] if path.exists() else []
+    if others := sorted(set(listed) - {path.name for *_, path in jobs}):
+        raise ValueError(f"{folder}: its metadata.jsonl tells of other pictures ({others[0]}): name another folder")
+
+
+def write_list(folder, jobs):
+    """metadata.jsonl, as train.py --captions reads it; its path."""
+    rows = [json.dumps({"file_name": path.name, "text": prompt}, ensure_ascii=False) for prompt, _, path in jobs]
+    replace(folder / "metadata.jsonl", lambda new: new.write_text("\n".join(rows) + "\n", encoding="utf-8"))
+    return folder / "metadata.jsonl"
 
 
 def digests(args):

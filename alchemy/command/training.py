@@ -166,7 +166,7 @@ def teach(args, out, page, sdxl, lesson, state):
         return ended
     finish(args, out, sdxl, lesson, state)
     if page:
-        command.wrote(*teaching.write_page(page, watcher, state.losses, list(lesson.prompts)[0], command.settings_of(args), args.inspect_full))
+        command.wrote(*teaching.write_page(page, watcher, state.losses, lesson.shown[0], command.settings_of(args), args.inspect_full))
     return None
 
 
