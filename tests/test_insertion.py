@@ -121,7 +121,7 @@ def test_stage_1_is_told_the_class_word_without_lora_and_stage_2_the_token_with_
     insert(sdxl, negative_prompt="a cat")
     assert sdxl.prompts == ["a cat", PROMPT, "a cat", "a photo of a sks dog in the snow"]
     assert [call["lora"] for call in sdxl.unet.calls] == [0] * 8 + [1] * 6  # 8 steps, and 0.85 of them
-    assert [sdxl.prompts[int(call["context"][-1, 0, 0])] for call in sdxl.unet.calls] == [PROMPT] * 8 + ["a photo of a sks dog in the snow"] * 5
+    assert [sdxl.prompts[int(call["context"][-1, 0, 0])] for call in sdxl.unet.calls] == [PROMPT] * 8 + ["a photo of a sks dog in the snow"] * 6
     insert(sdxl, image=noise_picture(64, 64), mask=ellipse(64, 64))
     assert sdxl.prompts[4:] == [None, "a photo of a sks dog in the snow"]
 
