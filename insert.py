@@ -81,7 +81,7 @@ def places(out):
 def main(argv=None):
     args = parse(argv)
     result, folder = places(Path(args.out))
-    page = inspecting.page_folder(args)
+    page = inspecting.page_folder(args, folder)
 
     import numpy as np
     import torch

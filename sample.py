@@ -75,7 +75,7 @@ def main(argv=None):
     from alchemy.formats import png
     if args.prompts:
         dataset.check_list(out, wanted)
-    page = inspecting.page_folder(args)
+    page = inspecting.page_folder(args, out.parent if command.is_picture(out) else out)
     if page:
         from alchemy.report.page import Recorder, write
     image = args.image and images.read(args.image)
@@ -100,9 +100,12 @@ def main(argv=None):
         picture = loop.sample(sdxl, conditioning[prompt], unconditional, seed, size, image=image, strength=strength, progress=bar, **options)
         png.save(picture, path, facts | {"prompt": prompt, "seed": seed})
         if recorder:
-            where = page if len(missing) == 1 else page / path.stem
+            where = page if len(wanted) == 1 else page / path.stem
             paths = write(where, prompt, [("", recorder, picture)], facts | {"prompt": prompt, "seed": seed})
         command.wrote(path, *(paths if recorder else ()))
+    if page and not missing:
+        page.rmdir()
+        command.say("all pictures are there already: none is drawn, there is no page")
     if args.prompts:
         command.wrote(dataset.write_list(out, wanted))
 

@@ -59,7 +59,8 @@ ROOMS = {
         ("attention of the half that is told nothing", "probabilities[-1].mean(0)", "probabilities[0].mean(0)"),
         ("layers of a level are added, not their mean", "total / count for key", "total for key"),
         ("self-attention by its largest of each column", "p.amax(1, keepdim=True)", "p.amax(0, keepdim=True)"),
-        ("sigma without eta", "step.alpha_bar_prev, self.eta)", "step.alpha_bar_prev, 1.0)"),
+        ("sigma without eta", "step.alpha_bar_prev, self.eta, ", "step.alpha_bar_prev, 1.0, "),
+        ("sigma of a sampler whose noise is all fresh", "self.eta, self.row.fresh)", "self.eta)"),
         ("levels are rounded down", "-(-side // 2 ** level)", "side // 2 ** level"),
     ),
     ("report/stage", "inspect"): (

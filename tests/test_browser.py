@@ -78,13 +78,18 @@ def test_the_page_of_a_picture_follows_slider_keys_play_and_tokens(tiny, tmp_pat
         const box = find("place").getBoundingClientRect();
         find("place").dispatchEvent(new MouseEvent("click", {clientX: box.left + 2, clientY: box.top + 2, bubbles: true}));
       });
-      press("Home");
+      result.keys = await changes(["own 1", "place"], () => find("place").dispatchEvent(new KeyboardEvent("keydown", {key: "ArrowRight", bubbles: true})));
+      const said = () => document.getElementById("said").textContent, held = said();
+      for (const [name, key] of [["#step", "ArrowLeft"], ["summary", " "], ["body", "Home"]])
+        document.querySelector(name).dispatchEvent(new KeyboardEvent("keydown", {key, bubbles: true}));
+      result.left = said() === held && document.getElementById("play").textContent === "▶";
+      result.strip = await changes(["x_t"], () => find("strip 0").closest("button").click());
       result.play = await changes(["x_t"], () => document.getElementById("play").click());
       result.chips = document.querySelectorAll(".chip[data-token]").length;
       result.title = document.querySelector("h1").textContent;
       return result;""", tmp_path)
     assert seen["wrong"] == [] and seen["undrawn"] == 0 and seen["wide"] <= 0
-    assert [seen[key] for key in ("slider", "key", "token", "place", "play")] == [True] * 5
+    assert [seen[key] for key in ("slider", "key", "token", "place", "keys", "left", "strip", "play")] == [True] * 8
     assert seen["title"] == NASTY and "step 4 of 4 · t 1 " in seen["said"] and seen["chips"] > 20
 
 

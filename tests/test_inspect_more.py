@@ -9,14 +9,15 @@ from PIL import Image
 from safetensors.torch import load_file
 
 import alchemy
-from alchemy import images, lora
+from alchemy import images, loop, lora
 from alchemy.command import lessons
-from alchemy.report import placing, teaching
+from alchemy.report import page, placing, teaching
 from alchemy.report.pictures import spread
+from alchemy.report.record import Recorder
 from alchemy.train import errors
 from checkpoints import vocabulary_read_once  # noqa: F401
 from lessons import PROMPTS, batch, model, told  # noqa: F401
-from running import SCENE, contents, good, inserted, lora_file, picture, pixels, quick, same, taught, tiny  # noqa: F401
+from running import SCENE, call, contents, drawn, good, inserted, lora_file, picture, pixels, quick, refused, same, taught, tiny  # noqa: F401
 from test_inspect import data_of, unpacked
 
 
@@ -148,3 +149,53 @@ def test_a_page_without_a_lora_has_no_heat_map(taught):
     good(taught("--method", "textual-inversion", "--inspect", "page"))
     made = data_of(contents("page")["index.html"].decode())["training"]
     assert made["network"] == [] and len(made["by_t"]) == 2 and spread(2, 5) == [0, 1]
+
+
+# What a page's folder is, and what a page survives
+
+def test_a_page_takes_only_a_new_or_empty_folder_and_not_that_of_the_pictures(drawn, tiny):
+    run = good(drawn("--out", "clash/steps.png", "--inspect", "clash"))
+    assert [p.as_posix() for p in run.wrote] == ["clash/steps.png", "clash-1/steps.png", "clash-1/index.html"]
+    before = contents("clash") | contents("clash-1")
+    run = good(drawn("--out", "b.png", "--inspect", "clash", "--count", 2))
+    assert sorted(contents("clash-2")) == [f"b-{seed}/{name}" for seed in (0, 1) for name in ("index.html", "steps.png")]
+    assert alchemy.inspect(alchemy.load(tiny, "cpu"), "a dog", "clash", steps=1)[1][-1].as_posix() == "clash-3/index.html"
+    assert contents("clash") | contents("clash-1") == before
+    refused(drawn("--inspect", "b-0.png"), "--inspect 'b-0.png' is no folder")
+    refused(drawn("--inspect", ""), "--inspect '' is no folder")
+
+
+def test_of_a_list_that_goes_on_each_picture_has_a_folder_of_its_own_and_none_where_nothing_is_drawn(tiny, tmp_path):
+    (tmp_path / "prompts.txt").write_text("a dog\na cat\n")
+    listed = ("--prompts", "prompts.txt", "--weights", tiny, "--out", "set")
+    good(call("sample.py", *listed))
+    (tmp_path / "set/00001.png").unlink()
+    good(call("sample.py", *listed, "--inspect", "page"))
+    assert sorted(contents("page")) == ["00001/index.html", "00001/steps.png"]
+    run = good(call("sample.py", *listed, "--inspect", "none"))
+    assert "there is no page" in run.err and not (tmp_path / "none").exists()
+
+
+def test_a_run_that_diverges_has_a_page_too(drawn, tiny, close):
+    good(drawn("--guidance", 200000, "--out", "a.png", "--inspect", "page"))
+    stage, = data_of(contents("page")["index.html"].decode())["stages"]
+    assert all(step["std"]["x_0"] > 1e3 for step in stage["steps"])
+    recorder = Recorder(alchemy.load(tiny, "cpu"), "a dog", 2)
+    latents = torch.stack([torch.full((4, 8, 8), float("nan")), torch.full((4, 8, 8), 0.5)])[:, None]
+    for index, x in enumerate(latents):
+        recorder.take(loop.Step(index, 2 - index, 1 - index, 0.5, 0.6, *[x] * 6))
+    *_, written = page.write("nan", "a dog", [("", recorder, picture(32, 32))], {"seed": 0})
+    stage, = data_of(written.read_text())["stages"]
+    assert stage["steps"][0]["std"] == {"eps": None, "x_0": None} and stage["steps"][1]["std"] == {"eps": 0, "x_0": 0}
+    assert (unpacked(stage["films"]["x_0"])[0] == 0).all() and (unpacked(stage["films"]["x_0"])[1] > 0).any()
+
+
+def test_a_hook_and_a_bar_may_go_with_the_call_and_the_facts_name_the_negative_prompt(tiny):
+    sdxl, seen = alchemy.load(tiny, "cpu", torch.float32), []
+    made, paths = alchemy.inspect(sdxl, "a dog", "page", steps=2, negative_prompt="a cat", hook=lambda step: step.x_prev * 0.5,
+                                  progress=lambda steps: (seen.append(step.index) or step for step in steps))
+    assert same(np.asarray(made), np.asarray(alchemy.text_to_image(
+        sdxl, "a dog", steps=2, negative_prompt="a cat", hook=lambda step: step.x_prev * 0.5))) and seen == [0, 1]
+    assert data_of(paths[-1].read_text())["facts"]["negative_prompt"] == "a cat"
+    with pytest.raises(TypeError, match="strength"):
+        alchemy.inspect(sdxl, "a dog", "page", strength=0.5)

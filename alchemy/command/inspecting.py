@@ -6,18 +6,24 @@ from .. import command
 
 def add_flags(p):
     g = p.add_argument_group("a look inside")
-    g.add_argument("--inspect", metavar="DIR",            help="write a page that shows every step, and sheets, into this folder or the next free one of its name")
+    g.add_argument("--inspect", metavar="DIR",            help="write a page that shows every step, and sheets, into this folder (of several pictures, into one each below it), or the next of its name that is new or empty")
     g.add_argument("--inspect-full", action="store_true", help="with --inspect: all arrays too, as safetensors beside the page")
 
 
-def page_folder(args):
-    """A free folder for the page of --inspect, proved writable; None where none is wanted."""
+def page_folder(args, out):
+    """A free folder for the page of --inspect, proved writable; None where none is wanted. out: the folder of the results."""
     if args.inspect_full and not args.inspect:
         raise ValueError("--inspect-full goes with --inspect DIR, which says where")
-    if not args.inspect:
-        return None
-    path, number = Path(args.inspect), 0
-    while (path / "index.html").exists():
+    return None if args.inspect is None else free_folder(args.inspect, "--inspect", out)
+
+
+def free_folder(wanted, flag, *taken):
+    """The folder wanted, or the next of its name that is new or empty and not among those taken; made, and proved writable."""
+    path, number = Path(wanted), 0
+    if not str(wanted) or path.exists() and not path.is_dir():
+        raise ValueError(f"{flag} {str(wanted)!r} is no folder; name one")
+    taken = [Path(folder).resolve() for folder in taken]
+    while path.resolve() in taken or path.exists() and not (path.is_dir() and not any(path.iterdir())):
         number += 1
-        path = Path(args.inspect).with_name(f"{Path(args.inspect).name}-{number}")
-    return command.folder(path, "--inspect")
+        path = Path(wanted).with_name(f"{Path(wanted).resolve().name}-{number}")
+    return command.folder(path, flag)

@@ -118,7 +118,7 @@ def resumed(args, path):
 
 
 def main(args):
-    out, page = command.folder(args.out), None if args.check else inspecting.page_folder(args)
+    out, page = command.folder(args.out), None if args.check else inspecting.page_folder(args, args.out)
     sdxl = command.load(args)
     complete(args, sdxl)
     if args.method == "full" and Path(args.weights).is_file() and not args.config:

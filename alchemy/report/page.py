@@ -1,10 +1,12 @@
 """The page: one HTML file with all its pictures and data in it, opened from disk; beside it contact sheets and, if wanted, the arrays."""
 import html
 import json
+import math
 import re
 from pathlib import Path
 
 from .. import loop, samplers
+from ..command.inspecting import free_folder
 from ..files import replace, save_tensors
 from ..formats import png
 from . import stage
@@ -16,16 +18,24 @@ PARTS = Path(__file__).with_name("page")
 SCRIPTS = ("base.js", "stage.js", "attention.js", "insertion.js", "training.js", "start.js")
 
 
-def inspect(sdxl, prompt, folder, *, size=None, seed=0, negative_prompt=None, full=False, **options):
+def inspect(sdxl, prompt, folder, *, size=None, seed=0, negative_prompt=None, full=False, hook=None, progress=None,
+            sampler=None, grid=None, steps=None, guidance=None, eta=None):
     """Draw a prompt's picture and write the page of how it came about: (PIL picture, paths written, index.html the last).
 
-    size (H, W) and options: see alchemy.text_to_image. full: the arrays too, as safetensors.
+    folder: as --inspect's, the next free one where it is not empty. full: the arrays too, as safetensors. The rest: see
+    alchemy.text_to_image.
     """
-    size, _, options = loop.settings(sdxl, negative_prompt, size, options)
-    grid = sdxl.schedule.grid(options["steps"], options.get("grid"), fractional=samplers.find(options["sampler"]).fractional)
-    recorder = Recorder(sdxl, prompt, len(grid), negative_prompt=negative_prompt, full=full, **options)
-    picture = loop.text_to_image(sdxl, prompt, size=size, seed=seed, negative_prompt=negative_prompt, progress=recorder.follow, **options)
-    return picture, write(folder, prompt, [("", recorder, picture)], {"prompt": prompt, "seed": seed, "size": size} | options)
+    folder = free_folder(folder, "folder")
+    size, _, options = loop.settings(sdxl, negative_prompt, size, dict(sampler=sampler, grid=grid, steps=steps, guidance=guidance, eta=eta))
+    row = samplers.find(options["sampler"])
+    pairs = sdxl.schedule.grid(options["steps"], grid or row.grid, fractional=row.fractional)
+    recorder = Recorder(sdxl, prompt, len(pairs), negative_prompt=negative_prompt, full=full, **options)
+
+    def follow(steps):
+        return progress(recorder.follow(steps)) if progress else recorder.follow(steps)
+    picture = loop.text_to_image(sdxl, prompt, size=size, seed=seed, negative_prompt=negative_prompt, hook=hook, progress=follow, **options)
+    facts = {"prompt": prompt, "negative_prompt": negative_prompt, "seed": seed, "size": size} | options
+    return picture, write(folder, prompt, [("", recorder, picture)], facts)
 
 
 def write(folder, title, stages, facts, more=None, rows=None, arrays=None):
@@ -57,9 +67,18 @@ def curve(stages):
     return [round(x, 6) for x in stages[0][1].sdxl.schedule.alpha_bar[::10].tolist()] if stages else []
 
 
+def finite(data):
+    """The data with None for every number that JSON has no word for."""
+    if isinstance(data, dict):
+        return {key: finite(value) for key, value in data.items()}
+    if isinstance(data, (list, tuple)):
+        return [finite(value) for value in data]
+    return None if isinstance(data, float) and not math.isfinite(data) else data
+
+
 def page_of(title, data):
     """The parts of page/ and the data in one text. In it no "<" of the data is left, so that none can end the script it stands in."""
     parts = {"title": html.escape(title), "style": (PARTS / "style.css").read_text(encoding="utf-8"),
-             "data": json.dumps(data, ensure_ascii=False, separators=(",", ":"), allow_nan=False).replace("<", "\\u003c"),
+             "data": json.dumps(finite(data), ensure_ascii=False, separators=(",", ":"), allow_nan=False).replace("<", "\\u003c"),
              "script": "\n".join((PARTS / name).read_text(encoding="utf-8") for name in SCRIPTS)}
     return re.sub(r"\{\{(\w+)\}\}", lambda m: parts[m[1]], (PARTS / "index.html").read_text(encoding="utf-8"))

@@ -11,7 +11,10 @@ from PIL import Image
 
 def fit(pairs):
     """The linear map (5,3) from latents (4,h,w) and a 1 to pictures (3,H,W) in [-1,1], reduced to (h,w): least squares over all places of
-    all pairs (latents, picture). Made from a run's own latents and what they decode to, it fits every VAE."""
+    all pairs (latents, picture), of finite latents. Made from a run's own latents and what they decode to, it fits every VAE."""
+    pairs = [(x, picture) for x, picture in pairs if x.isfinite().all()]
+    if not pairs:
+        return torch.zeros(5, 3, dtype=torch.float64)
     small = [F.interpolate(picture[None].double(), x.shape[-2:], mode="area")[0].flatten(1).T for x, picture in pairs]
     return torch.linalg.lstsq(torch.cat([with_one(x[None]) for x, _ in pairs]), torch.cat(small)).solution
 

@@ -16,11 +16,13 @@ from .pictures import bytes_of, spread
 MOST_STEPS = 100    # of a longer run, so many are kept, evenly
 MOST_PLACES = 1024  # self-attention is N x N numbers: at levels of up to 32 x 32 places, ...
 LOOKS = 5           # ... at so many steps
+HALF = torch.finfo(torch.float16).max
 QUANTITIES = ("x_t", "eps_uncond", "eps_cond", "eps", "x_0", "x_prev")
 
 
 class Recorder:
-    """Keeps the Steps of one picture (of a batch, the last). total: how many will come. full: keep the arrays in float32, to be written.
+    """Keeps the Steps of one picture (of a batch, the last). total: how many will come. full: keep the arrays in float32, to be written
+    (else what float16 can hold is kept so).
 
     steps: a dict of numbers each; latents: {quantity: list of (4,h,w)}; cross: per step {places: (N, tokens)}; own: {step: {places:
     (N,N) uint8, each row by its largest}}.
@@ -29,7 +31,8 @@ class Recorder:
     def __init__(self, sdxl, prompt, total, *, negative_prompt=None, full=False, sampler="euler", guidance=5.0, eta=None, **_):
         self.sdxl, self.prompt, self.negative, self.full = sdxl, prompt, negative_prompt, full
         self.sampler, self.guidance, self.focus = sampler, guidance, None  # focus: the token to be shown first
-        self.eta = samplers.find(sampler).eta if eta is None else eta
+        self.row = samplers.find(sampler)
+        self.eta = self.row.eta if eta is None else eta
         self.total, self.kept, self.size, self.seen = total, spread(total, MOST_STEPS), None, {}
         self.looks = [1 + k for k in spread(total - 1, LOOKS)] if total > 1 else []  # before the first step the latents' size is not known
         self.looks = sorted({min(self.kept, key=lambda k: abs(k - look)) for look in self.looks})
@@ -67,13 +70,13 @@ class Recorder:
 
     def take(self, step):
         self.size = tuple(step.x_t.shape[-2:])
-        sigma = samplers.sigma(step.alpha_bar, step.alpha_bar_prev, self.eta)
+        sigma = samplers.sigma(step.alpha_bar, step.alpha_bar_prev, self.eta, self.row.fresh)
         self.steps.append({"index": step.index, "t": step.t, "t_prev": step.t_prev, "alpha_bar": step.alpha_bar,
                            "alpha_bar_prev": step.alpha_bar_prev, "sigma": sigma})
         for name in QUANTITIES:
             if (x := getattr(step, name)) is not None:
-                x = x[-1].detach().to("cpu", torch.float32 if self.full else torch.float16, copy=True)
-                self.latents.setdefault(name, []).append(x)
+                x = x[-1].detach().to("cpu", torch.float32, copy=True)
+                self.latents.setdefault(name, []).append(x if self.full or x.abs().max() > HALF else x.half())
         means = {key: total / count for key, (total, count) in self.seen.items()}
         self.cross.append({n: p.half().cpu() for (kind, n), p in means.items() if kind == "attn2"})
         own = {n: torch.from_numpy(bytes_of(p / p.amax(1, keepdim=True), 0, 1)) for (kind, n), p in means.items() if kind == "attn1"}
@@ -87,7 +90,7 @@ class Recorder:
 
     def stacked(self, name):
         """All steps' latents of a quantity: (n,4,h,w) float32."""
-        return torch.stack(self.latents[name]).float()
+        return torch.stack([x.float() for x in self.latents[name]])
 
     def arrays(self):
         """Everything as {name: tensor}, for a file: latents (n,4,h,w), cross-attention (n,N,tokens) by level, self-attention by step."""

@@ -13,9 +13,15 @@ MOST = 2 ** 24  # numbers that torch.quantile takes
 
 @torch.no_grad()
 def decoded(recorder):
-    """{step: x_0 as a picture (3,H,W) in [-1,1]} of a few steps."""
-    x_0, vae = recorder.latents["x_0"], recorder.sdxl.vae
-    return {k: vae.decode(x_0[k][None].float().to(recorder.sdxl.device))[0].float().cpu() for k in spread(len(x_0), DECODED)}
+    """{step: x_0 as a picture (3,H,W) in [-1,1]} of a few steps; grey where it is not finite."""
+    x_0, sdxl = recorder.latents["x_0"], recorder.sdxl
+
+    def one(x):
+        try:
+            return sdxl.vae.decode(x[None].float().to(sdxl.device))[0].float().cpu()
+        except FloatingPointError:
+            return torch.zeros(3, *(side * sdxl.factor for side in x.shape[1:]))
+    return {k: one(x_0[k]) for k in spread(len(x_0), DECODED)}
 
 
 def frames(recorder, colours):

@@ -53,8 +53,8 @@ function words(stage) {
     strip.replaceChildren(...chosen.map(k => {
       const [figure, canvas] = tile(`t ${number(stage.steps[k].t, 3)}`, `strip ${k}`);
       show(canvas, heat(best(stage).films[token], k));
-      figure.addEventListener("click", () => go(time.frames.findIndex(step => step.t <= stage.steps[k].t + 1e-6)));
-      return figure;
+      const there = () => go(time.frames.findIndex(step => step.t <= stage.steps[k].t + 1e-6));
+      return element("button", {type: "button", "aria-label": `go to step ${stage.steps[k].index + 1}`, onclick: there}, figure);
     }));
     update();
   }
@@ -75,8 +75,9 @@ function words(stage) {
 
 function places(stage) {
   const levels = Object.keys(stage.own), shown = element("div.row"), choice = element("div.chips");
-  const [figure, canvas] = tile("click a place", "place");
+  const [figure, canvas] = tile("click a place, or move it with the arrow keys", "place");
   canvas.className = "pick";
+  canvas.tabIndex = 0;
   let level = levels.reduce((finest, l) => stage.own[l].w > stage.own[finest].w ? l : finest), place = [0.5, 0.5];
 
   // A row of the matrix of all places by all places is what one of them attends to.
@@ -106,10 +107,19 @@ function places(stage) {
     }
   }
 
+  function pick(x, y) {
+    place = [x, y].map(v => Math.max(0, Math.min(0.999, v)));
+    update();
+  }
   canvas.addEventListener("click", event => {
     const box = canvas.getBoundingClientRect();
-    place = [(event.clientX - box.left) / box.width, (event.clientY - box.top) / box.height].map(x => Math.max(0, Math.min(0.999, x)));
-    update();
+    pick((event.clientX - box.left) / box.width, (event.clientY - box.top) / box.height);
+  });
+  canvas.addEventListener("keydown", event => {
+    const by = {ArrowLeft: [-1, 0], ArrowRight: [1, 0], ArrowUp: [0, -1], ArrowDown: [0, 1]}[event.key];
+    if (!by) return;
+    pick(place[0] + by[0] / stage.own[level].w, place[1] + by[1] / stage.own[level].h);
+    event.preventDefault();
   });
   update();
   const made = card(".full", "Which places look at which places",

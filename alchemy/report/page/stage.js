@@ -22,7 +22,9 @@ function apart(stage) {
     `It is shown ${X_T}, a mixture of picture and noise, and says which part is noise. What is left is its guess of the finished picture,
      ${X_0}. At the beginning the guess is a blur, the mean of all that could be meant.
      (All these pictures are ${stage.latent[1]} × ${stage.latent[0]} latents, in colours by a linear map that was fitted to this run.)
-     <b class="formula">${X_T} = √ᾱ · ${X_0} + √(1 − ᾱ) · ${EPS}</b>`, shown);
+     <b class="formula">${X_T} = √ᾱ · ${X_0} + √(1 − ᾱ) · ${EPS}</b>` +
+    (stage.sampler === "lcm" ? ` LCM puts <i>c</i><sub>skip</sub> · ${X_T} + <i>c</i><sub>out</sub> · ${X_0} in the place of ${X_0}, nearly the
+     same: so the equation is nearly true.` : ""), shown);
   return [made, k => {
     const ab = stage.steps[k].alpha_bar;
     signs[0].innerHTML = `=<br>${Math.sqrt(ab).toFixed(3)} ×`;
@@ -41,7 +43,8 @@ function together(stage) {
      much of the noise is drawn anew (σ) and in the levels they visit.
      <b class="formula">${X_PREV} = √ᾱ<sub>prev</sub> · ${X_0} + √(1 − ᾱ<sub>prev</sub> − σ²) · ${EPS} + σ · <i>z</i></b>` +
     (second ? ` DPM-Solver++(2M) steps towards an ${X_0} extrapolated from its last two guesses: the picture on the left is its own, the
-     mixture on the right nearly so.` : ""), shown);
+     mixture on the right nearly so.` : "") +
+    (stage.sampler === "lcm" ? ` LCM draws all of the noise anew: σ = η · √(1 − ᾱ<sub>prev</sub>), with η ${number(stage.eta)}.` : ""), shown);
   return [made, k => {
     const {alpha_bar_prev: ab, sigma} = stage.steps[k];
     signs[0].innerHTML = `=<br>${Math.sqrt(ab).toFixed(3)} ×`;

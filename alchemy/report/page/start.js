@@ -19,10 +19,12 @@ function bar() {
   const back = element("button", {type: "button", title: "back (arrow left)", onclick: () => go(time.k - 1)}, "‹");
   const on = element("button", {type: "button", title: "on (arrow right)", onclick: () => go(time.k + 1)}, "›");
   document.addEventListener("keydown", event => {
-    if (event.altKey || event.ctrlKey || event.metaKey) return;
-    const to = {ArrowLeft: time.k - 1, ArrowRight: time.k + 1, Home: 0, End: time.frames.length - 1}[event.key];
+    // What has a use of its own for a key keeps it: a slider its arrows, a button and a summary the space bar.
+    const from = event.target.tagName, own = from === "INPUT" || event.key === " " && (from === "BUTTON" || from === "SUMMARY");
+    if (own || event.defaultPrevented || event.altKey || event.ctrlKey || event.metaKey) return;
+    const to = {ArrowLeft: time.k - 1, ArrowRight: time.k + 1}[event.key];
     if (to !== undefined) go(to);
-    else if (event.key === " " && event.target.tagName !== "BUTTON") play();
+    else if (event.key === " ") play();
     else return;
     event.preventDefault();
   });

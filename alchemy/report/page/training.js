@@ -46,13 +46,19 @@ function lossCurve() {
      <b class="formula"><i>w<sub>t</sub></i> · ${ERROR} + <i>λ</i> · (the class stays as it was)</b>`, drawn);
 }
 
+// When the page's first look was taken: of a run that was resumed, the curve of the loss alone goes further back.
+function beginning() {
+  const [begin] = data.training.moments;
+  return begin ? `after step ${begin}, where the run was resumed` : "before the first step";
+}
+
 function lossByTimestep() {
-  const {timesteps, by_t, moments} = data.training, all = by_t.flatMap(([, row]) => row);
+  const {timesteps, by_t, moments} = data.training, first = beginning(), all = by_t.flatMap(([, row]) => row);
   const ratios = by_t.map(([, row]) => row.map((v, j) => v / by_t[0][1][j]));
   const x = "timestep t: 0 is clean, the end is noise", T = data.training.T;
   const plain = chart([0, T], [Math.min(...all) / 1.3, Math.max(...all) * 1.3], {log: true, x, y: "error, logarithmic", H: 180});
   const ratio = chart([0, T], [Math.min(0.95, ...ratios.flat()), Math.max(1.05, ...ratios.flat())],
-    {x, y: "the same, over what it was before the first step", H: 200});
+    {x, y: `the same, over what it was ${first}`, H: 200});
   const lines = [[plain, by_t.map(([, row]) => row)], [ratio, ratios]].map(([where, rows]) => rows.map((row, i) => {
     const made = where.line(row.map((v, j) => [timesteps[j], v]), "curve" + (i ? "" : " first"));
     where.drawn.append(made);
@@ -62,7 +68,7 @@ function lossByTimestep() {
   follow(k => {
     const now = by_t.reduce((best, [step], i) => step <= moments[k] ? i : best, 0);
     for (const those of lines) those.forEach((made, i) => made.classList.toggle("strong", i === now));
-    said.textContent = `thick: after step ${by_t[now][0]}; dashed: before the first`;
+    said.textContent = `thick: after step ${by_t[now][0]}; dashed: ${first}`;
   });
   return card("", "The loss by timestep",
     `The same pictures with the same noise, at each noise level, measured ${by_t.length} times: what has been learned, and where. With
