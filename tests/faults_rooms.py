@@ -67,6 +67,10 @@ ROOMS = {
         ("told and untold change places", 'recorder.stacked(f"eps_{name}")', 'recorder.stacked("eps_cond" if name == "uncond" else "eps_uncond")'),
         ("a level counts by its size", "m / m.mean((2, 3), keepdim=True).clamp(min=1e-9)", "m"),
     ),
+    ("report/stage", "inspect_more"): (
+        ("a level counts once, however many layers it has", "layers[n] * p.float().mean(0)", "p.float().mean(0)"),
+        ("a run that diverges ends at its page", "except FloatingPointError", "except KeyError"),
+    ),
     ("report/page", "inspect"): (
         ("a prompt can end the script", '.replace("<", "\\\\u003c")', ""),
     ),

@@ -11,8 +11,9 @@ import subprocess
 import pytest
 
 import alchemy
+from alchemy.report import teaching
 from checkpoints import vocabulary_read_once  # noqa: F401
-from running import good, inserted, lora_file, quick, taught, tiny  # noqa: F401
+from running import good, inserted, lora_file, picture, quick, taught, tiny  # noqa: F401
 from test_inspect import NASTY
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
@@ -120,3 +121,30 @@ def test_the_page_of_a_training_run_follows_the_slider(taught, tmp_path):
       return {colour: before !== cell.style.background, now: text(".column.now .label"), said: text("#said"),
               curves: document.querySelectorAll(".lesson polyline").length};""", tmp_path)
     assert seen == {"undrawn": 0, "wide": 0, "wrong": [], "colour": True, "now": "step 3", "said": "after step 3 of 3", "curves": 1 + 2 * 4}
+
+
+def test_what_the_page_says_of_a_picture_and_a_mask_of_ones_own_is_true_of_them(inserted, tmp_path):
+    picture(88, 40).save("scene.png"), picture(88, 40).point(lambda v: 255 * (v > 128)).save("mask.png")
+    good(inserted("--image", "scene.png", "--mask", "mask.png", "--guidance", 1, "--steps", 2, "--inspect", "page"))
+    seen = browse(tmp_path / "page/index.html", "return {said: document.body.innerText};", tmp_path)
+    said = " ".join(seen["said"].split())
+    assert seen["wrong"] == [] and all(words in said for words in ("40 × 88", "The scene is a picture of your own; your mask says where",
+                                                                  "It was given;", "All this holds inside the mask"))
+    assert not re.search("unmodified model draws|own attention|told the prompt", said)
+
+
+def test_what_the_page_says_of_a_negative_and_a_long_prompt_and_of_a_hook(tiny, tmp_path):
+    _, paths = alchemy.inspect(alchemy.load(tiny, "cpu"), "dog " * 80, "page", steps=2, negative_prompt="a cat", hook=lambda step: None)
+    seen = browse(paths[-1], "return {said: document.body.innerText};", tmp_path)
+    assert seen["wrong"] == [] and all(words in seen["said"] for words in ("if told the negative prompt", "the prompt fills all 77", "A hook may"))
+    assert "told nothing" not in seen["said"] and "padding behind" not in seen["said"]
+
+
+def test_a_run_that_was_resumed_and_has_no_class_is_told_so(tiny, tmp_path):
+    watcher = teaching.Watcher(alchemy.load(tiny, "cpu"), lambda t: 1 + t, 6, begin=4)
+    assert [step for step, _ in watcher.follow([(5, 0.5), (6, 0.4)])] == [5, 6]
+    facts = {"method": "textual-inversion", "steps": 6, "rank": None, "learning_rate": 0.1, "seed": 0, "prior_weight": 1.0}
+    *_, path = teaching.write_page("page", watcher, [0.5] * 6, "a dog", facts)
+    seen = browse(path, "return {said: document.body.innerText};", tmp_path)
+    assert seen["wrong"] == [] and "after step 4, where the run was resumed" in seen["said"]
+    assert not re.search("before the first|rank|the class stays", seen["said"].split("All settings")[0])

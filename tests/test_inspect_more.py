@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 import alchemy
 from alchemy import images, loop, lora
 from alchemy.command import lessons
-from alchemy.report import page, placing, teaching
+from alchemy.report import page, placing, stage, teaching
 from alchemy.report.pictures import spread
 from alchemy.report.record import Recorder
 from alchemy.train import errors
@@ -178,16 +178,16 @@ def test_of_a_list_that_goes_on_each_picture_has_a_folder_of_its_own_and_none_wh
 
 def test_a_run_that_diverges_has_a_page_too(drawn, tiny, close):
     good(drawn("--guidance", 200000, "--out", "a.png", "--inspect", "page"))
-    stage, = data_of(contents("page")["index.html"].decode())["stages"]
-    assert all(step["std"]["x_0"] > 1e3 for step in stage["steps"])
+    shown, = data_of(contents("page")["index.html"].decode())["stages"]
+    assert all(step["std"]["x_0"] > 1e3 for step in shown["steps"])
     recorder = Recorder(alchemy.load(tiny, "cpu"), "a dog", 2)
     latents = torch.stack([torch.full((4, 8, 8), float("nan")), torch.full((4, 8, 8), 0.5)])[:, None]
     for index, x in enumerate(latents):
         recorder.take(loop.Step(index, 2 - index, 1 - index, 0.5, 0.6, *[x] * 6))
     *_, written = page.write("nan", "a dog", [("", recorder, picture(32, 32))], {"seed": 0})
-    stage, = data_of(written.read_text())["stages"]
-    assert stage["steps"][0]["std"] == {"eps": None, "x_0": None} and stage["steps"][1]["std"] == {"eps": 0, "x_0": 0}
-    assert (unpacked(stage["films"]["x_0"])[0] == 0).all() and (unpacked(stage["films"]["x_0"])[1] > 0).any()
+    shown, = data_of(written.read_text())["stages"]
+    assert shown["steps"][0]["std"] == {"eps": None, "x_0": None} and shown["steps"][1]["std"] == {"eps": 0, "x_0": 0}
+    assert (unpacked(shown["films"]["x_0"])[0] == 0).all() and (unpacked(shown["films"]["x_0"])[1] > 0).any()
 
 
 def test_a_hook_and_a_bar_may_go_with_the_call_and_the_facts_name_the_negative_prompt(tiny):
@@ -199,3 +199,11 @@ def test_a_hook_and_a_bar_may_go_with_the_call_and_the_facts_name_the_negative_p
     assert data_of(paths[-1].read_text())["facts"]["negative_prompt"] == "a cat"
     with pytest.raises(TypeError, match="strength"):
         alchemy.inspect(sdxl, "a dog", "page", strength=0.5)
+
+
+def test_a_tokens_share_of_all_attention_counts_each_layer_once(tiny):
+    recorder = Recorder(alchemy.load(tiny, "cpu"), "a dog", 1)
+    coarse, fine = torch.full((4, 4), 0.5), torch.full((16, 4), 0.25)
+    recorder.seen = {("attn2", 16): (fine, 1), ("attn2", 4): (3 * coarse, 3)}
+    recorder.take(loop.Step(0, 1, None, 0.5, 1.0, *[torch.zeros(1, 4, 8, 8)] * 6))
+    assert stage.mass(recorder).tolist() == [[(0.25 + 3 * 0.5) / 4] * 4]

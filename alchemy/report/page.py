@@ -30,6 +30,7 @@ def inspect(sdxl, prompt, folder, *, size=None, seed=0, negative_prompt=None, fu
     row = samplers.find(options["sampler"])
     pairs = sdxl.schedule.grid(options["steps"], grid or row.grid, fractional=row.fractional)
     recorder = Recorder(sdxl, prompt, len(pairs), negative_prompt=negative_prompt, full=full, **options)
+    recorder.changed = "hook" if hook else None
 
     def follow(steps):
         return progress(recorder.follow(steps)) if progress else recorder.follow(steps)

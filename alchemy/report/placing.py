@@ -28,6 +28,7 @@ class Watcher:
         prompts = {"Stage 1: the scene, unmodified model": prompt, "Stage 2: the subject, with the LoRA": named}
         stages = [(name, Recorder(sdxl, told, total, **options)) for (name, told), total in zip(prompts.items(), totals)]
         self.stages, self.begun = stages[1:] if image else stages, 0
+        self.stages[-1][1].changed = "mask"
         for _, recorder in self.stages:
             recorder.focus = positions(sdxl, recorder.prompt, class_word)[0]
         if mask is None:
@@ -95,7 +96,8 @@ def write_page(folder, watcher, made, facts):
     told = {name: uri(getattr(made, name), small) for name in ("scene", "result", "crop", "drawn")}
     told |= {"mask": [{"name": name, "note": note, "film": single(m)} for name, note, m in steps], "seam": facts["seam"], "box": made.box,
              "difference": single(torch.from_numpy(changed) / top), "most": top, "outside": outside,
-             "changed": float((made.feathered > 0).float().mean()), "latent_mask": single(latent_mask(made, watcher.sdxl.factor)), "size": made.scene.size}
+             "changed": float((made.feathered > 0).float().mean()), "latent_mask": single(latent_mask(made, watcher.sdxl.factor)), "size": made.scene.size,
+             "found": watcher.maps is not None}
     pictures = [made.scene, made.drawn][-len(watcher.stages):]
     rows = [[(name, sheets.grey(m)) for name, _, m in steps],
             [*((name, getattr(made, name)) for name in ("scene", "crop", "drawn", "result")), ("difference", Image.fromarray(changed))]]

@@ -25,19 +25,20 @@ class Recorder:
     (else what float16 can hold is kept so).
 
     steps: a dict of numbers each; latents: {quantity: list of (4,h,w)}; cross: per step {places: (N, tokens)}; own: {step: {places:
-    (N,N) uint8, each row by its largest}}.
+    (N,N) uint8, each row by its largest}}; changed: what has a part in x_prev beside the sampler, "mask" or "hook"; layers_of: {places:
+    how many layers of cross-attention}.
     """
 
     def __init__(self, sdxl, prompt, total, *, negative_prompt=None, full=False, sampler="euler", guidance=5.0, eta=None, **_):
         self.sdxl, self.prompt, self.negative, self.full = sdxl, prompt, negative_prompt, full
-        self.sampler, self.guidance, self.focus = sampler, guidance, None  # focus: the token to be shown first
+        self.sampler, self.guidance, self.focus, self.changed = sampler, guidance, None, None  # focus: the token to be shown first
         self.row = samplers.find(sampler)
         self.eta = self.row.eta if eta is None else eta
         self.total, self.kept, self.size, self.seen = total, spread(total, MOST_STEPS), None, {}
         self.looks = [1 + k for k in spread(total - 1, LOOKS)] if total > 1 else []  # before the first step the latents' size is not known
         self.looks = sorted({min(self.kept, key=lambda k: abs(k - look)) for look in self.looks})
         self.words = min(75, len(sdxl.tokenizers[0].pieces(prompt))) + 2  # with the start and the end
-        self.steps, self.latents, self.cross, self.own = [], {}, [], {}
+        self.steps, self.latents, self.cross, self.own, self.layers_of = [], {}, [], {}, {}
 
     def follow(self, steps):
         """Yield what steps yields. The attention is watched only while the loop makes a step that is kept."""
@@ -79,6 +80,7 @@ class Recorder:
                 self.latents.setdefault(name, []).append(x if self.full or x.abs().max() > HALF else x.half())
         means = {key: total / count for key, (total, count) in self.seen.items()}
         self.cross.append({n: p.half().cpu() for (kind, n), p in means.items() if kind == "attn2"})
+        self.layers_of |= {n: count for (kind, n), (_, count) in self.seen.items() if kind == "attn2"}
         own = {n: torch.from_numpy(bytes_of(p / p.amax(1, keepdim=True), 0, 1)) for (kind, n), p in means.items() if kind == "attn1"}
         self.own |= {len(self.steps) - 1: own} if own else {}
         self.seen = {}

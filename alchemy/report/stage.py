@@ -56,6 +56,12 @@ def maps(recorder):
     return levels | ({"all": sum(even) / len(even)} if len(levels) > 1 else {})
 
 
+def mass(recorder):
+    """How much of all cross-attention goes to each token: (n, tokens), the mean over the places of a layer, and over the layers."""
+    layers = recorder.layers_of
+    return torch.stack([sum(layers[n] * p.float().mean(0) for n, p in step.items()) for step in recorder.cross]) / sum(layers.values())
+
+
 def films_of(level):
     """(n, tokens, h, w) to a film for each token, the mean over the steps last, and the probabilities (low, high) of black and white."""
     level = torch.cat([level, level.mean(0, keepdim=True)])
@@ -89,15 +95,13 @@ def describe(recorder, name, picture, made, shown, levels):
             level = own.setdefault(f"{w} × {h}", {"w": w, "h": h, "at": [], "src": []})
             level["at"].append(k)
             level["src"].append(uri(Image.fromarray(p.numpy())))
-    # How much of all attention goes to each token: the mean over the places, and over the levels.
-    mass = sum(level.mean((2, 3)) for key, level in levels.items() if key != "all") / max(len(levels) - ("all" in levels), 1)
     return {"name": name, "focus": recorder.focus, "prompt": recorder.prompt, "negative": recorder.negative,
-            "sampler": recorder.sampler, "guidance": recorder.guidance, "eta": recorder.eta, "guided": "eps_uncond" in recorder.latents,
+            "sampler": recorder.sampler, "guidance": recorder.guidance, "eta": recorder.eta, "guided": "eps_uncond" in recorder.latents, "changed": recorder.changed,
             "steps": steps, "tokens": tokens(recorder.sdxl, recorder.prompt),
             "films": {key: film(x) for key, x in shown.items()}, "decoded": large | {"at": list(made)},
             "picture": uri(picture, picture.width <= 256),
             "cross": {key: films_of(level) for key, level in levels.items()},
-            "mass": [[round(x, 5) for x in row] for row in mass.tolist()] if levels else [],
+            "mass": [[round(x, 5) for x in row] for row in mass(recorder).tolist()] if levels else [],
             "own": own, "latent": recorder.size, "pixels": picture.size[::-1]}
 
 

@@ -41,9 +41,9 @@ function words(stage) {
       now[i][2].textContent = (all ? "all levels" : `level ${level}`) + ", this step";
       mean[i][2].textContent = `mean over the steps; dark to light: ${scale}`;
     }
-    const share = stage.mass[at], together = share.reduce((sum, x) => sum + x, 0);
-    said.textContent = `“${cut[token][1]}” gets ${percent(share[token])} of all attention at this step, all ${cut.length} tokens ` +
-      `together ${percent(together)}, the padding behind them the rest.`;
+    const share = stage.mass[at], sum = share.reduce((sum, x) => sum + x, 0);
+    said.textContent = `“${cut[token][1]}” gets ${percent(share[token])} of all attention at this step` +
+      (cut.length < 77 ? `, all ${cut.length} tokens together ${percent(sum)}, the padding behind them the rest.` : "; the prompt fills all 77.");
     for (const button of made.querySelectorAll(".chip")) button.setAttribute("aria-pressed", button.dataset.token == token);
     for (const [i, k] of chosen.entries()) strip.children[i].classList.toggle("now", k === at);
   }
@@ -63,9 +63,9 @@ function words(stage) {
   const lost = stage.tokens[0].lost;
   const made = card(".full", "Which places look at which word",
     `In cross-attention each place of the picture spreads one unit of attention over the 77 tokens of the prompt. Pick a token: light
-     places look at it. The start, the end and the padding say little; what goes there is how a place looks away.
+     places look at it. The start, the end and any padding say little; what goes there is how a place looks away.
      <b class="formula">softmax(<i>q k</i>ᵀ/√<i>d</i>), <i>q</i> from places, <i>k</i> from tokens</b>
-     Here: the mean over the heads and layers of a level, of the half of the batch that is told the prompt.`,
+     Here: the mean over the heads and layers of a level${stage.guided ? ", of the half of the batch that is told the prompt" : ""}.`,
     ...stage.tokens.flatMap((tokens, n) => [element("div.label", {}, ENCODERS[n]), chips(stage, tokens, n === 0, pick)]),
     lost ? element("p.wait", {}, `Too long: these words are lost: ${lost}`) : null,
     said, element("div.pair", {}, row(now), row(mean)), element("div.label", {}, "through the steps (click to go there)"), strip);

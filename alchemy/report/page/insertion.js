@@ -27,15 +27,17 @@ function putBack(stage) {
 
 // Before and after in one frame; the handle moves the border between them.
 function compare() {
-  const {scene, result, changed, outside, seam} = data.insertion;
+  const {scene, result, changed, outside, seam, found} = data.insertion, drawn = data.stages.length > 1;
   const after = element("img", {src: result, alt: "the result"});
   const slider = element("input", {type: "range", min: 0, max: 100, value: 50, "aria-label": "scene or result", id: "compare"});
   const set = () => { after.style.clipPath = `inset(0 0 0 ${slider.value}%)`; };
   slider.addEventListener("input", set);
   set();
   const pictures = element("div.compare", {}, element("img", {src: scene, alt: "the scene"}), after);
-  const text = `Left of the handle the scene as it was, right of it the result. The unmodified model draws the scene with the class word;
-    its own attention says where the class stands; there, and only there, the model with the LoRA draws the subject.`;
+  const text = "Left of the handle the scene as it was, right of it the result. " +
+    (drawn ? "The unmodified model draws the scene with the class word; " : "The scene is a picture of your own; ") +
+    (found ? `${drawn ? "its own" : "the unmodified model's"} attention says where the class stands; ` : "your mask says where the subject goes; ") +
+    "there, and only there, the model with the LoRA draws the subject.";
   return element("section.card.hero", {}, element("div", {}, pictures, slider),
     element("div", {}, element("h3", {}, "The scene, and the subject in it"), element("p", {}, text),
       numbers([["may change", percent(changed)], ["largest difference outside", `${outside} of 255`],
@@ -49,7 +51,8 @@ function maskMade() {
     return figure;
   });
   return card("", "How the mask came to be",
-    "From the model's own attention to the region where something may change; no other network has a part in it.",
+    data.insertion.found ? "From the model's own attention to the region where something may change; no other network has a part in it." :
+      "It was given; the model's attention has no part in it.",
     element("div.row.four", {}, ...tiles));
 }
 

@@ -33,6 +33,12 @@ function apart(stage) {
   }];
 }
 
+// What has a part in x_prev beside the sampler.
+const CHANGED = {
+  mask: ` All this holds inside the mask: outside it the picture on the left is the known scene, put back after the step (see below).`,
+  hook: ` A hook may then change it: the picture on the left is what came of that.`,
+};
+
 function together(stage) {
   const second = stage.sampler.startsWith("dpmpp");
   const x_prev = tile(`${X_PREV}, where the next step begins`, "x_prev");
@@ -44,7 +50,8 @@ function together(stage) {
      <b class="formula">${X_PREV} = √ᾱ<sub>prev</sub> · ${X_0} + √(1 − ᾱ<sub>prev</sub> − σ²) · ${EPS} + σ · <i>z</i></b>` +
     (second ? ` DPM-Solver++(2M) steps towards an ${X_0} extrapolated from its last two guesses: the picture on the left is its own, the
      mixture on the right nearly so.` : "") +
-    (stage.sampler === "lcm" ? ` LCM draws all of the noise anew: σ = η · √(1 − ᾱ<sub>prev</sub>), with η ${number(stage.eta)}.` : ""), shown);
+    (stage.sampler === "lcm" ? ` LCM's noise is new: σ = η · √(1 − ᾱ<sub>prev</sub>), with η ${number(stage.eta)}.` : "") +
+    (CHANGED[stage.changed] || ""), shown);
   return [made, k => {
     const {alpha_bar_prev: ab, sigma} = stage.steps[k];
     signs[0].innerHTML = `=<br>${Math.sqrt(ab).toFixed(3)} ×`;
@@ -108,11 +115,12 @@ function level(stage) {
 }
 
 function guidance(stage) {
-  const uncond = tile(`${X_0} if told nothing`, "x_0_uncond"), cond = tile(`${X_0} if told the prompt`, "x_0_cond");
+  const against = stage.negative != null;
+  const uncond = tile(`${X_0} if told ${against ? "the negative prompt" : "nothing"}`, "x_0_uncond"), cond = tile(`${X_0} if told the prompt`, "x_0_cond");
   const mixed = tile(`${X_0} guided: used`, "x_0 guided"), where = tile("where the two differ", "guidance");
-  const untold = `${EPS}<sub>untold</sub>`, told = `${EPS}<sub>told</sub>`, g = number(stage.guidance);
+  const untold = `${EPS}<sub>${against ? "negative" : "untold"}</sub>`, told = `${EPS}<sub>told</sub>`, g = number(stage.guidance);
   const made = card("", "Guidance",
-    `The network is asked twice, with the prompt and without (${stage.negative ? "that is, with the negative prompt" : "zeros"}), and the
+    `The network is asked twice, with the prompt and ${against ? "with the negative prompt" : "without (zeros)"}, and the
      difference is exaggerated ${g} times. <b class="formula">${EPS} = ${untold} + ${g} · (${told} − ${untold})</b>`,
     element("div.row.four", {}, uncond[0], cond[0], mixed[0], where[0]));
   return [made, k => {

@@ -42,10 +42,11 @@ function facts() {
 }
 
 function head() {
-  const last = data.stages[data.stages.length - 1], size = last && `${last.pixels[1]} × ${last.pixels[0]}`;
+  const last = data.stages[data.stages.length - 1];
+  const size = last && (data.insertion ? data.insertion.size : [last.pixels[1], last.pixels[0]]).join(" × ");
   const {method, steps, rank, seed, learning_rate: rate} = data.facts;
   const told = last ? `${last.sampler}, guidance ${number(last.guidance)}, ${size}` :
-    `${method}, ${steps} steps, rank ${rank}, learning rate ${rate}`;
+    `${method}, ${steps} steps, ${rank ? `rank ${rank}, ` : ""}learning rate ${rate}`;
   const kind = element("div.label", {}, data.kind || "How this picture was drawn");
   const top = document.getElementById("head");
   top.append(element("div", {}, kind, element("h1", {}, data.title), element("p", {}, `${told}, seed ${seed}`)));

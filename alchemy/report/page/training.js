@@ -40,10 +40,11 @@ function lossCurve() {
   const rule = svg("line", {y1: 8, y2: H - bottom, class: "rule"});
   drawn.append(rule);
   follow(k => { const [x] = at(moments[k], 0); rule.setAttribute("x1", x), rule.setAttribute("x2", x); });
+  const {method, captions, prior_weight: weight} = data.facts, prior = weight && !captions && method !== "textual-inversion";
   return card("", "The loss",
     `A dot for each step, the line is their running mean. One step sees a few timesteps only, drawn by chance, and some are much harder than
      others: hence the dots' spread.
-     <b class="formula"><i>w<sub>t</sub></i> · ${ERROR} + <i>λ</i> · (the class stays as it was)</b>`, drawn);
+     <b class="formula"><i>w<sub>t</sub></i> · ${ERROR}${prior ? " + <i>λ</i> · (the class stays as it was)" : ""}</b>`, drawn);
 }
 
 // When the page's first look was taken: of a run that was resumed, the curve of the loss alone goes further back.
@@ -109,7 +110,7 @@ function heatMap() {
 }
 
 function previewGrid() {
-  const {previews, moments} = data.training, prompts = previews[0][1].map(([prompt]) => prompt);
+  const {previews, moments} = data.training, captions = data.facts.captions, prompts = previews[0][1].map(([prompt]) => prompt);
   const columns = previews.map(([step, row]) => element("div.column", {}, element("div.label", {}, `step ${step}`),
     ...row.map(([prompt, src]) => element("img", {src, alt: `${prompt}, step ${step}`}))));
   follow(k => {
@@ -117,8 +118,8 @@ function previewGrid() {
     columns.forEach((column, i) => column.classList.toggle("now", i === now));
   });
   return card(".full", "What it draws, through time",
-    `The same seed each time, ${prompts.length} prompts from top to bottom. The first should become the subject; the others should stay
-     what they are.`,
+    `The same seed each time, ${prompts.length} prompts from top to bottom. ` + (captions ? "They are captions of the pictures." :
+     "The first should become what is taught; the others should stay what they are."),
     element("ol.prompts", {}, ...prompts.map(prompt => element("li", {}, prompt))), element("div.columns", {}, ...columns));
 }
 
