@@ -93,7 +93,7 @@ def main(argv=None):
     conditioning = {prompt: sdxl.encode_prompt([prompt], size) for prompt in dict.fromkeys(prompt for prompt, *_ in missing)}
     sdxl.free("text_encoders")  # the UNet can use the memory
     for prompt, seed, path in missing:
-        recorder = page and Recorder(sdxl, prompt, len(grid), negative_prompt=args.negative_prompt, full=args.inspect_full, **options)
+        recorder = page and Recorder(sdxl, prompt, len(grid), size=size, negative_prompt=args.negative_prompt, full=args.inspect_full, **options)
 
         def bar(steps):
             return command.progress(recorder.follow(steps) if recorder else steps, len(grid), f"seed {seed}")

@@ -207,3 +207,9 @@ def test_a_tokens_share_of_all_attention_counts_each_layer_once(tiny):
     recorder.seen = {("attn2", 16): (fine, 1), ("attn2", 4): (3 * coarse, 3)}
     recorder.take(loop.Step(0, 1, None, 0.5, 1.0, *[torch.zeros(1, 4, 8, 8)] * 6))
     assert stage.mass(recorder).tolist() == [[(0.25 + 3 * 0.5) / 4] * 4]
+
+
+def test_self_attention_is_looked_at_from_the_first_step_on_where_the_size_is_known(drawn):
+    good(drawn("--steps", 1, "--inspect", "page"))
+    shown, = data_of(contents("page")["index.html"].decode())["stages"]
+    assert shown["own"]["4 × 4"]["at"] == [0]

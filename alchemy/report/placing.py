@@ -26,7 +26,9 @@ class Watcher:
         self.sdxl, self.looking, self.maps = sdxl, ExitStack(), None
         named = with_token(prompt, class_word, token)
         prompts = {"Stage 1: the scene, unmodified model": prompt, "Stage 2: the subject, with the LoRA": named}
-        stages = [(name, Recorder(sdxl, told, total, **options)) for (name, told), total in zip(prompts.items(), totals)]
+        drawn = None if image else size or sdxl.size  # of a part around the mask, stage 2's size is known when the mask is
+        stages = [(name, Recorder(sdxl, told, total, size=known, **options))
+                  for (name, told), total, known in zip(prompts.items(), totals, (drawn, None))]
         self.stages, self.begun = stages[1:] if image else stages, 0
         self.stages[-1][1].changed = "mask"
         for _, recorder in self.stages:

@@ -21,7 +21,8 @@ QUANTITIES = ("x_t", "eps_uncond", "eps_cond", "eps", "x_0", "x_prev")
 
 
 class Recorder:
-    """Keeps the Steps of one picture (of a batch, the last). total: how many will come. full: keep the arrays in float32, to be written
+    """Keeps the Steps of one picture (of a batch, the last). total: how many will come. size (H, W): of the picture; where it is not
+    known beforehand, the first step's self-attention is not looked at. full: keep the arrays in float32, to be written
     (else what float16 can hold is kept so).
 
     steps: a dict of numbers each; latents: {quantity: list of (4,h,w)}; cross: per step {places: (N, tokens)}; own: {step: {places:
@@ -29,13 +30,15 @@ class Recorder:
     how many layers of cross-attention}.
     """
 
-    def __init__(self, sdxl, prompt, total, *, negative_prompt=None, full=False, sampler="euler", guidance=5.0, eta=None, **_):
+    def __init__(self, sdxl, prompt, total, *, size=None, negative_prompt=None, full=False, sampler="euler", guidance=5.0, eta=None, **_):
         self.sdxl, self.prompt, self.negative, self.full = sdxl, prompt, negative_prompt, full
         self.sampler, self.guidance, self.focus, self.changed = sampler, guidance, None, None  # focus: the token to be shown first
         self.row = samplers.find(sampler)
         self.eta = self.row.eta if eta is None else eta
-        self.total, self.kept, self.size, self.seen = total, spread(total, MOST_STEPS), None, {}
-        self.looks = [1 + k for k in spread(total - 1, LOOKS)] if total > 1 else []  # before the first step the latents' size is not known
+        self.total, self.kept, self.seen = total, spread(total, MOST_STEPS), {}
+        self.size = size and tuple(side // sdxl.factor for side in size)  # the latents'
+        begin = 0 if size else 1
+        self.looks = [begin + k for k in spread(total - begin, LOOKS)]
         self.looks = sorted({min(self.kept, key=lambda k: abs(k - look)) for look in self.looks})
         self.words = min(75, len(sdxl.tokenizers[0].pieces(prompt))) + 2  # with the start and the end
         self.steps, self.latents, self.cross, self.own, self.layers_of = [], {}, [], {}, {}
