@@ -13,7 +13,8 @@ function chips(stage, {pieces}, first, pick) {
       button.append(canvas);
     }
     const share = stage.mass.reduce((sum, row) => sum + row[i], 0) / stage.mass.length;
-    button.append(element("b", {}, text), element("small", {}, first ? `${id} · ${percent(share)}` : `${id}`));
+    // One character may be several tokens: what is but some of its bytes has no spelling.
+    button.append(element("b", {}, text.includes("\uFFFD") ? "part of a character" : text), element("small", {}, first ? `${id} · ${percent(share)}` : `${id}`));
     return button;
   }));
 }
