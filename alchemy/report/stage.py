@@ -96,8 +96,8 @@ def describe(recorder, name, picture, made, shown, levels):
             level["at"].append(k)
             level["src"].append(uri(Image.fromarray(p.numpy())))
     return {"name": name, "focus": recorder.focus, "prompt": recorder.prompt, "negative": recorder.negative,
-            "sampler": recorder.sampler, "guidance": recorder.guidance, "eta": recorder.eta, "guided": "eps_uncond" in recorder.latents, "changed": recorder.changed,
-            "steps": steps, "tokens": tokens(recorder.sdxl, recorder.prompt),
+            "sampler": recorder.sampler, "guidance": recorder.guidance, "eta": recorder.eta, "guided": "eps_uncond" in recorder.latents,
+            "changed": recorder.changed, "steps": steps, "tokens": tokens(recorder.sdxl, recorder.prompt),
             "films": {key: film(x) for key, x in shown.items()}, "decoded": large | {"at": list(made)},
             "picture": uri(picture, picture.width <= 256),
             "cross": {key: films_of(level) for key, level in levels.items()},

@@ -14,7 +14,8 @@ function chips(stage, {pieces}, first, pick) {
     }
     const share = stage.mass.reduce((sum, row) => sum + row[i], 0) / stage.mass.length;
     // One character may be several tokens: what is but some of its bytes has no spelling.
-    button.append(element("b", {}, text.includes("\uFFFD") ? "part of a character" : text), element("small", {}, first ? `${id} · ${percent(share)}` : `${id}`));
+    button.append(element("b", {}, text.includes("\uFFFD") ? "part of a character" : text),
+      element("small", {}, first ? `${id} · ${percent(share)}` : `${id}`));
     return button;
   }));
 }
@@ -44,7 +45,8 @@ function words(stage) {
     }
     const share = stage.mass[at], sum = share.reduce((sum, x) => sum + x, 0);
     said.textContent = `“${cut[token][1]}” gets ${percent(share[token])} of all attention at this step` +
-      (cut.length < 77 ? `, all ${cut.length} tokens together ${percent(sum)}, the padding behind them the rest.` : "; the prompt fills all 77.");
+      (cut.length < 77 ? `, all ${cut.length} tokens together ${percent(sum)}, the padding behind them the rest.` :
+        "; the prompt fills all 77.");
     for (const button of made.querySelectorAll(".chip")) button.setAttribute("aria-pressed", button.dataset.token == token);
     for (const [i, k] of chosen.entries()) strip.children[i].classList.toggle("now", k === at);
   }

@@ -36,7 +36,8 @@ function compare() {
   const pictures = element("div.compare", {}, element("img", {src: scene, alt: "the scene"}), after);
   const text = "Left of the handle the scene as it was, right of it the result. " +
     (drawn ? "The unmodified model draws the scene with the class word; " : "The scene is a picture of your own; ") +
-    (found ? `${drawn ? "its own" : "the unmodified model's"} attention says where the class stands; ` : "your mask says where the subject goes; ") +
+    (found ? `${drawn ? "its own" : "the unmodified model's"} attention says where the class stands; ` :
+      "your mask says where the subject goes; ") +
     "there, and only there, the model with the LoRA draws the subject.";
   return element("section.card.hero", {}, element("div", {}, pictures, slider),
     element("div", {}, element("h3", {}, "The scene, and the subject in it"), element("p", {}, text),

@@ -23,8 +23,8 @@ function apart(stage) {
      ${X_0}. At the beginning the guess is a blur, the mean of all that could be meant.
      (All these pictures are ${stage.latent[1]} × ${stage.latent[0]} latents, in colours by a linear map that was fitted to this run.)
      <b class="formula">${X_T} = √ᾱ · ${X_0} + √(1 − ᾱ) · ${EPS}</b>` +
-    (stage.sampler === "lcm" ? ` LCM puts <i>c</i><sub>skip</sub> · ${X_T} + <i>c</i><sub>out</sub> · ${X_0} in the place of ${X_0}, nearly the
-     same: so the equation is nearly true.` : ""), shown);
+    (stage.sampler === "lcm" ? ` LCM puts <i>c</i><sub>skip</sub> · ${X_T} + <i>c</i><sub>out</sub> · ${X_0} in the place of ${X_0},
+     nearly the same: so the equation is nearly true.` : ""), shown);
   return [made, k => {
     const ab = stage.steps[k].alpha_bar;
     signs[0].innerHTML = `=<br>${Math.sqrt(ab).toFixed(3)} ×`;
@@ -116,7 +116,8 @@ function level(stage) {
 
 function guidance(stage) {
   const against = stage.negative != null;
-  const uncond = tile(`${X_0} if told ${against ? "the negative prompt" : "nothing"}`, "x_0_uncond"), cond = tile(`${X_0} if told the prompt`, "x_0_cond");
+  const uncond = tile(`${X_0} if told ${against ? "the negative prompt" : "nothing"}`, "x_0_uncond");
+  const cond = tile(`${X_0} if told the prompt`, "x_0_cond");
   const mixed = tile(`${X_0} guided: used`, "x_0 guided"), where = tile("where the two differ", "guidance");
   const untold = `${EPS}<sub>${against ? "negative" : "untold"}</sub>`, told = `${EPS}<sub>told</sub>`, g = number(stage.guidance);
   const made = card("", "Guidance",

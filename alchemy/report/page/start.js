@@ -49,7 +49,8 @@ function head() {
     `${method}, ${steps} steps, ${rank ? `rank ${rank}, ` : ""}learning rate ${rate}`;
   const kind = element("div.label", {}, data.kind || "How this picture was drawn");
   const top = document.getElementById("head");
-  top.append(element("div", {}, kind, element(data.title.length > 120 ? "h1.long" : "h1", {}, data.title), element("p", {}, `${told}, seed ${seed}`)));
+  const title = element(data.title.length > 120 ? "h1.long" : "h1", {}, data.title);
+  top.append(element("div", {}, kind, title, element("p", {}, `${told}, seed ${seed}`)));
   if (last && !data.insertion) top.append(element("img", {src: last.picture, alt: "the finished picture"}));
 }
 

@@ -35,7 +35,8 @@ function lossCurve() {
   const {drawn, at, line, H, bottom} = chart([0, losses.length], [0, top * 1.05], {x: "step", y: "loss", H: 390});
   const stride = Math.ceil(losses.length / 2000);  // no screen shows more
   const thinned = values => values.map((v, i) => [i + 1, v]).filter(([, v], i) => v != null && i % stride === 0);
-  for (const [cx, cy] of thinned(losses).map(p => at(...p))) drawn.append(svg("circle", {cx, cy, r: losses.length < 200 ? 3 : 2, class: "dot faint"}));
+  const r = losses.length < 200 ? 3 : 2;
+  for (const [cx, cy] of thinned(losses).map(p => at(...p))) drawn.append(svg("circle", {cx, cy, r, class: "dot faint"}));
   drawn.append(line(thinned(means), "curve strong"));
   const rule = svg("line", {y1: 8, y2: H - bottom, class: "rule"});
   drawn.append(rule);
