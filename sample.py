@@ -9,6 +9,7 @@ from pathlib import Path
 
 from alchemy import command
 from alchemy.command import inspecting, together
+from alchemy.formats.text import read_text
 
 
 def parse(argv):
@@ -56,7 +57,7 @@ def jobs(args, out):
     if not args.prompts:
         seeds = range(args.seed, args.seed + args.count)
         return [(args.prompt, seed, path) for seed, path in zip(seeds, places(out, seeds))]
-    lines = [line.strip() for line in Path(args.prompts).read_text(encoding="utf-8").splitlines()]
+    lines = [line.strip() for line in read_text(args.prompts).split("\n")]
     prompts = [line for line in lines if line for _ in range(args.count)]
     if not prompts:
         raise ValueError(f"{args.prompts}: no prompt in it")
@@ -80,7 +81,8 @@ def main(argv=None):
         from alchemy.report.page import Recorder, write
     image = args.image and images.read(args.image)
     sdxl = command.load(args)
-    command.put_loras(sdxl, args.lora, args.embedding)  # before a prompt is encoded: text encoders may have adapters too
+    # Before a prompt is encoded: text encoders may have adapters too.
+    command.put_loras(sdxl, args.lora, args.embedding, [args.negative_prompt, *(prompt for prompt, *_ in wanted)])
     size, unconditional, options = loop.settings(sdxl, args.negative_prompt, args.size, command.drawing(args))
     strength = sdxl.defaults["strength"] if args.strength is None else args.strength
     image = image and ImageOps.fit(image, size[::-1], Image.LANCZOS)
@@ -92,7 +94,7 @@ def main(argv=None):
     missing = [job for job in wanted if not (args.prompts and dataset.is_there(job[2], facts | {"prompt": job[0], "seed": job[1]}))]
     conditioning = {prompt: sdxl.encode_prompt([prompt], size) for prompt in dict.fromkeys(prompt for prompt, *_ in missing)}
     sdxl.free("text_encoders")  # the UNet can use the memory
-    for prompt, seed, path in missing:
+    for prompt, seed, path in dataset.keeping_list(out, wanted, missing) if args.prompts else missing:
         recorder = page and Recorder(sdxl, prompt, len(grid), size=size, negative_prompt=args.negative_prompt, full=args.inspect_full, **options)
 
         def bar(steps):

@@ -41,6 +41,8 @@ def test_captions_are_read_from_either_place(tmp_path, table):
 
 
 @pytest.mark.parametrize("line, words", [
+    ("[" * 100000, ["line 2", "not like"]), ('{"file_name": "1.png", "text": " "}', ["line 2", "1.png is empty"]),
+    ('{"file_name": "0.png", "text": "again"}', ["0.png stands in it twice"]),
     ("{", ["line 2", "not like"]), ('{"file_name": "0.png"}', ["line 2", "not like"]), ('["0.png", "a dog"]', ["line 2", "not like"]),
     ('{"file_name": "none.png", "text": "a dog"}', ["line 2", "none.png: no such file"]), ('{"file_name": "0.png", "text": 3}', ["line 2", "not a string"])])
 def test_a_bad_line_is_named_by_its_number(tmp_path, line, words):
@@ -48,6 +50,20 @@ def test_a_bad_line_is_named_by_its_number(tmp_path, line, words):
     first = (folder / "metadata.jsonl").read_text().splitlines()[0]
     (folder / "metadata.jsonl").write_text(f"{first}\n{line}\n")
     refused(lambda: captions.read(folder), "metadata.jsonl", *words)
+
+
+def test_a_line_ends_where_json_lines_has_it_end(tmp_path):
+    folder = written(tmp_path / "a", sizes=((40, 40),))
+    (folder / "metadata.jsonl").write_bytes('{"file_name": "0.png", "text": "one\u2028two"}\r\n'.encode())
+    assert captions.read(folder) == [(folder / "0.png", "one\u2028two")]
+
+
+@pytest.mark.parametrize("table", [True, False])
+def test_a_file_that_is_not_utf_8_is_named(tmp_path, table):
+    folder = written(tmp_path / "a", table=table)
+    name = "metadata.jsonl" if table else "2.txt"
+    (folder / name).write_bytes("k\xe4se".encode("latin-1"))
+    refused(lambda: captions.read(folder), folder / name, "UTF-8", "byte 1")
 
 
 def test_pictures_that_the_table_does_not_list_are_counted(tiny, tmp_path):
@@ -76,12 +92,13 @@ def test_what_the_unet_is_told_waits_on_the_cpu_and_goes_where_the_batch_is():
 def test_pictures_without_a_caption_are_counted_and_named(tmp_path):
     folder = written(tmp_path / "a", table=False)
     (folder / "1.txt").unlink()
-    refused(lambda: captions.read(folder), "1 of 4", "1.png", "metadata.jsonl")
+    (folder / "3.txt").write_text(" \n")
+    refused(lambda: captions.read(folder), "2 of 4", "1.png, 3.png", "metadata.jsonl")
 
 
 @pytest.mark.parametrize("size, cell, area, expected", [
     ((500, 500), 64, 1024 ** 2, (1024, 1024)), ((1080, 1920), 64, 1024 ** 2, (768, 1344)), ((1920, 1080), 64, 1024 ** 2, (1344, 768)),
-    ((600, 400), 32, 128 ** 2, (160, 96)), ((10, 1000), 64, 1024 ** 2, (512, 2048)), ((1000, 10), 64, 1024 ** 2, (2048, 512))])
+    ((600, 400), 32, 128 ** 2, (160, 96)), ((500, 500), 32, 128 * 96, (96, 96)), ((10, 1000), 64, 1024 ** 2, (512, 2048)), ((1000, 10), 64, 1024 ** 2, (2048, 512))])
 def test_a_picture_goes_to_the_bucket_of_the_nearest_aspect_ratio(size, cell, area, expected):
     assert captions.bucket(size, area, cell) == expected
     every = [(h, w) for h in range(cell, area // cell + 1, cell) for w in range(cell, area // cell + 1, cell)

@@ -86,3 +86,31 @@ def test_metadata_of_other_pictures_is_not_overwritten(drawn):
     Path("set/metadata.jsonl").write_text('{"file_name": "mine.jpg", "text": "a cat"}\n')
     refused(drawn(), "mine.jpg", "another folder")
     assert list(contents("set")) == ["metadata.jsonl"] and "a cat" in Path("set/metadata.jsonl").read_text()
+
+
+@pytest.mark.parametrize("text", ['{"a": 1}', "[1]", "xx", "[" * 100000, "3"])
+def test_metadata_of_something_else_is_named_and_kept(drawn, text):
+    Path("set").mkdir()
+    Path("set/metadata.jsonl").write_text(text)
+    refused(drawn(), "set/metadata.jsonl", "another folder")
+    assert list(contents("set")) == ["metadata.jsonl"] and Path("set/metadata.jsonl").read_text() == text
+
+
+def test_prompts_that_are_not_utf_8_are_named(drawn):
+    Path("prompts.txt").write_bytes("a k\xe4se".encode("latin-1"))
+    refused(drawn(), "prompts.txt", "UTF-8")
+
+
+def test_what_is_drawn_before_an_interrupt_is_listed_for_training(drawn, monkeypatch):
+    whole = loop.sample
+
+    def sample(sdxl, conditioning, unconditional, seed, *args, **options):
+        if seed == 7:
+            raise KeyboardInterrupt
+        return whole(sdxl, conditioning, unconditional, seed, *args, **options)
+    with monkeypatch.context() as patch:
+        patch.setattr(loop, "sample", sample)
+        assert drawn().status == 130
+    assert captions.read("set") == [(Path("set") / f"0000{k}.png", PROMPTS[0]) for k in range(2)]
+    good(drawn())
+    assert len(captions.read("set")) == 4

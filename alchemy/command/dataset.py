@@ -5,6 +5,7 @@ from pathlib import Path
 
 from ..files import replace
 from ..formats import png
+from ..formats.text import read_text
 
 DECIDE = ("prompt", "seed", "size", "sampler", "grid", "steps", "guidance", "eta", "negative_prompt", "weights", "vae", "config", "revision", "dtype",
           "lora", "embedding", "image", "strength", "digests")
@@ -13,16 +14,26 @@ DECIDE = ("prompt", "seed", "size", "sampler", "grid", "steps", "guidance", "eta
 def check_list(folder, jobs):
     """Raise ValueError where the folder's metadata.jsonl tells of pictures that are not of these jobs, (prompt, seed, path) each."""
     path = folder / "metadata.jsonl"
-    listed = [json.loads(line)["file_name"] for line in path.read_text(encoding="utf-8").splitlines()] if path.exists() else []
-    if others := sorted(set(listed) - {path.name for *_, path in jobs}):
+    try:
+        listed = {str(json.loads(line)["file_name"]) for line in read_text(path).split("\n") if line.strip()} if path.exists() else set()
+    except (json.JSONDecodeError, KeyError, TypeError, RecursionError):
+        raise ValueError(f"{path}: not a list of pictures with captions: name another folder") from None
+    if others := sorted(listed - {path.name for *_, path in jobs}):
         raise ValueError(f"{folder}: its metadata.jsonl tells of other pictures ({others[0]}): name another folder")
 
 
 def write_list(folder, jobs):
-    """metadata.jsonl, as train.py --captions reads it; its path."""
-    rows = [json.dumps({"file_name": path.name, "text": prompt}, ensure_ascii=False) for prompt, _, path in jobs]
+    """metadata.jsonl of the pictures that are there, as train.py --captions reads it; its path."""
+    rows = [json.dumps({"file_name": path.name, "text": prompt}, ensure_ascii=False) for prompt, _, path in jobs if path.exists()]
     replace(folder / "metadata.jsonl", lambda new: new.write_text("\n".join(rows) + "\n", encoding="utf-8"))
     return folder / "metadata.jsonl"
+
+
+def keeping_list(folder, jobs, missing):
+    """Yield the missing jobs; when the next is asked for, the list has the one before, so that what is drawn can be used whatever comes."""
+    for job in missing:
+        yield job
+        write_list(folder, jobs)
 
 
 def digests(args):

@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 
 from .. import data, images
+from ..formats.text import read_text
 
 
 def read(folder):
@@ -18,15 +19,17 @@ def read(folder):
     folder = Path(folder)
     table = folder / "metadata.jsonl"
     if table.exists():
-        rows = sorted(row(folder, number, line) for number, line in enumerate(table.read_text(encoding="utf-8-sig").splitlines(), 1) if line.strip())
+        rows = sorted(row(folder, number, line) for number, line in enumerate(read_text(table).split("\n"), 1) if line.strip())
         if not rows:
             raise ValueError(f"{table}: no line in it")
+        if twice := [path.name for (path, _), (other, _) in zip(rows, rows[1:]) if path == other]:
+            raise ValueError(f"{table}: {twice[0]} stands in it twice; leave one of the lines")
         return rows
     found, _ = data.find_photos(folder)
-    silent = [path.name for path in found if not path.with_suffix(".txt").exists()]
-    if silent:
+    texts = [" ".join(read_text(text).split()) if text.exists() else "" for text in (path.with_suffix(".txt") for path in found)]
+    if silent := [path.name for path, text in zip(found, texts) if not text]:
         raise ValueError(f"{folder}: no caption for {len(silent)} of {len(found)} pictures ({', '.join(silent[:3])}): write metadata.jsonl, or a .txt beside each")
-    return [(path, " ".join(path.with_suffix(".txt").read_text(encoding="utf-8-sig").split())) for path in found]
+    return list(zip(found, texts))
 
 
 def unlisted(folder, pictures):
@@ -41,19 +44,21 @@ def row(folder, number, line):
     try:
         entry = json.loads(line)
         path, caption = folder / entry["file_name"], entry["text"]
-    except (ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError, RecursionError):
         raise ValueError(f'{where}: not like {{"file_name": "a.jpg", "text": "a dog"}}') from None
     if not isinstance(caption, str) or not path.is_file():
         raise ValueError(f"{where}: {path.name}: no such file" if isinstance(caption, str) else f"{where}: its text is not a string")
+    if not caption.strip():
+        raise ValueError(f"{where}: the text of {path.name} is empty: write one, or take the line out")
     return path, caption
 
 
 def bucket(picture_size, area, cell):
-    """The (H,W), multiples of cell and of no more than area, whose aspect ratio is nearest to that of a picture of (H,W)."""
+    """The (H,W), multiples of cell, of three quarters of area to all of it, whose aspect ratio is nearest to that of a picture of (H,W)."""
     most = area // cell ** 2
     if not most:
         raise ValueError(f"the size to train at is smaller than {cell}x{cell}, the least that a picture with a caption can have")
-    sizes = [(h, min(most // h, 4 * h)) for h in range(1, most + 1) if most // h and h <= 4 * (most // h)]
+    sizes = [(h, w) for h in range(1, most + 1) for w in range(-(-3 * most // (4 * h)), most // h + 1) if h <= 4 * w <= 16 * h]
     wanted = math.log(picture_size[0] / picture_size[1])
     h, w = min(sizes, key=lambda size: (abs(math.log(size[0] / size[1]) - wanted), -size[0] * size[1]))
     return h * cell, w * cell
