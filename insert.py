@@ -41,7 +41,8 @@ def parse(argv):
     if args.image and args.size:
         raise ValueError("--size is of a drawn scene; the picture of --image keeps its own")
     if not args.lora and not args.embedding:
-        raise ValueError("--lora is missing: the file that train.py wrote")
+        raise ValueError("--lora is missing: the file that train.py wrote. (The checkpoint of --method full cannot stand for it: "
+                         "stage 1 needs the model as it was. For insert.py, teach a LoRA or a word)")
     if not args.token and len(args.embedding or ()) + bool(args.lora) > 1:
         raise ValueError("--token is missing: of several files with words of their own, which names the subject?")
     if args.mask and (args.threshold, args.dilate) != (None, None):
@@ -94,7 +95,8 @@ def main(argv=None):
     size = image.size[::-1] if image else args.size or sdxl.size
     if args.mask and mask.shape != size:
         raise ValueError(f"{args.mask} is {mask.shape[1]}x{mask.shape[0]}, the picture {size[1]}x{size[0]}: a mask has to be of the picture's size")
-    words = command.put_loras(sdxl, args.lora, args.embedding)
+    # Without --token, the word of the one embedding is what is put in.
+    words = command.put_loras(sdxl, args.lora, args.embedding, args.token and [args.prompt, args.token, args.negative_prompt])
     args.token = args.token or (words or [command.EXAMPLE["token"]])[0]
     chosen = {k: sdxl.defaults[k] if getattr(args, k) is None else getattr(args, k)
               for k in ("sampler", "steps", "guidance", "strength", "threshold", "dilate")}

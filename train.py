@@ -8,7 +8,7 @@ from pathlib import Path
 
 from alchemy import command
 from alchemy.command import inspecting, together
-from alchemy.command.results import result
+from alchemy.command.results import read_settings, result, spare
 
 
 def parser():
@@ -63,8 +63,13 @@ def read_flags(argv):
     args.out = args.out or str(Path("out") / Path(args.photos or command.SUBJECT).resolve().name)
     run, stopped = (Path(args.out) / name for name in ("settings.json", "state.safetensors"))
     if args.resume:
-        p.set_defaults(**command.read_settings(run, args) | {"out": args.out, "resume": True, "overwrite": False})
+        saved = read_settings(run, args)
+        if wrong := p.misfits(saved):
+            raise ValueError(f"{run}: not the settings of a run: {wrong[0]} is {saved[wrong[0]]!r}; --overwrite starts again")
+        p.set_defaults(**saved | {"out": args.out, "resume": True, "overwrite": False})
         args = p.parse_args(argv)
+        if args.method != saved.get("method", args.method):
+            raise ValueError(f"--method {args.method} is not that of the run in {args.out}, {saved['method']}: leave it out, or name another --out")
     if args.captions and args.photos is None:
         raise ValueError("--captions needs the folder of the pictures")
     if args.photos is None:
@@ -74,6 +79,8 @@ def read_flags(argv):
         raise ValueError(f"{args.out}: this run is finished; --overwrite starts again, --out names another folder")
     if not args.resume and (run.exists() or result(args).exists()) and not args.overwrite and not args.check:
         raise ValueError(f"{args.out} holds a run already: --resume goes on with it, --overwrite starts again, --out names another folder")
+    if not (args.resume or args.check):
+        spare(args)
     return args
 
 

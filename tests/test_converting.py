@@ -107,8 +107,22 @@ def test_an_embedding_is_refused_in_a_form_that_it_has_not(tmp_path):
     for target, to, words in (("b.safetensors", "diffusers", "folder"), ("b", "kohya", ".safetensors"), ("b.safetensors", "peft", "kohya, diffusers")):
         refused(lambda: convert([str(tmp_path / "a.safetensors"), str(tmp_path / target), "--to", to]), words)
     (tmp_path / "empty").mkdir()
-    refused(lambda: convert([str(tmp_path / "empty"), str(tmp_path / "b"), "--to", "diffusers"]), "empty", TWO[0])
+    refused(lambda: convert([str(tmp_path / "empty"), str(tmp_path / "b"), "--to", "diffusers"]), "empty", TWO[0], "nor a LoRA")
     assert sorted(contents(tmp_path)) == ["a.safetensors"] and not (tmp_path / "b").exists()
+
+
+def test_an_embedding_is_not_merged(tiny, tmp_path):
+    save_file({"clip_l": torch.ones(8), "clip_g": torch.ones(12)}, tmp_path / "a.safetensors")
+    refused(lambda: convert([str(tmp_path / "a.safetensors"), str(tmp_path / "b"), "--merge", "--weights", str(tiny)]), "a.safetensors", "an embedding", "--embedding")
+    assert not (tmp_path / "b").exists()
+
+
+def test_the_folders_above_what_is_written_are_made(pairs, tiny, tmp_path):
+    save_file(written(pairs, *SPELLINGS["PEFT"]), tmp_path / "a.safetensors")
+    save_file({"clip_l": torch.ones(8), "clip_g": torch.ones(12)}, tmp_path / "e.safetensors")
+    for source, more in (("a", ["--weights", str(tiny)]), ("e", [])):
+        convert([str(tmp_path / f"{source}.safetensors"), str(tmp_path / f"to/{source}/b.safetensors"), "--to", "kohya", *more])
+        assert (tmp_path / f"to/{source}/b.safetensors").exists()
 
 
 # Merging

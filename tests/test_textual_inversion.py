@@ -104,6 +104,8 @@ def test_another_tools_file_is_called_by_its_name_and_a_strange_one_refused(sdxl
     refused(lambda: load_embedding(sdxl, tmp_path / "old.safetensors"), "old.safetensors", "no SDXL embedding", "emb_params", "clip_l")
     save_file({"clip_g": made[0].clone(), "clip_l": made[0]}, tmp_path / "wide.safetensors")
     refused(lambda: load_embedding(sdxl, tmp_path / "wide.safetensors"), "wide.safetensors", "do not fit")
+    save_file({"clip_g": made[1], "clip_l": made[0]}, tmp_path / "dog.safetensors")
+    refused(lambda: load_embedding(sdxl, tmp_path / "dog.safetensors"), "dog.safetensors", "token already", "rename it")
 
 
 @pytest.mark.parametrize("token, name", [
@@ -120,7 +122,11 @@ def test_train_writes_the_word_and_sample_and_insert_use_it(tiny, tmp_path, lora
     drawn = [good(call("sample.py", f"a photo of a {TOKEN}", "--weights", tiny, "--out", f"{k}.png", *flags)).err
              for k, flags in enumerate(((), ("--embedding", "run/my-dog.safetensors")))]
     assert f"is '{TOKEN}' in a prompt" in drawn[1] and contents(".")["0.png"] != contents(".")["1.png"]
-    run_refused(call("sample.py", "a dog", "--weights", tiny, "--embedding", lora_file), "no SDXL embedding")
+    run_refused(call("sample.py", "a dog", "--weights", tiny, "--embedding", lora_file), "no SDXL embedding", "--lora")
+    run_refused(call("sample.py", "a dog", "--weights", tiny, "--lora", "run/my-dog.safetensors"), "an embedding", "--embedding")
+    warned = [f"'{TOKEN}' is in no prompt" in good(call("sample.py", prompt, "--weights", tiny, "--embedding", "run/my-dog.safetensors", *flags)).err
+              for prompt, flags in (("a dog", ()), (f"a {TOKEN.upper()}", ()), ("a dog", ("--negative-prompt", TOKEN)))]
+    assert warned == [True, False, False]
 
 
 def test_training_resumes_to_the_same_bits(tiny, tmp_path, stopped):
@@ -160,6 +166,7 @@ def test_flags_that_make_no_sense_for_a_word_are_refused(tiny, tmp_path):
     base = ("train.py", "photos", "--weights", tiny, "--method", "textual-inversion", "--out", "run")
     run_refused(call(*base), "--init-word")
     run_refused(call(*base, "--class-word", "dog", "--token", "cat"), "token already")
+    run_refused(call(*base, "--class-word", "dog", "--token", "Hoto"), "--token 'Hoto'", "prompts that it is taught with")
     run_refused(call(*base, "--class-word", "dog", "--class-pictures", 3), "--class-pictures")
 
 

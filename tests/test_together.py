@@ -1,4 +1,6 @@
 """Flags that have no part in a run are refused by name, and those that have one are not."""
+import json
+
 import pytest
 
 import insert
@@ -20,6 +22,8 @@ FULL = (*SUBJECT, "--method", "full", "--prior-weight", "0")
         ("--rank", "4"), ("--alpha", "2"), ("--caption", "my {}"), ("--class-pictures", "3"), ("--class-folder", "b"), ("--prior-weight", "0"), ("--captions",))),
     *((CAPTIONS + flags, flags[0], "without --captions") for flags in (
         ("--class-word", "dog"), ("--token", "zwx"), ("--caption", "my {}"), ("--class-pictures", "3"), ("--class-folder", "b"), ("--prior-weight", "0"))),
+    (WORD + ("--token", ""), "--token", "empty"), (WORD + ("--init-word", " "), "--init-word", "empty"),
+    (SUBJECT + ("--token", " "), "--token", "empty"), (WORD + ("--token", "my dog"), "--token 'my dog'", "white space"),
     (SUBJECT + ("--caption-dropout", "0.2"), "--caption-dropout", "--captions"), (WORD + ("--caption-dropout", "0"), "--caption-dropout", "--captions"),
     (SUBJECT + ("--text-encoders",), "--text-encoders", "--method full"), (WORD + ("--text-encoders",), "--text-encoders", "--method full"),
     (SUBJECT + ("--class-folder", "b"), "--class-folder", "--class-pictures"),
@@ -48,6 +52,8 @@ def test_every_flag_in_the_table_is_one_of_train_py_and_has_a_part_somewhere():
     (sample.parse, ["a dog", "--strength", "0.5"], ["--strength", "--image"]),
     (insert.parse, [SCENE, "--class-word", "dog", "--lora", "a", "--sampler", "dpmpp_2m", "--eta", "1"], ["--eta", "dpmpp_2m"]),
     *((insert.parse, [SCENE, "--class-word", "dog", "--lora", "a", "--mask", "m.png", flag, "0.1"], [flag, "--mask"]) for flag in ("--threshold", "--dilate")),
+    (insert.parse, [SCENE, "--class-word", "dog", "--lora", "a", "--token", ""], ["--token is empty"]),
+    (insert.parse, [SCENE, "--class-word", "dog"], ["--lora is missing", "--method full"]),
     (insert.parse, [SCENE, "--class-word", "dog", "--lora", "a", "--embedding", "b"], ["--token"]),
     (insert.parse, [SCENE, "--class-word", "dog", "--embedding", "a", "--embedding", "b"], ["--token"])])
 def test_a_flag_without_a_part_in_what_is_drawn_is_refused(parse, argv, words):
@@ -74,7 +80,35 @@ def test_insert_takes_the_word_of_an_embedding_for_the_token(tiny, tmp_path):
               "--preview-every", 0, "--out", "word"))
     flags = ("insert.py", SCENE, "--class-word", "dog", "--weights", tiny, "--embedding", "word/mine.safetensors", "--steps", 8)
     good(call(*flags))
-    good(call(*flags, "--token", "<mine>", "--out", "same"))
+    assert "is in no prompt" not in good(call(*flags, "--token", "<mine>", "--out", "same")).err
     assert contents("out/insert")["facts.json"].count(b'"token": "<mine>"') == 1
-    good(call(*flags, "--token", "sks", "--out", "other"))
+    assert "is in no prompt" in good(call(*flags, "--token", "sks", "--out", "other")).err
     assert same(pixels("out/insert/drawn.png"), pixels("same/drawn.png")) and not same(pixels("out/insert/drawn.png"), pixels("other/drawn.png"))
+
+
+@pytest.mark.parametrize("flag, given", [
+    ("--weights", "run/checkpoint"), ("--vae", "run/checkpoint/vae"), ("--config", "run/../run/checkpoint"), ("--class-folder", "run/checkpoint/class")])
+def test_a_run_that_would_take_away_what_it_reads_is_refused(tmp_path, monkeypatch, flag, given):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "run/checkpoint").mkdir(parents=True)
+    base = [*SUBJECT, "--method", "full", "--class-pictures", "2", flag, given, "--overwrite", "--out"]
+    refused(lambda: train.read_flags([*base, "run"]), f"{flag} {given}", "--out run")
+    assert train.read_flags([*base, "other"]).overwrite and train.read_flags([*base, "run", "--check"]).check
+
+
+def test_the_checkpoint_of_an_earlier_run_is_spared_by_a_run_of_another_method(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "run/checkpoint").mkdir(parents=True)
+    (tmp_path / "run/settings.json").write_text('{"method": "full"}')
+    refused(lambda: train.read_flags([*SUBJECT, "--weights", "run/checkpoint", "--overwrite", "--out", "run"]), "--weights run/checkpoint", "--out run")
+
+
+@pytest.mark.parametrize("name, value", [("mask", 5), ("rank", "4"), ("batch", 0), ("caption", None), ("mirror", "yes"), ("method", "other"), ("size", 5), ("size", ["a", 2])])
+def test_settings_of_which_one_cannot_be_are_refused_by_its_name(tmp_path, name, value):
+    (tmp_path / "settings.json").write_text(json.dumps({"photos": "a", "class_word": "dog", "size": [64, 32], "learning_rate": 3e-5, name: value}))
+    refused(lambda: train.read_flags(["--resume", "--out", str(tmp_path)]), "settings.json", "--overwrite", *([] if value == 5 and name == "size" else [name]))
+
+
+def test_resuming_by_another_method_is_refused_as_that(tmp_path):
+    (tmp_path / "settings.json").write_text(json.dumps({"photos": "a", "class_word": "dog", "method": "lora", "rank": 4}))
+    refused(lambda: train.read_flags(["--resume", "--method", "full", "--out", str(tmp_path)]), "--method full", "lora")

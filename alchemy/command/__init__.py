@@ -18,6 +18,7 @@ TAUGHT = Path("out") / "dog-poodle" / "lora.safetensors"      # what train.py's 
 SHIPPED = ROOT / "weights" / "example.safetensors"            # the same, before anything is taught
 EXAMPLE = dict(class_word="dog", token="sks")
 PLACE = "in a forest"
+MADE = []  # the folders that this run had to make, the innermost first
 
 
 class Parser(argparse.ArgumentParser):
@@ -25,6 +26,20 @@ class Parser(argparse.ArgumentParser):
         """One line, as every other error; argparse would print the usage too."""
         say(f"error: {message} (--help shows every flag)")
         sys.exit(2)
+
+    def misfits(self, values):
+        """The names of those values, {flag: value as JSON has it}, that the flags cannot have."""
+        return [a.dest for a in self._actions if a.dest in values and not self.fits(a, values[a.dest])]
+
+    def fits(self, action, value):
+        if value is None or action.nargs == 0:
+            return value is None and action.default is None or type(value) is bool and action.nargs == 0
+        if action.type is None:
+            return isinstance(value, str) and value in (action.choices or [value])
+        try:
+            return action.type("x".join(map(str, value[::-1])) if isinstance(value, tuple) else str(value)) == value
+        except argparse.ArgumentTypeError:
+            return False
 
 
 def parser(description):
@@ -122,8 +137,8 @@ def default_lora():
     return [(str(TAUGHT if TAUGHT.exists() else SHIPPED), 1.0)]
 
 
-def put_loras(sdxl, loras, embeddings=None):
-    """Put the files of the flags on; returns the words that the embeddings are."""
+def put_loras(sdxl, loras, embeddings=None, prompts=None):
+    """Put the files of the flags on; returns the words that the embeddings are. One that stands in none of the prompts is warned of."""
     import alchemy
     words = []
     if embeddings:
@@ -131,6 +146,8 @@ def put_loras(sdxl, loras, embeddings=None):
         for path in embeddings:
             words.append(load_embedding(sdxl, path))
             say(f"{path} is {words[-1]!r} in a prompt")
+            if prompts and not any(words[-1].lower() in (prompt or "").lower() for prompt in prompts):
+                say(f"warning: {words[-1]!r} is in no prompt, and has no part in what is drawn")
     for path, scale in loras or ():
         alchemy.load_lora(sdxl, path, scale)
     return words
@@ -186,6 +203,7 @@ def folder(path, flag="--out"):
     import tempfile
     path = Path(path)
     try:
+        MADE.extend(p for p in (path, *path.parents) if not p.exists())
         path.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=path):
             return path
@@ -204,6 +222,7 @@ def wrote(*paths):
 
 def run(main):
     """Call main() as a script does: bad input, a full disk or too little memory end in one line and status 2."""
+    MADE.clear()
     warnings.showwarning = lambda message, *_, **__: say(f"warning: {message}")
     try:
         main()
@@ -218,6 +237,9 @@ def run(main):
         sys.exit(130)
     else:
         return
+    for path in MADE:
+        if path.is_dir() and not any(path.iterdir()):
+            path.rmdir()
     say("error: " + " ".join(said.split()))
     sys.exit(2)
 
@@ -225,14 +247,3 @@ def run(main):
 def settings_of(args):
     """The flags as JSON knows them, but those that have no part in what is made."""
     return json.loads(json.dumps({k: v for k, v in vars(args).items() if not k.startswith("inspect")}, default=str))
-
-
-def read_settings(path, args):
-    """The flags that settings_of wrote to a file, as far as there are such flags."""
-    try:
-        saved = json.loads(path.read_text(encoding="utf-8"))
-        return {k: tuple(v) if k == "size" and v else v for k, v in saved.items() if k in vars(args)}
-    except FileNotFoundError:
-        raise ValueError(f"{path.parent}: no run to resume, it has no {path.name}; without --resume, one starts") from None
-    except (ValueError, AttributeError, TypeError):
-        raise ValueError(f"{path}: not the settings of a run, which train.py writes; --overwrite starts again") from None

@@ -1,10 +1,9 @@
 """What a run of train.py leaves in its folder. Imports no torch."""
+import json
 import re
 import shutil
 from argparse import Namespace
 from pathlib import Path
-
-from .. import command
 
 TAKEN = ("lora", "state")  # other files there
 
@@ -24,14 +23,40 @@ def result(args):
     return Path(args.out) / ("embedding" if args.format == "diffusers" else f"{file_name(str(args.token))}.safetensors")
 
 
-def clear(args):
-    """Take away what an earlier run has left in the folder, as its settings tell, and what this one is going to write."""
-    out, earlier = Path(args.out), args
+def read_settings(path, args):
+    """The flags that settings_of wrote to a file, as far as there are such flags."""
     try:
-        earlier = Namespace(**vars(args) | command.read_settings(out / "settings.json", args) | {"out": args.out})
+        saved = json.loads(path.read_text(encoding="utf-8"))
+        return {k: tuple(v) if k == "size" and v else v for k, v in saved.items() if k in vars(args)}
+    except FileNotFoundError:
+        raise ValueError(f"{path.parent}: no run to resume, it has no {path.name}; without --resume, one starts") from None
+    except (ValueError, AttributeError, TypeError):
+        raise ValueError(f"{path}: not the settings of a run, which train.py writes; --overwrite starts again") from None
+
+
+def earlier(args):
+    """The paths of what an earlier run has left in the folder, as its settings tell, and of what this one is going to write."""
+    out, before = Path(args.out), args
+    try:
+        before = Namespace(**vars(args) | read_settings(out / "settings.json", args) | {"out": args.out})
     except ValueError:
         pass  # no settings that can be read: they are written anew
-    for path in (result(earlier), result(args), *(out / name for name in ("state.safetensors", "preview.png", "loss.png"))):
+    return result(before), result(args), *(out / name for name in ("state.safetensors", "preview.png", "loss.png"))
+
+
+def spare(args):
+    """Raise ValueError where what the run reads or keeps lies in what it would take away."""
+    for flag in ("photos", "weights", "vae", "config", "mask", "class_folder"):
+        given = Path(getattr(args, flag) or "").resolve()
+        for path in earlier(args) if getattr(args, flag) else ():
+            if path.resolve() in (given, *given.parents):
+                name = "SUBJECT_DIR" if flag == "photos" else f"--{flag.replace('_', '-')}"
+                raise ValueError(f"{name} {getattr(args, flag)}: this run would take it away, as a result of one in --out {args.out}: name another --out")
+
+
+def clear(args):
+    """Take away what an earlier run has left, and what this one is going to write."""
+    for path in earlier(args):
         if path.is_dir():
             shutil.rmtree(path)
         else:

@@ -14,6 +14,7 @@ def training(args, default):
     """Refuse train.py's flags that have no part, ask for those that are missing, and fill in what hangs on others. default(name): a
     flag's value where it is not given."""
     word = args.method == "textual-inversion"
+    not_empty(args, "class_word", "token", "init_word")
     ways = {args.method, "captions" if args.captions else "word" if word else "subject"}
     for flag, goes_with in ONLY.items():
         if getattr(args, flag) != default(flag) and ways.isdisjoint(goes_with):
@@ -26,8 +27,16 @@ def training(args, default):
         raise ValueError("--init-word (or --class-word) is missing: what is the new word to start from?")
     if word:
         args.token = args.token or "<subject>"
+        if args.token.split() != [args.token]:
+            raise ValueError(f"--token {args.token!r} has white space in it: a new word is one word, such as <my-dog>")
     elif not args.captions:
         subject(args)
+
+
+def not_empty(args, *flags):
+    for flag in flags:
+        if getattr(args, flag, None) is not None and not getattr(args, flag).strip():
+            raise ValueError(f"--{flag.replace('_', '-')} is empty: give it a word, or leave it out")
 
 
 def subject(args):
@@ -49,6 +58,7 @@ def subject(args):
 
 def drawing(args):
     """Refuse flags of sample.py and insert.py that have no part in what is drawn."""
+    not_empty(args, "token")
     if args.eta and args.sampler and SAMPLERS[args.sampler].order == 2:
         raise ValueError(f"--eta has no part in --sampler {args.sampler}, which draws no noise: leave it out, or name another sampler")
     if args.negative_prompt and args.guidance == 1:

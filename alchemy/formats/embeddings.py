@@ -3,9 +3,8 @@ from pathlib import Path
 
 from ..files import save_tensors
 from ..methods.textual_inversion import add_word, tables
-from .tensors import open_safetensors
+from .tensors import EMBEDDING as KEYS, open_safetensors
 
-KEYS = ("clip_l", "clip_g")
 TWO = ("learned_embeds.safetensors", "learned_embeds_2.safetensors")
 FORMATS = ("kohya", "diffusers")
 
@@ -26,6 +25,7 @@ def write_embedding(path, token, rows, format="kohya", facts=None):
         raise ValueError(f"{path}: an embedding is {form}")
     header = {f"alchemy.{k}": v for k, v in (facts or {}).items()} | {"alchemy.token": token, "format": "pt"}
     if format == "kohya":
+        path.parent.mkdir(parents=True, exist_ok=True)
         save_tensors(dict(zip(KEYS, rows)), path, header)
         return [path]
     path.mkdir(parents=True, exist_ok=True)
@@ -44,10 +44,14 @@ def read_embedding(path):
 
     Raises ValueError where it is no such file."""
     path = Path(path)
+    if path.is_dir() and not all((path / name).exists() for name in TWO):
+        raise ValueError(f"{path}: neither an embedding, which has {' and '.join(TWO)}, nor a LoRA file")
     files = [open_safetensors(path / name) for name in TWO] if path.is_dir() else [open_safetensors(path)]
     keys = [sorted(file.keys(), reverse=True) for file in files]  # clip_l before clip_g
     if keys != [[*KEYS]] and [len(k) for k in keys] != [1, 1]:
         first = ", ".join(sum(keys, [])[:3])
+        if "lora" in first:
+            raise ValueError(f"{path}: no SDXL embedding, but a LoRA: give it as --lora")
         raise ValueError(f"{path}: no SDXL embedding: it has {first} instead of {' and '.join(KEYS)}; of diffusers' two, give the folder")
     rows = [file.get_tensor(key).float() for file, names in zip(files, keys) for key in names]
     rows = [r[None] if r.ndim == 1 else r for r in rows]
@@ -63,9 +67,10 @@ def load_embedding(sdxl, path, token=None):
 
     Raises ValueError where it is no such file, was made for other text encoders, or the token exists already.
     """
-    told, rows, _ = read_embedding(path)
+    told, rows, header = read_embedding(path)
     try:
         add_word(sdxl, token or told, rows)
     except ValueError as error:
-        raise ValueError(f"{path}: {error}") from None
+        unnamed = not (token or Path(path).is_dir() or "alchemy.token" in header)
+        raise ValueError(f"{path}: {error}" + ("; the file's name is its word, rename it" if unnamed and "choose" in str(error) else "")) from None
     return token or told

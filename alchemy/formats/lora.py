@@ -14,7 +14,7 @@ import torch
 from .. import lora
 from . import layout
 from .hub import config_of
-from .tensors import open_safetensors
+from .tensors import EMBEDDING, open_safetensors
 from ..files import save_tensors
 
 FACTS = "alchemy."  # our own keys in the header begin so
@@ -92,6 +92,8 @@ def read_lora(path, networks, base):
     """
     file = open_safetensors(path)
     keys, layers = list(file.keys()), {f"{network}.{name}": m for network, model in networks.items() for name, m in lora.layers(model).items()}
+    if set(keys) == set(EMBEDDING):
+        raise ValueError(f"{path}: an embedding (a learned word), and no LoRA: sample.py and insert.py take it as --embedding")
     if dora := [key for key in keys if key.endswith(DORA)]:
         raise ValueError(f"{path}: a DoRA ({dora[0]}), which splits a weight into length and direction; only plain LoRAs are read")
     found, rest = read_pairs(file, spellings(networks))
@@ -158,4 +160,5 @@ def write_lora(path, pairs, config, format="kohya", facts=None):
     header = {FACTS + k: v for k, v in (facts or {}).items()} | {FACTS + "rank": ranks[-1], FACTS + "alpha": alphas[-1], "format": "pt",
               # What kohya's tools and A1111 show of a LoRA:
               "ss_network_dim": str(ranks[-1]), "ss_network_alpha": str(alphas[-1]), "ss_base_model_version": "sdxl_base_v1-0"}
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
     save_tensors(tensors, path, header)

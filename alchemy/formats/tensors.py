@@ -4,13 +4,16 @@ from pathlib import Path
 from safetensors import SafetensorError, safe_open
 
 
+EMBEDDING = ("clip_l", "clip_g")  # what an SDXL embedding's file holds
+
+
 def names_in(paths):
     """{tensor name: the open file that holds it}; a tensor is read by get_tensor, one at a time."""
     return {key: file for file in map(open_safetensors, paths) for key in file.keys()}
 
 
-def open_safetensors(path):
-    """A safetensors file, open. Raises ValueError that names the file and what is wrong with it: missing, a pickle, truncated."""
+def open_safetensors(path, advice="download it again"):
+    """A safetensors file, open. Raises ValueError that names the file and what is wrong with it: missing, a pickle, truncated (with advice)."""
     try:
         return safe_open(path, "pt")
     except OSError as error:
@@ -20,4 +23,4 @@ def open_safetensors(path):
             start = f.read(2)
         if Path(path).suffix in (".ckpt", ".pt", ".pth", ".bin", ".pkl") or start == b"PK" or start[:1] == b"\x80" and start[1:] < b"\x06":
             raise ValueError(f"{path}: a pickle, which can run any code when it is read; only safetensors files are read here") from None
-        raise ValueError(f"{path}: not a whole safetensors file ({error}); download it again") from None
+        raise ValueError(f"{path}: not a whole safetensors file ({error}); {advice}") from None
