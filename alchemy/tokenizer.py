@@ -105,7 +105,7 @@ class Tokenizer:
         """The words that do not fit, the first of them whole even where only its end is cut off; "" if all fit."""
         words = self._words(text)
         fits = sum(end <= ROOM for end in accumulate(len(ids) for ids, _ in words))
-        return self.decode(i for ids, _ in words[fits:] for i in ids)
+        return "".join(" " * (not joined) + self.decode(ids) for ids, joined in words[fits:]).strip()
 
     def add(self, token: str, count: int = 1) -> int:
         """A placeholder with `count` ids of its own, from the one returned on, matched wherever it stands, inside words too."""

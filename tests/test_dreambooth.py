@@ -1,10 +1,13 @@
 """train.py --method full: all of the UNet learns, and what comes out is a checkpoint."""
+import itertools
+
 import pytest
 import torch
 from safetensors.torch import load_file
 
 import alchemy
-from alchemy import data
+from alchemy import data, loop
+from alchemy.command import lessons as lessons_of
 from alchemy.methods import dreambooth
 from alchemy.methods.textual_inversion import Live
 from alchemy.train import errors, State
@@ -134,3 +137,23 @@ def test_its_large_states_are_written_where_asked_for_at_an_interruption_and_at_
     good(taught("--method", "full", "--prior-weight", 0, "--steps", 4, "--out", "none"))
     good(taught("--method", "full", "--prior-weight", 0, "--steps", 4, "--save-every", 2, "--out", "some"))
     assert saved == [4, 0, 2, 4]
+
+
+def test_when_it_breaks_down_the_last_finite_weights_are_on_disk(taught, monkeypatch):
+    whole, calls = lessons_of.loss, itertools.count(1)
+    monkeypatch.setattr(lessons_of, "loss", lambda *args: whole(*args) * (float("nan") if next(calls) >= 3 else 1))
+    flags = ("--method", "full", "--prior-weight", 0, "--out", "run")
+    refused(taught(*flags, "--steps", 30), "not finite", "--resume goes on from run/state.safetensors")
+    state = load_file("run/state.safetensors")
+    assert all(tensor.isfinite().all() for name, tensor in state.items() if name != "losses")
+    assert state["losses"].isfinite().tolist() == [True] * 2 + [False] * 5
+    monkeypatch.setattr(lessons_of, "loss", whole)
+    good(call("train.py", "--out", "run", "--resume", "--steps", 8))
+
+
+def test_a_preview_that_is_not_finite_blames_the_training(taught, monkeypatch):
+    def broken(*args, **options):
+        raise FloatingPointError("the UNet's latents became NaN or infinite: is a LoRA damaged, or its scale too large?")
+    monkeypatch.setattr(loop, "sample", broken)
+    line = refused(taught("--preview-every", 1, "--out", "run"), "the preview at step 1", "--learning-rate", "--resume")
+    assert "damaged" not in line

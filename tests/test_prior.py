@@ -1,15 +1,19 @@
 """DreamBooth's prior: class pictures that the model draws before it is taught, and the loss with them."""
+from pathlib import Path
+
 import pytest
 import torch
 from safetensors.torch import load_file
 
 import alchemy
+from alchemy import data
 from alchemy.formats import png
 from alchemy.methods import prior
 from alchemy.train import errors, min_snr
 from checkpoints import refused, vocabulary_read_once  # noqa: F401
 from lessons import PROMPTS, batch, model, parameters, told  # noqa: F401
 from running import call, contents, good, quick, taught, tiny  # noqa: F401
+from running import refused as run_refused
 from test_resume import stopped  # noqa: F401
 
 
@@ -104,3 +108,28 @@ def test_a_run_with_class_pictures_resumes_to_the_same_bits(taught, stopped, tin
     good(call("train.py", "--out", "half", "--resume"))
     one, two = load_file("whole/lora.safetensors"), load_file("half/lora.safetensors")
     assert all(torch.equal(one[key], two[key]) for key in one)
+
+
+def test_class_pictures_of_another_word_are_refused_before_a_photo_is_encoded(taught, monkeypatch):
+    good(taught("--class-pictures", 1, "--out", "run"))
+    monkeypatch.setattr(data, "encode", lambda *args: pytest.fail("a photo was encoded"))
+    run_refused(taught("--class-pictures", 1, "--out", "run", "--overwrite", "--class-word", "cat"), "run/class/0000.png", "a photo of a dog")
+
+
+def test_a_class_folder_that_cannot_be_is_named_by_its_flag_and_no_empty_out_stays(taught):
+    run_refused(taught("--class-pictures", 1, "--class-folder", "/dev/null", "--out", "new/run"), "--class-folder /dev/null")
+    assert not Path("new").exists()
+
+
+def test_an_interrupt_while_class_pictures_are_drawn_says_how_to_go_on(taught, monkeypatch):
+    whole, drawn = prior.loop.sample, []
+
+    def sample(*args, **options):
+        if drawn:
+            raise KeyboardInterrupt
+        return drawn.append(1) or whole(*args, **options)
+    with monkeypatch.context() as patch:
+        patch.setattr(prior.loop, "sample", sample)
+        run = taught("--class-pictures", 2, "--out", "run")
+    assert run.status == 130 and "the same command goes on" in run.err and sorted(contents("run")) == ["class/0000.png"]
+    good(taught("--class-pictures", 2, "--out", "run"))

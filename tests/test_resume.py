@@ -215,7 +215,7 @@ def test_a_stopped_run_is_not_overwritten_unless_told(flags, expected, stopped):
     assert stopped(flags).status == 143
     before = contents("run")
     refused(call(*flags), "run holds a run already")
-    refused(call("train.py", "--out", "run", "--resume", "--rank", 3), "another kind of run", "--overwrite")
+    refused(call("train.py", "--out", "run", "--resume", "--rank", 3), "run/state.safetensors", "another kind of run", "--overwrite")
     assert contents("run") == before  # the settings too: the next --resume finds what it needs
     good(call(*flags, "--overwrite"))
     assert contents("run")["lora.safetensors"] == expected
@@ -236,7 +236,7 @@ def test_a_state_of_something_else_is_refused(flags, stopped, tmp_path):
     whole = state.read_bytes()
     for content in (whole[:len(whole) // 2], b"", b"not a state"):
         state.write_bytes(content)
-        refused(call("train.py", "--out", "run", "--resume"), "run/state.safetensors")
+        assert "download" not in refused(call("train.py", "--out", "run", "--resume"), "run/state.safetensors", "--overwrite")
         assert state.read_bytes() == content
     files.save_tensors({"x": torch.ones(1)}, state, {})
     refused(call("train.py", "--out", "run", "--resume"), "another kind of run")

@@ -74,10 +74,11 @@ def encoded(args, sdxl, pictures):
 def subject(args, sdxl, pictures):
     """A few photos of one subject, kept apart from its class."""
     prompt, of_class = named(args)
+    paths = class_pictures(args, sdxl, of_class) if args.class_pictures and not args.check else ()  # those there are looked at first
     photos = encoded(args, sdxl, [(*picture, args.size) for picture in pictures])
     prompts, drawn = told(args, sdxl, (prompt, of_class, UNRELATED)), None
     if args.class_pictures:
-        drawn = photos if args.check else class_photos(args, sdxl, of_class)
+        drawn = photos if args.check else class_photos(args, sdxl, of_class, paths)
     command.say(f"{len(pictures)} photos, {prompt!r}, kept apart from {of_class!r} with weight {args.prior_weight:g}" +
                 (f", by {args.class_pictures} pictures of it" if drawn else ""))
     draw = data.stream(sdxl, photos, args.size, args.seed, args.batch, args.accumulation)
@@ -93,6 +94,8 @@ def subject(args, sdxl, pictures):
 def inversion(args, sdxl, pictures):
     """A few photos of a thing or a style, for which there is to be a word."""
     word, prompts = args.init_word or args.class_word, named(args)
+    if any(args.token.lower() in template for template in (*textual_inversion.OBJECT, *textual_inversion.STYLE, UNRELATED)):
+        raise ValueError(f"--token {args.token!r} stands in the very prompts that it is taught with: choose another, such as <my-dog>")
     textual_inversion.add_word(sdxl, args.token, textual_inversion.start_rows(sdxl, word, args.vectors))
     if any(sdxl.tokenizers[0].lost(prompt) for prompt in prompts):
         raise ValueError(f"--vectors {args.vectors} are too many: the word has to fit, with {max(prompts, key=len)!r} around it, into the 77 tokens of a prompt")
@@ -104,11 +107,19 @@ def inversion(args, sdxl, pictures):
                   lambda step, part: errors(sdxl, draw(step, part), changing, args.snr_gamma).mean(), at_timestep(sdxl, draw, changing))
 
 
-def class_photos(args, sdxl, prompt):
+def class_pictures(args, sdxl, prompt):
+    """The paths of the class pictures (prior.class_pictures), in their folder."""
+    folder = command.folder(args.class_folder or Path(args.out) / "class", "--class-folder" if args.class_folder else "--out")
+    return prior.class_pictures(sdxl, prompt, folder, args.class_pictures, args.size, {k: getattr(args, k) for k in ("vae", "config", "revision", "dtype")})
+
+
+def class_photos(args, sdxl, prompt, paths):
     """The class pictures as data.Photos; drawn, where they are not there yet, by the model as it is."""
-    folder = command.folder(args.class_folder or Path(args.out) / "class")
-    drawn = prior.class_pictures(sdxl, prompt, folder, args.class_pictures, args.size, {k: getattr(args, k) for k in ("vae", "config", "revision", "dtype")})
-    return [data.encode(sdxl, path, args.size, prompt) for path in command.progress(drawn, args.class_pictures, "class pictures")]
+    try:
+        return [data.encode(sdxl, path, args.size, prompt) for path in command.progress(paths, args.class_pictures, "class pictures")]
+    except KeyboardInterrupt:  # there is no run yet that --resume could go on with
+        command.say("the class pictures that are drawn stay: the same command goes on with them")
+        raise
 
 
 def captioned(args, sdxl, pictures):

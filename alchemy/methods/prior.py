@@ -16,9 +16,9 @@ FIRST_SEED = 10 ** 6  # of the class pictures: not those that previews are drawn
 
 
 def class_pictures(sdxl, prompt, folder, count, size=None, facts=None):
-    """Yield the paths of `count` pictures of the prompt, 0000.png and on, in a folder; those that are not there yet are drawn.
+    """A generator of the paths of `count` pictures of the prompt, 0000.png and on, in a folder; those that are not there yet are drawn.
 
-    facts: what else decides how they look. Raises ValueError, before any is drawn, where one in the folder was drawn with other settings.
+    facts: what else decides how they look. Raises ValueError, at once, where one in the folder was drawn with other settings.
     """
     size, options = size or sdxl.size, {k: sdxl.defaults[k] for k in ("sampler", "steps", "guidance")}
     facts = {"prompt": prompt, "weights": str(sdxl.source), "size": size} | options | (facts or {})
@@ -26,13 +26,16 @@ def class_pictures(sdxl, prompt, folder, count, size=None, facts=None):
     for path, seed in pictures:
         if path.exists():
             png.check(path, facts | {"seed": seed})
-    told = None
-    for path, seed in pictures:
-        if not path.exists():
-            told = told or [sdxl.encode_prompt([p], size) for p in (prompt, None)]
-            sdxl.free("text_encoders")  # encoded once; the UNet can use the memory
-            png.save(loop.sample(sdxl, *told, seed, size, **options), path, facts | {"seed": seed})
-        yield path
+
+    def drawn():
+        told = None
+        for path, seed in pictures:
+            if not path.exists():
+                told = told or [sdxl.encode_prompt([p], size) for p in (prompt, None)]
+                sdxl.free("text_encoders")  # encoded once; the UNet can use the memory
+                png.save(loop.sample(sdxl, *told, seed, size, **options), path, facts | {"seed": seed})
+            yield path
+    return drawn()
 
 
 def join(one, other):
