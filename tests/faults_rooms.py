@@ -49,6 +49,15 @@ ROOMS = {
         ("no caption is dropped", "None if lot < dropout else prompt", "prompt"),
         ("buckets upside down", "picture_size[0] / picture_size[1]", "picture_size[1] / picture_size[0]"),
         ("every bucket as often", "[len(buckets[size]) for size in sizes]", "[1 for size in sizes]"),
+        ("only the widest bucket of each height", "range(-(-3 * most // (4 * h)), most // h + 1)", "range(most // h, most // h + 1)"),
+        ("small buckets too", "range(-(-3 * most // (4 * h)), most // h + 1)", "range(1, most // h + 1)"),
+    ),
+    ("command/training", "check"): (
+        ("one moment of AdamW is forgotten", "12 * sum(", "8 * sum("),
+    ),
+    ("report/preflight", "check"): (
+        ("the sheet darkens what is learned", "Image.composite(picture, picture.point(lambda value: value // 4), mask)",
+         "Image.composite(picture.point(lambda value: value // 4), picture, mask)"),
     ),
     ("report/pictures", "inspect"): (
         ("the map to colours has no constant", "(0, 1), value=1.0)", "(0, 1), value=0.0)"),

@@ -8,6 +8,7 @@ from PIL import Image
 
 import alchemy
 from alchemy import data, images
+from alchemy.methods import masks
 from alchemy.report import preflight
 from alchemy.report.sheets import LINE
 from checkpoints import vocabulary_read_once  # noqa: F401
@@ -39,6 +40,45 @@ def test_the_frame_is_around_the_middle_crop(height, width, size, inside, outsid
 
 def test_the_rare_token_has_as_many_pieces_as_its_tokenizer_says(sdxl):
     assert preflight.pieces(sdxl, "sks") == [1, 1] and preflight.pieces(sdxl, "xyzzyqwrt")[0] > 3
+
+
+@pytest.mark.parametrize("height, width, words", [(40, 80, ["crop moves sideways"]), (80, 40, ["crop moves up and down"]), (40, 41, [])])
+def test_the_label_says_where_the_crop_moves(sdxl, tmp_path, monkeypatch, height, width, words):
+    labels = []
+    monkeypatch.setattr(preflight, "sheet", lambda rows: labels.extend(label for row in rows for label, _ in row))
+    picture(height, width).save(tmp_path / "a.png")
+    preflight.look(sdxl, [(tmp_path / "a.png", "a dog")], (32, 32))
+    assert labels == [", ".join([f"a.png {width}x{height}", *words])]
+
+
+def test_what_a_mask_leaves_out_is_dark_on_the_sheet(sdxl, tmp_path, monkeypatch):
+    shown = []
+    monkeypatch.setattr(preflight, "sheet", lambda rows: shown.extend(p for row in rows for _, p in row))
+    Image.new("RGB", (64, 64), (200, 100, 40)).save(tmp_path / "a.png")
+    mask = Image.fromarray(np.repeat([[255] * 32 + [0] * 32], 64, 0).astype(np.uint8))
+    preflight.look(sdxl, [(tmp_path / "a.png", "a dog")], (32, 32), False, lambda path: mask)
+    assert [shown[0].getpixel(place) for place in ((10, 32), (50, 32))] == [(200, 100, 40), (50, 25, 10)]
+
+
+def test_check_segments_the_first_photo_for_its_sheet(taught, monkeypatch):
+    asked = []
+    monkeypatch.setattr(masks, "mask_of", lambda how, path, sdxl, word: asked.append((how, path.name, word)) or Image.new("L", images.read(path).size, 255))
+    good(taught("--check", "--mask", "segment", "--out", "run"))
+    assert asked == [("segment", "0.png", "dog")] * 2  # for the sheet, and to be encoded
+
+
+@pytest.mark.parametrize("method", ["lora", "full", "textual-inversion"])
+def test_check_foresees_the_memory_of_what_is_kept_and_what_learns(taught, sdxl, method):
+    flags = ("--method", method, *(("--prior-weight", 0) if method == "full" else ()))
+    run = good(taught("--check", "--out", "run", *flags))
+    unet = sum(p.numel() for p in sdxl.unet.parameters())
+    texts = sum(p.numel() for encoder in sdxl.text_encoders for p in encoder.parameters())
+    rows = 2 * sum(encoder.text_model.embeddings.token_embedding.embedding_dim for encoder in sdxl.text_encoders)
+    alchemy.add_lora(sdxl, 32)
+    rank_32 = sum(p.numel() for name, p in sdxl.unet.named_parameters() if ".lora." in name)
+    rank = sdxl.defaults["rank"]
+    wanted = {"lora": 4 * unet + 16 * rank_32 * rank / 32, "full": 16 * unet, "textual-inversion": 4 * (unet + texts) + 16 * rows}[method]
+    assert f"optimizer take {wanted / 1e9:.2g} GB, activations come on top" in run.err.splitlines()[-1]
 
 
 def test_check_stops_before_training_and_leaves_a_finished_run_as_it_is(taught):

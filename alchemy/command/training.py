@@ -2,6 +2,7 @@
 import signal
 import sys
 import time
+import warnings
 from pathlib import Path
 
 import torch
@@ -56,15 +57,17 @@ def complete(args, sdxl):
 
 def look(args, out, sdxl, pictures):
     """Say what is odd about pictures and token, before anything is computed; with --check, draw the pictures and their crops too."""
-    lines, page = preflight.look(sdxl, pictures, args.size, args.captions)
-    for path, _ in pictures if args.mask not in (None, "segment") else ():
-        masks.mask_of(args.mask, path, sdxl, None)  # which refuses one that is missing or does not fit
+    def mask_of(path):  # which refuses one that is missing or does not fit; to segment takes the model, and so one stands for all
+        if args.mask and (args.mask != "segment" or args.check and path == pictures[0][0]):
+            return masks.mask_of(args.mask, path, sdxl, args.class_word or args.init_word)
+    lines, page = preflight.look(sdxl, pictures, args.size, args.captions, mask_of)
     counts = preflight.pieces(sdxl, args.token) if args.token and args.method != "textual-inversion" else [0]  # a new word has rows, no pieces
     if args.check and any(counts) or max(counts) > 3:
         lines.append(f"{args.token!r} has {counts[0]} and {counts[1]} pieces in the two tokenizers" + (
             ": a short rare word, such as sks, is learned more easily" if max(counts) > 3 else ""))
     for line in lines:
         command.say(line)
+    warnings.filterwarnings("ignore", "prompt too long")  # said just now, with the picture's name
     if args.check:
         png.save(page, out / "check.png", command.settings_of(args))
 
@@ -77,8 +80,12 @@ def time_a_step(args, sdxl, state, lesson):
             torch.cuda.synchronize()
         ends.append(time.perf_counter())
     seconds = ends[1] - ends[0]
-    command.say(f"a step takes {seconds:.1f} s, {args.steps} of them {args.steps * seconds / 60:.0f} minutes; " + (
-        f"{torch.cuda.max_memory_allocated() / 1e9:.1f} GB of the GPU at most" if sdxl.device.type == "cuda" else "memory is not measured here"))
+    # What is loaded stays so; beside each parameter that learns lie its gradient and two moments, all float32.
+    held = sum(p.nbytes for network in sdxl.loaded.values() for p in network.parameters()) + 12 * sum(p.numel() for p in state.parameters.values())
+    command.say(f"a step takes {seconds:.1f} s, {args.steps} of them {args.steps * seconds / 60:.0f} minutes; "
+                f"weights, gradients and optimizer take {held / 1e9:.2g} GB, " + (
+                    f"with activations {torch.cuda.max_memory_allocated() / 1e9:.1f} GB of the GPU at most" if sdxl.device.type == "cuda"
+                    else "activations come on top"))
 
 
 @torch.no_grad()
@@ -87,7 +94,10 @@ def preview(args, sdxl, lesson, step):
     def told(prompt):
         return Conditioning(*(part.to(sdxl.device) for part in lesson.prompts[prompt].parts()))
     options = {k: sdxl.defaults[k] for k in ("sampler", "steps", "guidance")}
-    row = [(f"step {step}: {prompt}", loop.sample(sdxl, told(prompt), told(None), args.seed, args.size, **options)) for prompt in lesson.shown]
+    try:
+        row = [(f"step {step}: {prompt}", loop.sample(sdxl, told(prompt), told(None), args.seed, args.size, **options)) for prompt in lesson.shown]
+    except FloatingPointError:
+        raise FloatingPointError(f"the preview at step {step} became NaN or infinite: what is taught went astray; lower --learning-rate") from None
     sdxl.free("vae")
     return row
 
@@ -109,7 +119,7 @@ def learners(args, sdxl):
 
 def resumed(args, path):
     """The state that an interrupted run left, an open file, and its header; None and {} where there is none."""
-    saved = open_safetensors(path) if args.resume and path.exists() else None
+    saved = open_safetensors(path, "--overwrite starts again") if args.resume and path.exists() else None
     facts = saved and saved.metadata() or {}
     if saved and facts.get("kind") != args.method:
         raise ValueError(f"{path}: the state is of another kind of run (--method {facts.get('kind', 'unknown')}, not {args.method}): "
@@ -139,7 +149,10 @@ def main(args):
     state = start(learners(args, sdxl), args.learning_rate, sdxl.dtype)
     sdxl.unet.checkpointing = args.checkpointing
     if saved:
-        state.restore(saved, facts)
+        try:
+            state.restore(saved, facts)
+        except ValueError as error:
+            raise ValueError(f"{out / 'state.safetensors'}: {error}") from None
         command.say(f"resuming at step {state.step} of {args.steps}")
     if args.check:
         time_a_step(args, sdxl, state, lesson)
@@ -193,8 +206,9 @@ def steps(args, out, sdxl, lesson, state, watcher=None):
                 page = sheets.sheet(rows + [[("loss", sheets.curve(state.losses))]])
                 png.save(page, out / "preview.png", command.settings_of(args))
     except FloatingPointError as error:
-        there = f"; --resume goes on from {path}" if path.exists() else ""
-        raise FloatingPointError(f"{error}{there}") from None  # not from now: the steps before NaN went astray
+        if not path.exists():  # else the older one is better: the steps before NaN went astray
+            state.save(path, {"kind": args.method})  # of finite weights, since no other step was applied
+        raise FloatingPointError(f"{error}; --resume goes on from {path}") from None
     finally:
         stop.release()
     return None

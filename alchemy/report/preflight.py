@@ -26,8 +26,9 @@ def cropped(picture, size):
     return picture
 
 
-def look(sdxl, pictures, size, buckets=False):
-    """(lines, sheet) about pictures, a list of (path, caption). size: (H,W) trained at; buckets: whether each has its own of that area."""
+def look(sdxl, pictures, size, buckets=False, mask_of=lambda path: None):
+    """(lines, sheet) about pictures, a list of (path, caption). size: (H,W) trained at; buckets: whether each has its own of that area;
+    mask_of(path): its mask, or None. What a mask leaves out is dark on the sheet."""
     lines, cells, seen = [], [], {}  # no picture is kept but what the sheet shows, and that reduced: there may be thousands
     for path, caption in pictures:
         picture = images.read(path)
@@ -43,8 +44,13 @@ def look(sdxl, pictures, size, buckets=False):
         lost = sdxl.tokenizers[0].lost(caption)
         if lost:
             lines.append(f"{path.name}: its caption is too long, these words are lost: {lost!r}")
+        mask = mask_of(path)
         if len(cells) < SHOWN:
-            label = f"{path.name} {picture.width}x{picture.height}{turned}"
+            # The frame is the middle crop, and training's lies anywhere along the side that is not whole in it.
+            across, down = (whole * grown >= side + sdxl.factor for whole, side in zip(picture.size, target[::-1]))
+            moves = ", crop moves " + ("sideways" if across else "up and down") if across or down else ""
+            label = f"{path.name} {picture.width}x{picture.height}{turned}{moves}"
+            picture = Image.composite(picture, picture.point(lambda value: value // 4), mask) if mask else picture
             picture.thumbnail((512, 512))
             cells.append((label, cropped(picture, target)))
     return lines, sheet([cells[k:k + 6] for k in range(0, len(cells), 6)])
