@@ -107,6 +107,14 @@ def test_check_looks_at_captions_in_their_buckets(tiny, tmp_path):
     assert "8 pictures with 8 captions" in run.err and "pieces" not in run.err and sorted(contents("run")) == ["check.png"]
 
 
+def test_a_caption_that_is_too_long_is_said_once_and_with_its_picture(tiny, tmp_path):
+    (tmp_path / "set").mkdir()
+    picture(32, 32).save(tmp_path / "set/a.png")
+    (tmp_path / "set/a.txt").write_text("very " * 75 + "green 2024")
+    run = good(call("train.py", "set", "--captions", "--weights", tiny, "--rank", 2, "--steps", 1, "--preview-every", 0, "--out", "run"))
+    assert run.err.count("lost") == 1 and "a.png: its caption is too long, these words are lost: 'green 2024'" in run.err
+
+
 def test_check_draws_no_class_picture_encodes_one_photo_and_looks_first(taught, monkeypatch):
     seen, encode, look = [], data.encode, preflight.look
     monkeypatch.setattr(data, "encode", lambda *args: seen.append("encoded") or encode(*args))

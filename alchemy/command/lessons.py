@@ -110,7 +110,8 @@ def inversion(args, sdxl, pictures):
 def class_pictures(args, sdxl, prompt):
     """The paths of the class pictures (prior.class_pictures), in their folder."""
     folder = command.folder(args.class_folder or Path(args.out) / "class", "--class-folder" if args.class_folder else "--out")
-    return prior.class_pictures(sdxl, prompt, folder, args.class_pictures, args.size, {k: getattr(args, k) for k in ("vae", "config", "revision", "dtype")})
+    facts = {k: getattr(args, k) for k in ("vae", "config", "revision", "dtype")}
+    return prior.class_pictures(sdxl, prompt, folder, args.class_pictures, args.size, facts)
 
 
 def class_photos(args, sdxl, prompt, paths):

@@ -39,7 +39,7 @@ def earlier(args):
     out, before = Path(args.out), args
     try:
         before = Namespace(**vars(args) | read_settings(out / "settings.json", args) | {"out": args.out})
-    except ValueError:
+    except (ValueError, OSError):
         pass  # no settings that can be read: they are written anew
     return result(before), result(args), *(out / name for name in ("state.safetensors", "preview.png", "loss.png"))
 
@@ -51,7 +51,8 @@ def spare(args):
         for path in earlier(args) if getattr(args, flag) else ():
             if path.resolve() in (given, *given.parents):
                 name = "SUBJECT_DIR" if flag == "photos" else f"--{flag.replace('_', '-')}"
-                raise ValueError(f"{name} {getattr(args, flag)}: this run would take it away, as a result of one in --out {args.out}: name another --out")
+                raise ValueError(f"{name} {getattr(args, flag)}: this run would take it away, as a result of one in --out {args.out}: "
+                                 "name another --out")
 
 
 def clear(args):
