@@ -69,7 +69,7 @@ def test_check_segments_the_first_photo_for_its_sheet(taught, monkeypatch):
 
 @pytest.mark.parametrize("method", ["lora", "full", "textual-inversion"])
 def test_check_foresees_the_memory_of_what_is_kept_and_what_learns(taught, sdxl, method):
-    flags = ("--method", method, *(("--prior-weight", 0) if method == "full" else ()))
+    flags = ("--method", method, *{"full": ("--prior-weight", 0), "textual-inversion": ("--token", "<foreseen>")}.get(method, ()))
     run = good(taught("--check", "--out", "run", *flags))
     unet = sum(p.numel() for p in sdxl.unet.parameters())
     texts = sum(p.numel() for encoder in sdxl.text_encoders for p in encoder.parameters())
