@@ -8,7 +8,6 @@
 vae and unet go on from their last state in --work, on CUDA where there is one; their logs are vae.log and unet.log there.
 """
 import json
-import math
 import sys
 from contextlib import contextmanager
 from pathlib import Path
@@ -47,16 +46,6 @@ def crops(step, count, side):
     return torch.stack([scenes[i % len(scenes), :, y:y + side, x:x + side] for i, (y, x) in enumerate(corners)])
 
 
-def recoloured(x, generator):
-    """Pictures (B,3,H,W) in [-1,1], every other with its hues turned and its saturation changed: a subject may have colours that nothing here has."""
-    angle = 2 * math.pi * torch.rand(len(x), 1, generator=generator)
-    angle[::2] = 0
-    grey, turned = torch.full((3, 3), 1 / 3), torch.tensor([[0.0, -1, 1], [1, 0, -1], [-1, 1, 0]]) / 3 ** 0.5  # a turn around the axis of greys
-    strength = torch.where(angle == 0, torch.ones_like(angle), 0.7 + 0.7 * torch.rand(angle.shape, generator=generator))
-    mix = grey + (strength * angle.cos())[..., None] * (torch.eye(3) - grey) + (strength * angle.sin())[..., None] * turned
-    return torch.einsum("bij,bjhw->bihw", mix.to(x), x).clamp(-1, 1)
-
-
 def train_vae(args, log, device):
     vae = VAE(VAEConfig.from_config(CONFIGS["vae"])).to(device, memory_format=torch.channels_last)
     state = State({"vae": vae}, args.work / "vae.safetensors", args.lr, 0.999)
@@ -69,7 +58,7 @@ def train_vae(args, log, device):
         # Mostly small crops; now and then whole pictures go through the attention.
         x = crops(step, *((max(1, args.batch // 4), 128) if step % 16 == 0 else (args.batch, 64)))
         generator = torch.Generator().manual_seed(step)
-        x = recoloured(x, generator).to(device).contiguous(memory_format=torch.channels_last)
+        x = x.to(device).contiguous(memory_format=torch.channels_last)
         with bfloat16(device):
             mean, std = (part.float() for part in vae.encode(x))
             y = vae.decode(mean + std * torch.randn(mean.shape, generator=generator).to(device)).float()
