@@ -106,8 +106,7 @@ def main(argv=None):
             paths = write(where, prompt, [("", recorder, picture)], facts | {"prompt": prompt, "seed": seed})
         command.wrote(path, *(paths if recorder else ()))
     if page and not missing:
-        page.rmdir()
-        command.say("all pictures are there already: none is drawn, there is no page")
+        inspecting.take_back(page)
     if args.prompts:
         command.wrote(dataset.write_list(out, wanted))
 

@@ -1,5 +1,7 @@
 """train.py --method full: all of the UNet learns, and what comes out is a checkpoint."""
 import itertools
+import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -74,9 +76,12 @@ def test_the_memory_is_foreseen_before_a_network_is_read(tiny):
 def test_a_state_of_another_method_is_refused_before_anything_is_computed(taught, tiny, stopped, monkeypatch):
     flags = ("train.py", "photos", "--class-word", "dog", "--weights", tiny, "--preview-every", 0, "--method", "full", "--prior-weight", 0, "--out", "run")
     assert stopped((*flags, "--steps", 2)).status == 143
-    before = contents("run")
     monkeypatch.setattr(data, "encode", None)
-    refused(call("train.py", "--out", "run", "--resume", "--method", "lora"), "run/state.safetensors", "another kind of run (--method full, not lora)", "--overwrite")
+    refused(call("train.py", "--out", "run", "--resume", "--method", "lora"), "--method lora", "full", "--out")
+    settings = json.loads(Path("run/settings.json").read_text())  # or those are not the state's
+    Path("run/settings.json").write_text(json.dumps(settings | {"method": "lora", "rank": 2}))
+    before = contents("run")
+    refused(call("train.py", "--out", "run", "--resume"), "run/state.safetensors", "another kind of run (--method full, not lora)", "--overwrite")
     assert contents("run") == before
 
 
