@@ -89,6 +89,12 @@ class Measure:
         with torch.no_grad():
             errors = [((self.sdxl.vae.decode(self.sdxl.vae.encode(x)[0]).clamp(-1, 1) - x) / 2).square().mean() for x in scenes]
         self.found["psnr"] = float(torch.stack([-10 * e.log10() for e in errors]).mean())
+        # What the VAE leaves of the subjects bounds all that can be learned of them.
+        photos = [(one, Image.fromarray(photo.image)) for one in world.HELD_OUT_INSTANCES for photo in world.subject_photos(one)]
+        with torch.no_grad():
+            latents = [self.sdxl.vae.encode(images.to_tensor(p.resize(self.sdxl.size[::-1], Image.LANCZOS)))[0] for _, p in photos]
+            said = self.judge.name([images.to_image(self.sdxl.vae.decode(x)[0]) for x in latents])
+        self.found["vae subject"] = share([s[1] == one for s, (one, _) in zip(said, photos)])
 
     def prompts(self):
         seen = [pair for pair in itertools.product(world.CLASSES, world.BACKGROUNDS) if pair not in world.HELD_OUT_PAIRS]

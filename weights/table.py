@@ -5,6 +5,7 @@ ASKED = (
     ("the judge on fresh renders: instance", "judge instance", ">= 97%", ">= 97%"),
     ("the judge on fresh renders: place", "judge place", ">= 97%", ">= 97%"),
     ("VAE reconstruction of fresh scenes, PSNR in dB", "psnr", ">= 27", ">= 30"),
+    ("the subjects' own photos after the VAE: judged as that instance", "vae subject", "", ""),
     ("text to image: class right", "prompt class", ">= 75%", ">= 90%"),
     ("text to image: place right", "prompt place", ">= 90%", ">= 95%"),
     ("unseen pairs of class and place: both right", "pair both", ">= 60%", ">= 80%"),
@@ -23,7 +24,7 @@ ASKED = (
     ("part of the true area within that region, mean", "inside", ">= 90%", ">= 90%"),
     ("pixels changed outside the feathered mask", "outside", "<= 0", "<= 0"),
 )
-SHARES = ("judge", "prompt", "pair", "subject", "prior", "two", "one", "inside")
+SHARES = ("judge", "vae", "prompt", "pair", "subject", "prior", "two", "one", "inside")
 BESIDE = ("judge confusions", "best scale", "by class", "by place")
 
 
