@@ -1,6 +1,6 @@
 """The judge: a small network that tells class, instance and place of a one-object scene; what measure.py counts with.
 
-    python weights/judge.py train --minutes 9      train it on renders, held-out instances too, and write weights/judge.safetensors
+    python weights/judge.py train --minutes 12     train it on renders, held-out instances too, and write weights/judge.safetensors
     python weights/judge.py                        its accuracy on fresh renders, with the confusions
 
 It never sees a picture that a model drew.
@@ -80,8 +80,18 @@ def example(seed):
     return torch.from_numpy(scene.image).permute(2, 0, 1), torch.tensor(names)
 
 
+def recoloured(x, generator, turn=0.6):
+    """Pictures (B,3,H,W) in [-1,1], every other with its hues turned by at most `turn` radians, and its saturation times 0.7 to 1.5."""
+    angle, strength = turn * (2 * torch.rand(len(x), 1, generator=generator) - 1), 0.7 + 0.8 * torch.rand(len(x), 1, generator=generator)
+    grey, side = torch.full((3, 3), 1 / 3), torch.tensor([[0.0, -1, 1], [1, 0, -1], [-1, 1, 0]]) / 3 ** 0.5  # a turn around the axis of greys
+    mix = grey + (strength * angle.cos())[..., None] * (torch.eye(3) - grey) + (strength * angle.sin())[..., None] * side
+    mix[torch.rand(len(x), generator=generator) >= 0.5] = torch.eye(3)
+    return torch.einsum("bij,bjhw->bihw", mix.to(x), x).clamp(-1, 1)
+
+
 def spoiled(x, generator):
-    """What a picture may go through without being another: shifted, blurred as a VAE does, a little noise."""
+    """What a picture may go through without being another: in other light, shifted, blurred as a VAE does, a little noise."""
+    x = recoloured(x, generator)
     dy, dx = torch.randint(-8, 9, (2,), generator=generator).tolist()
     x = F.pad(x, (8, 8, 8, 8), mode="replicate")[:, :, 8 + dy:8 + dy + x.shape[2], 8 + dx:8 + dx + x.shape[3]]
     lot = torch.rand((), generator=generator)
@@ -131,7 +141,7 @@ def accuracy(judge, count):
 def main(argv=None):
     parser = command.parser(__doc__)
     parser.add_argument("what", nargs="?", choices=("train", "accuracy"), default="accuracy")
-    parser.add_argument("--minutes", type=command.POSITIVE, default=9, help="of training (default: 9)")
+    parser.add_argument("--minutes", type=command.POSITIVE, default=12, help="of training (default: 12)")
     parser.add_argument("--renders", type=command.COUNT, default=1580, help="fresh renders to judge (default: 1580, twenty of each instance)")
     args = parser.parse_args(argv)
     if args.what == "train":

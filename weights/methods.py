@@ -46,7 +46,7 @@ OF_STYLES = {                      # row: (what it is, the prompt that asks for 
 
 
 class Styles:
-    """Tells the styles of the world apart by means and deviations of the judge's first responses: a linear map, fitted on renders as
+    """Tells the styles of the world apart by colours and by means and deviations of the judge's first responses: a linear map, fitted on renders as
     the VAE returns them, which is the best that a picture of the model can be."""
 
     def __init__(self, sdxl, judge, count=700):
@@ -66,7 +66,8 @@ class Styles:
 
     @torch.no_grad()
     def features(self, x, truth=()):
-        found, h = [], F.relu(self.judge.stem(x))
+        chroma = (x - x.mean(1, keepdim=True)).abs()  # the judge is taught not to mind light and colours, by which some styles are told
+        found, h = [chroma.mean((2, 3)), x.mean((2, 3))], F.relu(self.judge.stem(x))
         for block in (None, *self.judge.blocks[:3]):
             h = block(h) if block else h
             found += [h.mean((2, 3)), h.std((2, 3))]
