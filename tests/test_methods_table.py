@@ -1,4 +1,5 @@
 """The comparison of the methods (weights/methods.py)."""
+import json
 import shutil
 import sys
 from pathlib import Path
@@ -54,10 +55,15 @@ def test_a_row_of_a_subject_and_one_of_a_style_are_judged_with_what_was_taught(m
     assert measuring.of_styles("style-lora", *methods.OF_STYLES["style-lora"]) == {"style": 0, "plain": 1, "seconds": 61, "judge": 0.5}
 
 
-def test_the_captions_of_a_style_ask_for_it_and_name_what_is_there(measuring):
-    lines = (measuring.photos_of_style("pencil", "a sks drawing of a {}") / "metadata.jsonl").read_text().splitlines()
-    scene = world.scene(judges.FRESH + 2 ** 25, style="pencil", size=(192, 192))
-    assert len(lines) == 12 and f'"a sks drawing of a {scene.objects[0][0]}' in lines[0] and world.BACKGROUNDS[scene.background][0] in lines[0]
+def test_rows_that_are_named_are_measured_and_kept_beside_what_was(monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(methods.Methods, "__init__", lambda self, out, share, weights: setattr(self, "out", Path(out)))
+    monkeypatch.setattr(methods.Methods, "of_subjects", lambda self, row, *_: {"subject": 0.5, "place": 1, "prior": 0, "class": 0, "seconds": len(row)})
+    for row in ("word", "lora", "lora"):
+        methods.main([row, "--out", str(tmp_path)])
+    assert list(json.loads((tmp_path / "methods-1.json").read_text())) == ["word", "lora"]
+    assert capsys.readouterr().out.strip().endswith("| Textual Inversion (`word`) | 50% | 100% | 0% | 0% | 4 |")
+    with pytest.raises(ValueError, match="no row lara; there are lora-alone, "):
+        methods.main(["lara"])
 
 
 def test_the_table_has_a_line_for_each_row_that_was_measured():

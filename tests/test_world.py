@@ -10,6 +10,7 @@ WEIGHTS = Path(__file__).parents[1] / "weights"
 sys.path.insert(0, str(WEIGHTS))
 import styles  # noqa: E402
 import world  # noqa: E402
+from alchemy.methods import captions  # noqa: E402
 
 ALL = [instance for instances in world.CLASSES.values() for instance in instances]
 
@@ -131,3 +132,29 @@ def test_subject_folders_hold_the_photos_that_the_world_draws():
         for k, photo in enumerate(photos):
             stored = np.asarray(world.Image.open(WEIGHTS / "subjects" / instance / f"{k:02d}.jpg"), np.float64)
             assert np.abs(stored - photo.image).mean() < 4      # JPEG's loss and no more
+
+
+def test_captioned_scenes_are_of_a_style_that_no_training_saw_and_are_read_with_their_captions(tmp_path):
+    for folder in ("one", "two"):
+        world.main(["captioned", str(tmp_path / folder), "--count", "12"])
+    pictures = captions.read(tmp_path / "one")
+    assert len(pictures) == 12 and captions.unlisted(tmp_path / "one", pictures) == []
+    assert all(path.read_bytes() == (tmp_path / "two" / path.name).read_bytes() for path, _ in pictures)
+    phrases = [phrase for those in world.BACKGROUNDS.values() for phrase in those]
+    for path, caption in pictures:
+        assert world.Image.open(path).size == (192, 192) and caption.startswith("a pencil drawing of a") and any(p in caption for p in phrases)
+    assert "pencil" in world.HELD_OUT_STYLES and len(set(caption for _, caption in pictures)) > 6
+
+
+def test_captions_of_ones_own_name_what_is_there(tmp_path):
+    lines = captions.read(world.captioned(tmp_path, 12, "pixel", "a sks drawing of a {}"))
+    scene = world.scene(world.FRESH + 2 ** 31 + 2 ** 25, style="pixel", size=(192, 192))
+    assert np.array_equal(scene.image, np.asarray(world.Image.open(lines[0][0])))
+    assert lines[0][1] == f"a sks drawing of a {' and a '.join(word for word, _, _ in scene.objects)} {world.BACKGROUNDS[scene.background][0]}"
+
+
+@pytest.mark.parametrize("argv", [["captioned"], ["captioned", "x", "--count", "0"], ["nothing"], ["sheet"]])
+def test_a_command_of_the_world_that_cannot_be_is_refused(argv, capsys):
+    with pytest.raises(SystemExit, match="2"):
+        world.main(argv)
+    assert "error:" in capsys.readouterr().err

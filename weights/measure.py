@@ -65,6 +65,11 @@ class Measure:
         self.out = Path(out) / f"{zlib.crc32(b''.join(path.read_bytes() for path in files)):08x}"
         self.out.mkdir(parents=True, exist_ok=True)
 
+    def figures(self, part):
+        """What is found when a part is measured, {figure: value}."""
+        getattr(self, part)()
+        return self.found
+
     def count(self, number):
         return max(1, round(number * self.share))
 
@@ -206,23 +211,29 @@ class Measure:
 PARTS = ("renders", "prompts", "pairs", "subjects", "masks")
 
 
-def main(argv=None):
-    parser = command.parser(__doc__)
-    parser.add_argument("parts", nargs="*", metavar="PART", help=f"of {', '.join(PARTS)} (default: all)")
+def measured(argv, description, kind, rows, name):
+    """Measure those rows of a kind of Measure that the flags name; (the Measure, all that its file `name` tells so far)."""
+    parser = command.parser(description)
+    parser.add_argument("rows", nargs="*", metavar="ROW", help=f"of {', '.join(rows)} (default: all)")
     parser.add_argument("--share", type=command.number(float, 0, 1, above=True), default=1.0, metavar="X", help="of the pictures (default: all; less is quicker, and rougher)")
     parser.add_argument("--out", default="out/measure", metavar="FOLDER")
     parser.add_argument("--weights", default=str(HERE / "mini"), metavar="FOLDER")
     args = parser.parse_args(argv)
-    if unknown := set(args.parts) - set(PARTS):
-        raise ValueError(f"no part {', '.join(unknown)}; there are {', '.join(PARTS)}")
-    measure = Measure(args.out, args.share, args.weights)
-    file = measure.out / f"figures-{args.share:g}.json"
-    for part in args.parts or PARTS:
+    if unknown := set(args.rows) - set(rows):
+        raise ValueError(f"no row {', '.join(unknown)}; there are {', '.join(rows)}")
+    measure = kind(args.out, args.share, args.weights)
+    file = measure.out / f"{name}-{args.share:g}.json"
+    for row in args.rows or rows:
         start = time.time()
-        getattr(measure, part)()
-        print(f"{part}: {time.time() - start:.0f} s", flush=True)
-        save_json((json.loads(file.read_text()) if file.exists() else {}) | measure.found, file)
-    print(f"\n{table(json.loads(file.read_text()))}\n\n{args.share:.0%} of the pictures; sheets of them in {measure.out}")
+        found = measure.figures(row)
+        print(f"{row}: {time.time() - start:.0f} s", flush=True)
+        save_json((json.loads(file.read_text()) if file.exists() else {}) | found, file)  # read anew: others may measure beside
+    return measure, json.loads(file.read_text())
+
+
+def main(argv=None):
+    measure, found = measured(argv, __doc__, Measure, PARTS, "figures")
+    print(f"\n{table(found)}\n\n{measure.share:.0%} of the pictures; sheets of them in {measure.out}")
 
 
 if __name__ == "__main__":

@@ -19,9 +19,8 @@ sys.path[:0] = [str(HERE.parent), str(HERE)]
 
 import alchemy  # noqa: E402
 from alchemy import command, insertion  # noqa: E402
-from alchemy.files import save_json  # noqa: E402
 from alchemy.formats.embeddings import load_embedding  # noqa: E402
-from measure import TOKEN, Measure, drawn, phrase, share  # noqa: E402
+from measure import TOKEN, Measure, drawn, measured, phrase, share  # noqa: E402
 import judge as judges  # noqa: E402
 import world  # noqa: E402
 
@@ -85,7 +84,7 @@ class Styles:
 
 
 class Methods(Measure):
-    """Each row fills `found` with {figure: value}."""
+    """A row for each way of teaching."""
 
     def taught(self, photos, out, *flags):
         """A model that has learned the photos, and the seconds that train.py took."""
@@ -97,6 +96,11 @@ class Methods(Measure):
         elif not whole.exists():
             load_embedding(sdxl, next(out.glob("*.safetensors")))
         return sdxl, json.loads((out / "seconds.json").read_text())
+
+    def figures(self, row):
+        found = self.of_subjects(row, *OF_SUBJECTS[row]) if row in OF_SUBJECTS else self.of_styles(row, *OF_STYLES[row])
+        print(f"{row}: " + ", ".join(f"{key} {value:.2f}" for key, value in found.items()), flush=True)
+        return {row: found}
 
     def folder(self, row):
         return self.out / ("loras" if row == "lora" else f"methods/{row}")  # what the other table needs is taught once
@@ -132,23 +136,11 @@ class Methods(Measure):
             hits["class"] += [s[0] == word for s in said]
         return {key: share(values) for key, values in hits.items()} | {"seconds": seconds}
 
-    def photos_of_style(self, style, named):
-        """A folder of twelve scenes in a style, with captions that ask for it."""
-        folder, lines = self.out / "photos" / style, []
-        folder.mkdir(parents=True, exist_ok=True)
-        for k in range(12):
-            scene = world.scene(judges.FRESH + 2 ** 25 + k, style=style, size=(192, 192))
-            Image.fromarray(scene.image).save(folder / f"{k:02d}.png")
-            thing = " and a ".join(word for word, _, _ in scene.objects)
-            lines.append(json.dumps({"file_name": f"{k:02d}.png", "text": named.format(f"{thing} {phrase(scene.background)}")}))
-        (folder / "metadata.jsonl").write_text("\n".join(lines) + "\n")
-        return folder
-
     def of_styles(self, row, _, named, flags):
         judge, hits = Styles(self.sdxl, self.judge), {"style": [], "plain": []}
         pairs = [(word, place) for word in list(world.CLASSES)[::2] for place in list(world.BACKGROUNDS)[::3]][:self.count(24)]
         for style in world.HELD_OUT_STYLES:
-            sdxl, seconds = self.taught(self.photos_of_style(style, named), self.folder(row) / style, *flags)
+            sdxl, seconds = self.taught(world.captioned(self.out / "photos" / style, 12, style, named), self.folder(row) / style, *flags)
             things = [f"{word} {phrase(place)}" for word, place in pairs]
             for key, prompts, wanted in (("style", [named.format(thing) for thing in things], style),
                                          ("plain", [f"a photo of a {thing}" for thing in things], "photo")):
@@ -175,21 +167,7 @@ def table(found):
 
 
 def main(argv=None):
-    parser = command.parser(__doc__)
-    parser.add_argument("rows", nargs="*", metavar="ROW", help=f"of {', '.join([*OF_SUBJECTS, *OF_STYLES])} (default: all)")
-    parser.add_argument("--share", type=command.number(float, 0, 1, above=True), default=1.0, metavar="X", help="of the pictures and subjects (default: all)")
-    parser.add_argument("--out", default="out/measure", metavar="FOLDER")
-    parser.add_argument("--weights", default=str(HERE / "mini"), metavar="FOLDER")
-    args = parser.parse_args(argv)
-    if unknown := set(args.rows) - set(OF_SUBJECTS | OF_STYLES):
-        raise ValueError(f"no row {', '.join(unknown)}; there are {', '.join([*OF_SUBJECTS, *OF_STYLES])}")
-    methods = Methods(args.out, args.share, args.weights)
-    file = methods.out / f"methods-{args.share:g}.json"
-    for row in args.rows or [*OF_SUBJECTS, *OF_STYLES]:
-        found = methods.of_subjects(row, *OF_SUBJECTS[row]) if row in OF_SUBJECTS else methods.of_styles(row, *OF_STYLES[row])
-        print(f"{row}: " + ", ".join(f"{key} {value:.2f}" for key, value in found.items()), flush=True)
-        save_json((json.loads(file.read_text()) if file.exists() else {}) | {row: found}, file)  # read anew: others may measure beside
-    print("\n" + table(json.loads(file.read_text())))
+    print("\n" + table(measured(argv, __doc__, Methods, [*OF_SUBJECTS, *OF_STYLES], "methods")[1]))
 
 
 if __name__ == "__main__":

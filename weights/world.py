@@ -2,12 +2,14 @@
 
     python weights/world.py sheet out.png        a contact sheet of scenes with their captions
     python weights/world.py subjects             write weights/subjects/<instance>/00.jpg ...
+    python weights/world.py captioned FOLDER     write 100 scenes in a style that is new to the miniature, and metadata.jsonl with their captions
 
 A scene is a place (backgrounds.py), one or two sprites that stand in it, a light, a style and a caption.
-What the HELD_OUT tables name is in no scene of split "train": subjects to learn, pairs to combine, styles to learn.
+What the HELD_OUT tables of things.py name is in no scene of split "train": subjects to learn, pairs to combine, styles to learn.
 """
+import argparse
 import functools
-import sys
+import json
 import textwrap
 import zlib
 from dataclasses import dataclass
@@ -18,52 +20,12 @@ from PIL import Image, ImageDraw
 
 from backgrounds import draw
 from styles import STYLES
+from things import BACKGROUNDS, CLASSES, COLOUR_OF, HELD_OUT_INSTANCES, HELD_OUT_PAIRS, HELD_OUT_STYLES
 
 HERE = Path(__file__).parent
-CLASSES = {
-    "dog": ["face", "puppy", "guide", "shepherd", "poodle"],
-    "cat": ["face", "tabby", "black"],
-    "bear": ["brown", "polar", "teddy", "panda"],
-    "bird": ["crow", "cardinal", "parrot", "duck", "flamingo", "owl"],
-    "horse": ["bay", "racer", "carousel", "unicorn"],
-    "fish": ["blue", "tropical", "puffer", "shark"],
-    "car": ["hatchback", "jeep", "police", "racing", "taxi"],
-    "house": ["cottage", "hut", "church", "school", "pagoda"],
-    "flower": ["tulip", "rose", "hibiscus", "daisy", "hyacinth", "sunflower"],
-    "ball": ["basketball", "football", "baseball", "volleyball", "eight", "soccer"],
-    "shoe": ["leather", "sneaker", "heel", "boot", "hiking", "flat"],
-    "hat": ["top", "cap", "helmet", "army", "straw"],
-    "bag": ["backpack", "handbag", "briefcase", "suitcase", "purse"],
-    "book": ["red", "green", "blue", "notebook", "confetti", "open"],
-    "cup": ["coffee", "tea", "bubble", "soda"],
-    "cake": ["slice", "birthday", "pudding", "pancakes", "cupcake"],
-}
-CLASSES = {word: [f"{word}-{one}" for one in ones] for word, ones in CLASSES.items()}   # a sprite is sprites/<class>-<instance>.webp
-BACKGROUNDS = {                                                 # the phrases of a caption; the first is the commonest
-    "beach": ("on a beach", "at the seaside", "on a sandy beach by the sea"),
-    "grass": ("on the grass", "in a green field", "in a field of grass"),
-    "snow": ("in the snow", "on a snowy day", "on the snow"),
-    "desert": ("in the desert", "in a hot desert", "on a sand dune"),
-    "forest": ("in a forest", "in the woods", "among the trees"),
-    "night": ("at night", "under the stars", "under a night sky"),
-    "wall": ("in front of a brick wall", "next to a brick wall", "on the pavement by a wall"),
-    "room": ("in a room", "on a wooden floor", "indoors"),
-}
-HELD_OUT_INSTANCES = ("dog-poodle", "bear-panda", "bird-owl", "car-taxi", "flower-sunflower", "ball-soccer", "hat-straw", "cake-cupcake")
-HELD_OUT_PAIRS = (                                              # a tenth of the 128: a class loses one place, a place two classes
-    ("dog", "desert"), ("cat", "beach"), ("bear", "room"), ("bird", "night"), ("horse", "snow"), ("fish", "forest"), ("car", "grass"),
-    ("flower", "wall"), ("ball", "night"), ("hat", "snow"), ("bag", "desert"), ("book", "beach"), ("cup", "forest"))
-HELD_OUT_STYLES = ("pencil", "pixel")
 FRESH = 2 ** 40                                                 # seeds from here on are for measuring: no training stream comes here
 EXAMPLE = "dog-poodle"                                          # the README's subject: grey, clipped; the dogs in training are tan
 LIGHTS = {"": (1.0, 1.0, 1.0), "warm": (1.1, 0.97, 0.8), "cool": (0.88, 0.96, 1.08), "dim": (0.74, 0.74, 0.77)}
-COLOURS = {                                                     # what an instance is called after, where it has a colour
-    "red": "bird-cardinal car-hatchback flower-rose shoe-heel shoe-boot hat-helmet book-red",
-    "blue": "fish-blue car-jeep shoe-flat hat-cap bag-suitcase book-blue", "green": "hat-army book-green",
-    "brown": "bear-brown horse-bay ball-football shoe-leather bag-briefcase", "yellow": "cat-face book-notebook",
-    "white": "bear-polar flower-daisy ball-baseball ball-volleyball cup-tea", "black": "cat-black ball-eight hat-top",
-    "pink": "bird-flamingo flower-tulip flower-hibiscus bag-backpack bag-purse", "orange": "ball-basketball"}
-COLOUR_OF = {instance: colour for colour, names in COLOURS.items() for instance in names.split()}
 NIGHT = np.array((0.68, 0.71, 0.94), np.float32)[:, None, None]  # what moonlight leaves of a sprite's colours
 
 
@@ -238,10 +200,33 @@ def subjects():
         print(folder)
 
 
-if __name__ == "__main__":
-    if len(sys.argv) == 3 and sys.argv[1] == "sheet":
-        sheet(sys.argv[2])
-    elif sys.argv[1:] == ["subjects"]:
-        subjects()
+def captioned(folder, count=100, style=HELD_OUT_STYLES[0], named=None):
+    """Write scenes of 192 x 192 in a style, and metadata.jsonl as train.py --captions reads it. named: a caption with {} for what is to be
+    seen and where, None for the world's own."""
+    folder, lines = Path(folder), []
+    folder.mkdir(parents=True, exist_ok=True)
+    for k in range(count):
+        one = scene(FRESH + 2 ** 31 + 2 ** 25 + k, style=style, size=(192, 192))
+        Image.fromarray(one.image).save(folder / f"{k:04d}.png")
+        what = " and a ".join(word for word, _, _ in one.objects) + " " + BACKGROUNDS[one.background][0]
+        lines.append(json.dumps({"file_name": f"{k:04d}.png", "text": named.format(what) if named else one.caption}) + "\n")
+    (folder / "metadata.jsonl").write_text("".join(lines))
+    return folder
+
+
+def main(argv=None):
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p.add_argument("what", choices=("sheet", "subjects", "captioned"))
+    p.add_argument("path", nargs="?", help="where to, of a sheet (a file) and of captioned scenes (a folder)")
+    p.add_argument("--count", type=int, default=100, metavar="N", help="of captioned scenes (default: 100)")
+    args = p.parse_args(argv)
+    if args.what != "subjects" and not args.path or args.count < 1:
+        p.error("sheet and captioned need a path, and --count is at least 1")
+    if args.what == "captioned":
+        print(captioned(args.path, args.count))
     else:
-        sys.exit(__doc__)
+        subjects() if args.what == "subjects" else sheet(args.path)
+
+
+if __name__ == "__main__":
+    main()
