@@ -11,17 +11,10 @@ import alchemy  # noqa: E402
 from alchemy.formats.__main__ import main as convert  # noqa: E402
 from alchemy.formats.embeddings import TWO, load_embedding, save_embedding  # noqa: E402
 from alchemy.methods import textual_inversion as ti  # noqa: E402
-from test_checkpoints import built  # noqa: E402
+from test_checkpoints import built, pipe, saved  # noqa: E402, F401
 
 TOKEN = "<my-dog>"
 PROMPT = f"a photo of a {TOKEN} on the grass"
-
-
-@pytest.fixture(scope="module")
-def saved(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("saved")
-    built().save_pretrained(folder)
-    return folder
 
 
 @pytest.fixture
@@ -79,3 +72,23 @@ def test_files_as_its_training_script_writes_them_give_the_same_hidden_states_he
     sdxl = alchemy.load(saved, "cpu")
     assert load_embedding(sdxl, tmp_path) == TOKEN
     agree(sdxl, pipe)
+
+
+@torch.no_grad()
+def test_its_pooled_vector_stands_at_the_learned_word_and_not_at_the_end(saved, taught, tmp_path):
+    sdxl, pipe, path = taught(2), built(), tmp_path / "my-dog.safetensors"
+    save_embedding(sdxl, path, TOKEN, "kohya")
+    for key, (encoder, tokenizer) in zip(("clip_l", "clip_g"), both(pipe)):
+        pipe.load_textual_inversion(load_file(path)[key], token=TOKEN, text_encoder=encoder, tokenizer=tokenizer, local_files_only=True)
+    encoder, tokenizer = pipe.text_encoder_2, pipe.tokenizer_2
+    assert encoder.config.eos_token_id == 2  # as the official config has it
+    named = pipe.maybe_convert_prompt(PROMPT, tokenizer)
+    ids = tokenizer(named, padding="max_length", max_length=77, return_tensors="pt").input_ids
+    there, end = int(ids.argmax()), int((ids[0] == 49407).nonzero()[0])
+    assert ids[0, there] > 49407 and there < end
+    states, pooled = encoder(ids).last_hidden_state[0], pipe.encode_prompt(PROMPT, do_classifier_free_guidance=False)[2]
+    ours = sdxl.encode_prompt([PROMPT], (32, 32)).pooled
+    for position, found in ((there, pooled), (end, ours)):
+        expected = encoder.text_projection(states[position])
+        assert (found[0] - expected).norm() <= 3e-6 * expected.norm()
+    assert (pooled - ours).norm() > 0.1 * ours.norm()

@@ -10,7 +10,7 @@ from safetensors.torch import load_file, save_file  # noqa: E402
 import alchemy  # noqa: E402
 from alchemy import lora  # noqa: E402
 from alchemy.formats.__main__ import main as convert  # noqa: E402
-from test_checkpoints import built  # noqa: E402
+from test_checkpoints import built, pipe, saved  # noqa: E402, F401
 
 RANK, ALPHA = 4, 6.0
 TARGETS = [*lora.ATTENTION]
@@ -18,13 +18,6 @@ TARGETS = [*lora.ATTENTION]
 
 def output(unet, latents, t, context, pooled, ids):
     return unet(latents, t, context, added_cond_kwargs={"text_embeds": pooled, "time_ids": ids}).sample
-
-
-@pytest.fixture(scope="module")
-def saved(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("saved")
-    built().save_pretrained(folder)
-    return folder
 
 
 @pytest.fixture
