@@ -7,7 +7,7 @@ Img2Img with the LoRA puts the subject there. Nothing outside the mask changes.
 from pathlib import Path
 
 from alchemy import command
-from alchemy.command import inspecting, together
+from alchemy.command import inspecting, results, together
 
 NAMES = (*(f"{name}.png" for name in ("scene", "soft_mask", "mask", "feathered", "crop", "drawn", "sheet")), "facts.json")  # beside the result
 
@@ -121,7 +121,7 @@ def main(argv=None):
     second, edge = grid(chosen["strength"]), seam(made)
     command.say(f"stage 2 ran {command.ran(sdxl.schedule, second, chosen['steps'])}")
     command.say(f"changed {float((made.feathered > 0).float().mean()):.1%} of the picture; seam {edge:.2f} (the jump across the mask's edge over the scene's own)")
-    facts = command.settings_of(args) | chosen | {"script": "insert.py", "size": size, "first_timestep": second[0][0], "box": made.box, "seam": round(edge, 4)}
+    facts = results.facts_of(args) | chosen | {"script": "insert.py", "size": size, "first_timestep": second[0][0], "box": made.box, "seam": round(edge, 4)}
     paths = write(made, result, folder, facts)
     command.wrote(*paths, *(placing.write_page(page, watcher, made, facts) if page else ()))
 

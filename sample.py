@@ -8,7 +8,7 @@
 from pathlib import Path
 
 from alchemy import command
-from alchemy.command import inspecting, together
+from alchemy.command import inspecting, results, together
 from alchemy.formats.text import read_text
 
 
@@ -32,7 +32,7 @@ def parse(argv):
         facts = facts_of(args.like)
         if facts.get("script") != "sample.py":
             raise ValueError(f"--like {args.like}: {facts.get('script', 'another tool')} made it; only pictures by sample.py can be made again so")
-        p.set_defaults(**{k: v for k, v in facts.items() if k in vars(args) and k not in ("out", "like", "prompts")})
+        p.set_defaults(**{k: v for k, v in facts.items() if k in vars(args) and k not in results.PLACES})
         args = p.parse_args(argv)
         args.size, args.lora = tuple(args.size), given.lora or args.lora  # --lora replaces, it does not add
         args.embedding = given.embedding or args.embedding
@@ -90,12 +90,12 @@ def main(argv=None):
     grid = sdxl.schedule.grid(options["steps"], options.get("grid") or row.grid, strength if image else 1.0, row.fractional)
     command.say(f"{options['sampler']}: {command.ran(sdxl.schedule, grid, options['steps'])}, {size[1]}x{size[0]}")
 
-    facts = command.settings_of(args) | {"script": "sample.py", "size": size, "strength": strength, "count": 1, "digests": dataset.digests(args)} | options
+    facts = results.facts_of(args) | {"script": "sample.py", "size": size, "strength": strength, "count": 1, "digests": dataset.digests(args)} | options
     missing = [job for job in wanted if not (args.prompts and dataset.is_there(job[2], facts | {"prompt": job[0], "seed": job[1]}))]
     conditioning = {prompt: sdxl.encode_prompt([prompt], size) for prompt in dict.fromkeys(prompt for prompt, *_ in missing)}
     sdxl.free("text_encoders")  # the UNet can use the memory
     for prompt, seed, path in dataset.keeping_list(out, wanted, missing) if args.prompts else missing:
-        recorder = page and Recorder(sdxl, prompt, len(grid), size=size, negative_prompt=args.negative_prompt, full=args.inspect_full, **options)
+        recorder = page and Recorder(sdxl, prompt, len(grid), negative_prompt=args.negative_prompt, full=args.inspect_full, **options)
 
         def bar(steps):
             return command.progress(recorder.follow(steps) if recorder else steps, len(grid), f"seed {seed}")

@@ -157,7 +157,12 @@ def test_when_it_breaks_down_the_last_finite_weights_are_on_disk(taught, monkeyp
 
 
 def test_a_preview_that_is_not_finite_blames_the_training(taught, monkeypatch):
+    sample, drawn = loop.sample, []
+
     def broken(*args, **options):
+        drawn.append(args)
+        if len(drawn) <= 3:  # before the first step
+            return sample(*args, **options)
         raise FloatingPointError("the UNet's latents became NaN or infinite: is a LoRA damaged, or its scale too large?")
     monkeypatch.setattr(loop, "sample", broken)
     line = refused(taught("--preview-every", 1, "--out", "run"), "the preview at step 1", "--learning-rate", "--resume")

@@ -100,8 +100,9 @@ def test_train_writes_the_lora_with_its_facts_the_previews_and_the_settings(tiny
     settings = json.loads(contents("out/photos")["settings.json"])
     assert settings["steps"] == 2 and settings["size"] == [32, 32] and settings["batch"] == 4 and settings["prior_weight"] == 1.0
     assert png.facts_of("out/photos/preview.png")["steps"] == 2 and png.facts_of("out/photos/loss.png")["prompt"] == "a photo of a sks dog"
+    assert all({"out", "name", "class_folder"}.isdisjoint(png.facts_of(f"out/photos/{name}.png")) for name in ("preview", "loss")) and "out" in settings
     with Image.open("out/photos/preview.png") as page:
-        assert page.width > 3 * 256 and page.height > 2 * 256  # three prompts at two times, and the loss
+        assert page.width > 3 * 256 and page.height > 4 * 256  # three prompts at three times, and the loss
 
 
 def test_what_train_writes_sample_and_insert_read(tiny, tmp_path):

@@ -1,7 +1,6 @@
 """What the three scripts share: flags of one spelling, progress, errors in one line, where files go. Imports no torch."""
 import argparse
 from argparse import BooleanOptionalAction  # noqa: F401  for the scripts
-import json
 import math
 import sys
 import time
@@ -242,8 +241,3 @@ def run(main):
             path.rmdir()
     say("error: " + " ".join(said.split()))
     sys.exit(2)
-
-
-def settings_of(args):
-    """The flags as JSON knows them, but those that have no part in what is made."""
-    return json.loads(json.dumps({k: v for k, v in vars(args).items() if not k.startswith("inspect")}, default=str))

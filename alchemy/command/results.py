@@ -1,4 +1,4 @@
-"""What a run of train.py leaves in its folder. Imports no torch."""
+"""What a run of a script tells of itself, and what one of train.py leaves in its folder. Imports no torch."""
 import json
 import re
 import shutil
@@ -6,6 +6,17 @@ from argparse import Namespace
 from pathlib import Path
 
 TAKEN = ("lora", "state")  # other files there
+PLACES = ("out", "class_folder", "like", "prompts")  # flags that name places of this machine, and nothing of how a picture is made
+
+
+def settings_of(args):
+    """The flags as JSON knows them, but those that have no part in what is made."""
+    return json.loads(json.dumps({k: v for k, v in vars(args).items() if not k.startswith("inspect")}, default=str))
+
+
+def facts_of(args):
+    """The settings that a picture carries: none that names where files lie which it was not made of."""
+    return {k: v for k, v in settings_of(args).items() if k not in PLACES}
 
 
 def file_name(token):

@@ -69,7 +69,7 @@ def look(args, out, sdxl, pictures):
         command.say(line)
     warnings.filterwarnings("ignore", "prompt too long")  # said just now, with the picture's name
     if args.check:
-        png.save(page, out / "check.png", command.settings_of(args))
+        png.save(page, out / "check.png", results.facts_of(args))
 
 
 def time_a_step(args, sdxl, state, lesson):
@@ -97,6 +97,8 @@ def preview(args, sdxl, lesson, step):
     try:
         row = [(f"step {step}: {prompt}", loop.sample(sdxl, told(prompt), told(None), args.seed, args.size, **options)) for prompt in lesson.shown]
     except FloatingPointError:
+        if not step:
+            raise  # nothing is taught yet that could be to blame
         raise FloatingPointError(f"the preview at step {step} became NaN or infinite: what is taught went astray; lower --learning-rate") from None
     sdxl.free("vae")
     return row
@@ -161,7 +163,7 @@ def main(args):
     # All that was asked for can be had: what was here before may go.
     if not args.resume:
         results.clear(args)
-    save_json(command.settings_of(args), out / "settings.json")
+    save_json(results.settings_of(args), out / "settings.json")
     ended = teach(args, out, page, sdxl, lesson, state)
     if ended:
         command.say(f"stopped after step {state.step}; the same command with --resume goes on")
@@ -179,7 +181,7 @@ def teach(args, out, page, sdxl, lesson, state):
         return ended
     finish(args, out, sdxl, lesson, state)
     if page:
-        command.wrote(*teaching.write_page(page, watcher, state.losses, lesson.shown[0], command.settings_of(args), args.inspect_full))
+        command.wrote(*teaching.write_page(page, watcher, state.losses, lesson.shown[0], results.facts_of(args), args.inspect_full))
     return None
 
 
@@ -191,20 +193,25 @@ def steps(args, out, sdxl, lesson, state, watcher=None):
     every = args.save_every or (None if args.method == "full" else 100)  # of SDXL's whole UNet, a state has 31 GB
     if every and not path.exists():
         state.save(path, {"kind": args.method})  # so that there is a good one, whatever comes
+
+    def show():
+        if not rows and (out / "preview.png").exists():  # of before a stop: the sheet starts anew, that one stays beside it
+            (out / "preview.png").rename(command.free_path(out / "preview.png"))
+        rows.append(preview(args, sdxl, lesson, state.step))
+        if watcher:
+            watcher.previews[state.step] = rows[-1]
+        page = sheets.sheet(rows + [[("loss", sheets.curve(state.losses))]])
+        png.save(page, out / "preview.png", results.facts_of(args))
     try:
+        if args.preview_every and not state.step:
+            show()  # what the model draws before anything is taught
         for step, _ in command.progress(running, args.steps - state.step, "training", lambda item: f"loss {item[1]:.4f}"):
             if stop.signal or step == args.steps or every and step % every == 0:
                 state.save(path, {"kind": args.method})
             if stop.signal:
                 return stop.signal
             if args.preview_every and (step % args.preview_every == 0 or step == args.steps):
-                if not rows and (out / "preview.png").exists():  # of before a stop: the sheet starts anew, that one stays beside it
-                    (out / "preview.png").rename(command.free_path(out / "preview.png"))
-                rows.append(preview(args, sdxl, lesson, step))
-                if watcher:
-                    watcher.previews[step] = rows[-1]
-                page = sheets.sheet(rows + [[("loss", sheets.curve(state.losses))]])
-                png.save(page, out / "preview.png", command.settings_of(args))
+                show()
     except FloatingPointError as error:
         if not path.exists():  # else the older one is better: the steps before NaN went astray
             state.save(path, {"kind": args.method})  # of finite weights, since no other step was applied
@@ -227,7 +234,7 @@ def finish(args, out, sdxl, lesson, state):
     else:
         written = save_checkpoint(sdxl, results.result(args), {f"alchemy.{key}": value for key, value in facts.items()},
                                   torch.float16 if sdxl.dtype.itemsize == 2 else None)  # bfloat16 would round away most of small steps
-    png.save(sheets.curve(state.losses), out / "loss.png", facts)
+    png.save(sheets.curve(state.losses), out / "loss.png", {k: v for k, v in facts.items() if k != "name"})
     (out / "state.safetensors").unlink(missing_ok=True)
     written += [out / name for name in ("preview.png", "loss.png", "settings.json")]
     command.wrote(*(path for path in written if path.exists()))

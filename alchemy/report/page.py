@@ -29,7 +29,7 @@ def inspect(sdxl, prompt, folder, *, size=None, seed=0, negative_prompt=None, fu
     size, _, options = loop.settings(sdxl, negative_prompt, size, dict(sampler=sampler, grid=grid, steps=steps, guidance=guidance, eta=eta))
     row = samplers.find(options["sampler"])
     pairs = sdxl.schedule.grid(options["steps"], grid or row.grid, fractional=row.fractional)
-    recorder = Recorder(sdxl, prompt, len(pairs), size=size, negative_prompt=negative_prompt, full=full, **options)
+    recorder = Recorder(sdxl, prompt, len(pairs), negative_prompt=negative_prompt, full=full, **options)
     recorder.changed = "hook" if hook else None
 
     def follow(steps):
