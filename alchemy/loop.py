@@ -71,7 +71,7 @@ def denoise(sdxl, noise, conditioning, unconditional=None, *, image=None, streng
         uncond, cond = prediction.chunk(2) if guided else (None, prediction)
         mixed = uncond + guidance * (cond - uncond) if guided else cond  # classifier-free guidance, Ho & Salimans 2022, eq. 6
         x_0, eps = schedule.to_x0_eps(mixed, x, ab)
-        if row.fresh:  # c_skip · x_t + c_out · x_0, as in LCM's eq. 9, with diffusers' time times 10 and σ_data 0.5
+        if row.fresh:  # c_skip · x_t + c_out · x_0, as LCM's parameterization has it, with diffusers' time times 10 and σ_data 0.5
             x_0 = x / (400 * t * t + 1) + 20 * t / (400 * t * t + 1) ** 0.5 * x_0
 
         sigma = samplers.sigma(ab, ab_prev, eta, row.fresh)
