@@ -76,6 +76,26 @@ ROOMS = {
         ("told and untold change places", 'recorder.stacked(f"eps_{name}")', 'recorder.stacked("eps_cond" if name == "uncond" else "eps_uncond")'),
         ("a level counts by its size", "m / m.mean((2, 3), keepdim=True).clamp(min=1e-9)", "m"),
     ),
+    ("report/record", "inspect_more"): (
+        ("a hook stays on the network", "watched.callback(called.remove)", "pass"),
+        ("self-attention from the second step on", "spread(total, LOOKS)", "(k + 1 for k in spread(total - 1, LOOKS))"),
+    ),
+    ("report/stage", "inspect_size"): (
+        ("every map of a long prompt", "max(10, MAPS // level.shape[1])", "len(level)"),
+        ("the mean of the maps that are shown", "level.mean(0, keepdim=True)])", "level[at].mean(0, keepdim=True)])"),
+    ),
+    ("report/placing", "inspect_size"): (
+        ("a crop that is the scene is told again", "if made.crop != made.scene else {}", "if made.crop else {}"),
+    ),
+    ("command/results", "sample"): (
+        ("a picture tells where it was written", "if k not in PLACES}", "}"),
+    ),
+    ("command/inspecting", "inspect_more"): (
+        ("a name that is too long is no bad input", "except OSError as error:  # a name", "except KeyError as error:  # a name"),
+    ),
+    ("command/training", "inspect_more"): (
+        ("no preview of before", "if args.preview_every and not state.step:", "if False:"),
+    ),
     ("report/stage", "inspect_more"): (
         ("a level counts once, however many layers it has", "layers[n] * p.float().mean(0)", "p.float().mean(0)"),
         ("a run that diverges ends at its page", "except FloatingPointError", "except KeyError"),

@@ -134,8 +134,12 @@ def test_what_the_page_says_of_a_picture_and_a_mask_of_ones_own_is_true_of_them(
 
 
 def test_what_the_page_says_of_a_negative_and_a_long_prompt_and_of_a_hook(tiny, tmp_path):
-    _, paths = alchemy.inspect(alchemy.load(tiny, "cpu"), "dog " * 80, "page", steps=2, negative_prompt="a cat", hook=lambda step: None)
-    seen = browse(paths[-1], "return {said: document.body.innerText};", tmp_path)
+    _, paths = alchemy.inspect(alchemy.load(tiny, "cpu"), "dog " * 80, "page", steps=12, negative_prompt="a cat", hook=lambda step: None)
+    seen = browse(paths[-1], """
+      const caption = () => find("cross all").parentElement.innerText, first = caption();
+      slide(3);
+      return {said: document.body.innerText, captions: [first, caption()]};""", tmp_path)
+    assert ["this step" in seen["captions"][0], "step 3" in seen["captions"][1]] == [True, True]  # of twelve steps, ten have maps
     assert seen["wrong"] == [] and all(words in seen["said"] for words in ("if told the negative prompt", "the prompt fills all 77", "A hook may"))
     assert "told nothing" not in seen["said"] and "padding behind" not in seen["said"]
 

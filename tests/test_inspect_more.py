@@ -9,7 +9,7 @@ from PIL import Image
 from safetensors.torch import load_file
 
 import alchemy
-from alchemy import images, loop, lora
+from alchemy import attention, images, loop, lora
 from alchemy.command import lessons
 from alchemy.report import page, placing, stage, teaching
 from alchemy.report.pictures import spread
@@ -17,7 +17,7 @@ from alchemy.report.record import Recorder
 from alchemy.train import errors
 from checkpoints import vocabulary_read_once  # noqa: F401
 from lessons import PROMPTS, batch, model, told  # noqa: F401
-from running import SCENE, call, contents, drawn, good, inserted, lora_file, picture, pixels, quick, refused, same, taught, tiny  # noqa: F401
+from running import SCENE, call, contents, drawn, good, inserted, lora_file, nothing_written, picture, pixels, quick, refused, same, taught, tiny  # noqa: F401
 from test_inspect import data_of, unpacked
 
 
@@ -139,7 +139,7 @@ def test_train_writes_its_page_and_learns_the_same_to_the_bit(taught):
     assert sorted(contents("page")) == ["index.html", "overview.png", "training.safetensors"]
     assert run.wrote[-1].as_posix() == "page/index.html"
     made, arrays = data_of(contents("page")["index.html"].decode())["training"], load_file("page/training.safetensors")
-    assert made["moments"] == [step for step, _ in made["by_t"]] == [0, 1, 2, 3] and [step for step, _ in made["previews"]] == [2, 3]
+    assert made["moments"] == [step for step, _ in made["by_t"]] == [0, 1, 2, 3] and [step for step, _ in made["previews"]] == [0, 2, 3]
     assert len(made["losses"]) == len(arrays["losses"]) == 3 and all(math.isfinite(x) for x in made["losses"])
     norms = [rows["attn2.to_v"] for _, rows in made["network"]]
     assert all(row[0] == 0 < row[1] for row in norms)  # a fresh LoRA has moved nothing
@@ -163,6 +163,13 @@ def test_a_page_takes_only_a_new_or_empty_folder_and_not_that_of_the_pictures(dr
     assert contents("clash") | contents("clash-1") == before
     refused(drawn("--inspect", "b-0.png"), "--inspect 'b-0.png' is no folder")
     refused(drawn("--inspect", ""), "--inspect '' is no folder")
+
+
+@pytest.mark.parametrize("folder", ["/proc/foo", "/dev/null/page", "x" * 300])
+def test_a_place_for_the_page_that_cannot_be_written_is_refused_before_anything_is_drawn(drawn, inserted, taught, folder):
+    for run in (drawn("--inspect", folder), inserted("--inspect", folder), taught("--inspect", folder, "--out", "run")):
+        assert "loss" not in refused(run, f"--inspect {folder}: cannot write there", "name another folder") and "stage" not in run.err
+    assert nothing_written()
 
 
 def test_of_a_list_that_goes_on_each_picture_has_a_folder_of_its_own_and_none_where_nothing_is_drawn(tiny, tmp_path):
@@ -209,7 +216,16 @@ def test_a_tokens_share_of_all_attention_counts_each_layer_once(tiny):
     assert stage.mass(recorder).tolist() == [[(0.25 + 3 * 0.5) / 4] * 4]
 
 
-def test_self_attention_is_looked_at_from_the_first_step_on_where_the_size_is_known(drawn):
-    good(drawn("--steps", 1, "--inspect", "page"))
-    shown, = data_of(contents("page")["index.html"].decode())["stages"]
-    assert shown["own"]["4 × 4"]["at"] == [0]
+def test_self_attention_is_looked_at_from_the_first_step_on_of_both_stages(inserted):
+    good(inserted("--steps", 8, "--seed", 2, "--strength", 0.2, "--inspect", "page"))
+    first, second = data_of(contents("page")["index.html"].decode())["stages"]
+    assert first["own"]["4 × 4"]["at"] == [0, 2, 4, 5, 7] and len(second["steps"]) == 1 and second["own"]["4 × 4"]["at"] == [0]
+
+
+def test_a_recorder_leaves_no_hook_and_no_watcher_behind(tiny):
+    sdxl = alchemy.load(tiny, "cpu", torch.float32)
+    recorder = Recorder(sdxl, "a dog", 2)
+    noise = alchemy.noise((1, 4, 9, 6), [0])  # latents of a size of their own
+    assert len(list(recorder.follow(alchemy.denoise(sdxl, noise, sdxl.encode_prompt(["a dog"]), steps=2, guidance=1)))) == 2
+    assert not sdxl.unet._forward_pre_hooks and all(layer.watch == () for layer in attention.attentions(sdxl.unet).values())
+    assert recorder.size == (9, 6) and [list(own) for own in recorder.own.values()] == [[15, 6]] * 2

@@ -20,12 +20,15 @@ def page_folder(args, out):
 def free_folder(wanted, flag, *taken):
     """The folder wanted, or the next of its name that is new or empty and not among those taken; made, and proved writable."""
     path, number = Path(wanted), 0
-    if not str(wanted) or path.exists() and not path.is_dir():
-        raise ValueError(f"{flag} {str(wanted)!r} is no folder; name one")
-    taken = [Path(folder).resolve() for folder in taken]
-    while path.resolve() in taken or path.exists() and not (path.is_dir() and not any(path.iterdir())):
-        number += 1
-        path = Path(wanted).with_name(f"{Path(wanted).resolve().name}-{number}")
+    try:
+        if not str(wanted) or path.exists() and not path.is_dir():
+            raise ValueError(f"{flag} {str(wanted)!r} is no folder; name one")
+        taken = [Path(folder).resolve() for folder in taken]
+        while path.resolve() in taken or path.exists() and not (path.is_dir() and not any(path.iterdir())):
+            number += 1
+            path = Path(wanted).with_name(f"{Path(wanted).resolve().name}-{number}")
+    except OSError as error:  # a name that is too long, a folder that may not be looked into
+        raise ValueError(f"{flag} {wanted}: cannot write there ({error.strerror}); name another folder") from None
     return command.folder(path, flag)
 
 

@@ -54,5 +54,5 @@ def film(frames, exact=False):
 def uri(picture, exact=True):
     """A PIL picture as a data URI: PNG, or, where it need not be exact, WebP, which takes a fifth of the room."""
     file = io.BytesIO()
-    picture.save(file, **(dict(format="PNG") if exact else dict(format="WEBP", quality=85, method=2)))
+    picture.save(file, **(dict(format="PNG") if exact else dict(format="WEBP", quality=75, method=2)))
     return f"data:image/{'png' if exact else 'webp'};base64," + base64.b64encode(file.getvalue()).decode()

@@ -26,9 +26,7 @@ class Watcher:
         self.sdxl, self.looking, self.maps = sdxl, ExitStack(), None
         named = with_token(prompt, class_word, token)
         prompts = {"Stage 1: the scene, unmodified model": prompt, "Stage 2: the subject, with the LoRA": named}
-        drawn = None if image else size or sdxl.size  # of a part around the mask, stage 2's size is known when the mask is
-        stages = [(name, Recorder(sdxl, told, total, size=known, **options))
-                  for (name, told), total, known in zip(prompts.items(), totals, (drawn, None))]
+        stages = [(name, Recorder(sdxl, told, total, **options)) for (name, told), total in zip(prompts.items(), totals)]
         self.stages, self.begun = stages[1:] if image else stages, 0
         self.stages[-1][1].changed = "mask"
         for _, recorder in self.stages:
@@ -94,13 +92,14 @@ def write_page(folder, watcher, made, facts):
     steps = mask_stages(watcher, made, facts["threshold"])
     changed, outside = difference(made)
     top = max(int(changed.max()), 1)
-    small = made.scene.width <= 256
-    told = {name: uri(getattr(made, name), small) for name in ("scene", "result", "crop", "drawn")}
+    pictures = [made.scene, made.drawn][-len(watcher.stages):]
+    own = {"result": made.result} if len(pictures) == 2 else {"result": made.result, "scene": made.scene}  # what no stage has shown
+    own |= {"crop": made.crop} if made.crop != made.scene else {}
+    told = {name: uri(picture, picture.width <= 256) for name, picture in own.items()}
     told |= {"mask": [{"name": name, "note": note, "film": single(m)} for name, note, m in steps], "seam": facts["seam"], "box": made.box,
              "difference": single(torch.from_numpy(changed) / top), "most": top, "outside": outside,
              "changed": float((made.feathered > 0).float().mean()), "latent_mask": single(latent_mask(made, watcher.sdxl.factor)), "size": made.scene.size,
              "found": watcher.maps is not None}
-    pictures = [made.scene, made.drawn][-len(watcher.stages):]
     rows = [[(name, sheets.grey(m)) for name, _, m in steps],
             [*((name, getattr(made, name)) for name in ("scene", "crop", "drawn", "result")), ("difference", Image.fromarray(changed))]]
     stages = [(name, recorder, picture) for (name, recorder), picture in zip(watcher.stages, pictures)]

@@ -6,6 +6,7 @@
 What it keeps is on the CPU, in half precision or 8 bits; a page and sheets are made of it afterwards.
 """
 import math
+from contextlib import ExitStack, contextmanager
 
 import torch
 
@@ -21,8 +22,7 @@ QUANTITIES = ("x_t", "eps_uncond", "eps_cond", "eps", "x_0", "x_prev")
 
 
 class Recorder:
-    """Keeps the Steps of one picture (of a batch, the last). total: how many will come. size (H, W): of the picture; where it is not
-    known beforehand, the first step's self-attention is not looked at. full: keep the arrays in float32, to be written
+    """Keeps the Steps of one picture (of a batch, the last). total: how many will come. full: keep the arrays in float32, to be written
     (else what float16 can hold is kept so).
 
     steps: a dict of numbers each; latents: {quantity: list of (4,h,w)}; cross: per step {places: (N, tokens)}; own: {step: {places:
@@ -30,16 +30,14 @@ class Recorder:
     how many layers of cross-attention}.
     """
 
-    def __init__(self, sdxl, prompt, total, *, size=None, negative_prompt=None, full=False, sampler="euler", guidance=5.0, eta=None, **_):
+    def __init__(self, sdxl, prompt, total, *, negative_prompt=None, full=False, sampler="euler", guidance=5.0, eta=None, **_):
         self.sdxl, self.prompt, self.negative, self.full = sdxl, prompt, negative_prompt, full
         self.sampler, self.guidance, self.focus, self.changed = sampler, guidance, None, None  # focus: the token to be shown first
         self.row = samplers.find(sampler)
         self.eta = self.row.eta if eta is None else eta
         self.total, self.kept, self.seen = total, spread(total, MOST_STEPS), {}
-        self.size = size and tuple(side // sdxl.factor for side in size)  # the latents'
-        begin = 0 if size else 1
-        self.looks = [begin + k for k in spread(total - begin, LOOKS)]
-        self.looks = sorted({min(self.kept, key=lambda k: abs(k - look)) for look in self.looks})
+        self.size = None  # (h, w) of the latents, known when the network is first called
+        self.looks = sorted({min(self.kept, key=lambda k: abs(k - look)) for look in spread(total, LOOKS)})
         self.words = min(75, len(sdxl.tokenizers[0].pieces(prompt))) + 2  # with the start and the end
         self.steps, self.latents, self.cross, self.own, self.layers_of = [], {}, [], {}, {}
 
@@ -47,7 +45,7 @@ class Recorder:
         """Yield what steps yields. The attention is watched only while the loop makes a step that is kept."""
         steps, index = iter(steps), 0
         while True:
-            with attention.watch(self.sdxl.unet, self.layers(index), self.see):
+            with self.watching(index):
                 step = next(steps, None)
             if step is None:
                 return
@@ -56,11 +54,23 @@ class Recorder:
             yield step
             index += 1
 
+    @contextmanager
+    def watching(self, index):
+        """Inside, the layers of a step are watched from the network's first call on, which tells the size of the latents."""
+        with ExitStack() as watched:
+            def begin(unet, given):
+                called.remove()
+                self.size = tuple(given[0].shape[-2:])
+                watched.enter_context(attention.watch(unet, self.layers(index), self.see))
+            called = self.sdxl.unet.register_forward_pre_hook(begin)
+            watched.callback(called.remove)
+            yield
+
     def layers(self, index):
         """Those to be watched at a step: cross-attention, and at a few steps self-attention where it is coarse enough."""
         names = list(attention.attentions(self.sdxl.unet)) if index in self.kept else []
         cross = [name for name in names if name.endswith("attn2")]
-        if not self.size or index not in self.looks:
+        if index not in self.looks:
             return cross
         shape = WordMaps(self.sdxl.unet, [], self.size).shape
         return cross + [name for name in names if name.endswith("attn1") and math.prod(shape(name)) <= MOST_PLACES]
@@ -73,7 +83,6 @@ class Recorder:
         self.seen[key] = total + (p[:, :self.words] if key[0] == "attn2" else p), count + 1
 
     def take(self, step):
-        self.size = tuple(step.x_t.shape[-2:])
         sigma = samplers.sigma(step.alpha_bar, step.alpha_bar_prev, self.eta, self.row.fresh)
         self.steps.append({"index": step.index, "t": step.t, "t_prev": step.t_prev, "alpha_bar": step.alpha_bar,
                            "alpha_bar_prev": step.alpha_bar_prev, "sigma": sigma})

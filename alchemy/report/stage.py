@@ -8,6 +8,7 @@ from .. import images
 from .pictures import bytes_of, film, preview, spread, uri
 
 DECODED = 6     # steps whose x_0 goes through the VAE
+MAPS = 800      # of a level, so many are shown: every step for 26 tokens, every third of 30 for 77
 MOST = 2 ** 24  # numbers that torch.quantile takes
 
 
@@ -63,14 +64,16 @@ def mass(recorder):
 
 
 def films_of(level):
-    """(n, tokens, h, w) to a film for each token, the mean over the steps last, and the probabilities (low, high) of black and white."""
-    level = torch.cat([level, level.mean(0, keepdim=True)])
+    """(n, tokens, h, w) to a film for each token, `at` some of the steps, the mean over all of them last, and the probabilities (low,
+    high) of black and white."""
+    at = spread(len(level), max(10, MAPS // level.shape[1]))
+    level = torch.cat([level[at], level.mean(0, keepdim=True)])
     films, ranges = [], []
     for token in level.unbind(1):
         low, high = (float(x) for x in torch.quantile(token.flatten()[:MOST], torch.tensor([0.0, 0.999])))  # a few brightest are cut
         films.append(film(bytes_of(token, low, high)))
         ranges.append([low, high])
-    return {"films": films, "range": ranges}
+    return {"films": films, "range": ranges, "at": at}
 
 
 def tokens(sdxl, prompt):

@@ -27,7 +27,8 @@ function spread(count, most) {
 }
 
 function words(stage) {
-  const levels = Object.keys(stage.cross), cut = stage.tokens[0].pieces, chosen = spread(stage.steps.length, 10);
+  const levels = Object.keys(stage.cross), cut = stage.tokens[0].pieces, shown = stage.cross[levels[0]].at;
+  const chosen = spread(shown.length, 10).map(i => shown[i]);  // of a long prompt, some steps have maps
   const now = levels.map(level => tile("", `cross ${level}`)), mean = levels.map(level => tile("", `mean ${level}`));
   const strip = element("div.strip"), said = element("p.said");
   // First the word that the page is about, or else the one with the clearest place.
@@ -35,12 +36,13 @@ function words(stage) {
   let token = stage.focus || cut.map((_, i) => i).slice(1, -1).reduce((found, i) => peak(i) > peak(found) ? i : found, 1), at = 0;
 
   function update() {
+    const near = nearest(shown, at), which = shown[near] === at ? "this step" : `step ${stage.steps[shown[near]].index + 1}`;
     for (const [i, level] of levels.entries()) {
       const film = stage.cross[level].films[token], [low, high] = stage.cross[level].range[token], all = level === "all";
-      show(now[i][1], heat(film, at, stage.films.x_0, at));
+      show(now[i][1], heat(film, near, stage.films.x_0, shown[near]));
       show(mean[i][1], heat(film, film.n - 1, stage.films.x_0, stage.steps.length - 1));
       const scale = all ? `${number(low, 2)} to ${number(high, 2)} times the mean` : `${percent(low)} to ${percent(high)}`;
-      now[i][2].textContent = (all ? "all levels" : `level ${level}`) + ", this step";
+      now[i][2].textContent = `${all ? "all levels" : `level ${level}`}, ${which}`;
       mean[i][2].textContent = `mean over the steps; dark to light: ${scale}`;
     }
     const share = stage.mass[at], sum = share.reduce((sum, x) => sum + x, 0);
@@ -48,14 +50,14 @@ function words(stage) {
       (cut.length < 77 ? `, all ${cut.length} tokens together ${percent(sum)}, the padding behind them the rest.` :
         "; the prompt fills all 77.");
     for (const button of made.querySelectorAll(".chip")) button.setAttribute("aria-pressed", button.dataset.token == token);
-    for (const [i, k] of chosen.entries()) strip.children[i].classList.toggle("now", k === at);
+    for (const [i, k] of chosen.entries()) strip.children[i].classList.toggle("now", k === shown[near]);
   }
 
   function pick(i) {
     token = i;
     strip.replaceChildren(...chosen.map(k => {
       const [figure, canvas] = tile(`t ${number(stage.steps[k].t, 3)}`, `strip ${k}`);
-      show(canvas, heat(best(stage).films[token], k));
+      show(canvas, heat(best(stage).films[token], shown.indexOf(k)));
       const there = () => go(time.frames.findIndex(step => step.t <= stage.steps[k].t + 1e-6));
       return element("button", {type: "button", "aria-label": `go to step ${stage.steps[k].index + 1}`, onclick: there}, figure);
     }));

@@ -94,6 +94,9 @@ function coloured(map, under) {
   return made;
 }
 
+// Of steps in order, where the one nearest to k stands.
+const nearest = (at, k) => at.reduce((best, j, i) => Math.abs(j - k) < Math.abs(at[best] - k) ? i : best, 0);
+
 const heat = async (map, k, under, j) => coloured(await frame(map, k), under && await frame(under, j));
 
 // A picture with its caption; returns [figure, canvas, caption].
@@ -107,6 +110,9 @@ function tile(caption, name) {
 function card(kind, title, text, ...children) {
   return element("section.card" + kind, {}, element("h3", {}, title), element("p", {html: text}), ...children);
 }
+
+// What a page could show, and does not.
+const absent = (title, why) => card(".full", title, "Not shown: " + why);
 
 // Names and values in columns.
 function numbers(rows) {

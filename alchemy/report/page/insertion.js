@@ -1,5 +1,11 @@
 // insert.py's own: the scene put back at each step, how the mask came to be, the way back into the picture.
 
+// The pictures of an insertion: what a stage ends in is told there, and a crop that is the whole scene not again.
+function told() {
+  const first = data.stages[0], last = data.stages[data.stages.length - 1], {scene = first.picture, crop = scene, result} = data.insertion;
+  return {scene, crop, drawn: last.picture, result};
+}
+
 // The pixels of a picture where a mask is light, or, with `outside`, where it is dark; elsewhere nothing.
 async function cut(film, k, outside) {
   const pixels = await frame(film, k), mask = await frame(data.insertion.latent_mask, 0);
@@ -27,7 +33,7 @@ function putBack(stage) {
 
 // Before and after in one frame; the handle moves the border between them.
 function compare() {
-  const {scene, result, changed, outside, seam, found} = data.insertion, drawn = data.stages.length > 1;
+  const {changed, outside, seam, found} = data.insertion, {scene, result} = told(), drawn = data.stages.length > 1;
   const after = element("img", {src: result, alt: "the result"});
   const slider = element("input", {type: "range", min: 0, max: 100, value: 50, "aria-label": "scene or result", id: "compare"});
   const set = () => { after.style.clipPath = `inset(0 0 0 ${slider.value}%)`; };
@@ -58,7 +64,7 @@ function maskMade() {
 }
 
 function composite() {
-  const made = data.insertion, [top, left, height, width] = made.box;
+  const made = data.insertion, [top, left, height, width] = made.box, shows = told();
   const shown = {
     scene: "at its own resolution",
     crop: `the part that was worked on, from (${left}, ${top}), ${width} × ${height} pixels, at the working size`,
@@ -66,7 +72,7 @@ function composite() {
     result: "scene + feathered mask · (drawn − scene)",
   };
   const figures = Object.entries(shown).map(([name, note]) =>
-    element("figure", {}, element("img", {src: made[name], alt: name}), element("figcaption", {html: `<b>${name}</b><br>${note}`})));
+    element("figure", {}, element("img", {src: shows[name], alt: name}), element("figcaption", {html: `<b>${name}</b><br>${note}`})));
   const [figure, canvas] = tile(
     `<b>difference</b><br>|result − scene|; the lightest is ${made.most} of 255, outside the mask it is ${made.outside}`, "difference");
   show(canvas, heat(made.difference, 0));

@@ -72,7 +72,7 @@ function guess(stage) {
   const made = card("", "Through the VAE",
     `The guess ${X_0} as pixels: the decoder's picture, made at ${stage.decoded.at.length} of the steps (the nearest is shown).`, figure);
   return [made, k => {
-    const at = stage.decoded.at, near = at.reduce((best, j, i) => Math.abs(j - k) < Math.abs(at[best] - k) ? i : best, 0);
+    const at = stage.decoded.at, near = nearest(at, k);
     words.textContent = `decoded at step ${stage.steps[at[near]].index + 1}`;
     show(canvas, frame(stage.decoded, near));
   }];
@@ -139,7 +139,8 @@ function stageView(stage) {
   const named = stage.name ? [element("h2", {}, stage.name), element("p.prompt", {}, stage.prompt + " ", wait)] : [];
   const column = element("div.stage", {}, ...named,
     element("div.main", {}, ...these(apart, together, stage.guided && guidance)), element("div.side", {}, ...these(guess, level)),
-    ...these(stage.mass.length && words, Object.keys(stage.own).length && places));
+    ...these(stage.mass.length && words, Object.keys(stage.own).length && places),
+    Object.keys(stage.own).length ? null : absent("Which places look at which places", "at this size every level of the network has more than 32 × 32 places."));
   follow(at => {
     const {k, begun} = placed(stage, at);
     wait.textContent = begun ? "" : `· begins at t = ${number(stage.steps[0].t, 4)}: its first step is shown`;

@@ -127,5 +127,6 @@ function previewGrid() {
 function trainingView() {
   const made = data.training;
   return element("div.lesson", {}, made.losses.length ? lossCurve() : null, made.by_t.length ? lossByTimestep() : null,
-    made.previews.length ? previewGrid() : null, made.network.length ? heatMap() : null);
+    made.previews.length ? previewGrid() : absent("What it draws, through time", "the run drew no previews (--preview-every 0)."),
+    made.network.length ? heatMap() : absent("How far each layer has moved", "there is no LoRA whose size could be measured."));
 }
