@@ -37,7 +37,8 @@ def ours(saved):
 
 
 def agree(a, b, base):
-    assert (a - b).norm() <= 3e-6 * b.norm() and (a - b).abs().max() <= 3e-6 * b.abs().max()
+    """float32 on both sides, sums in other orders: how the rounding of a single number falls hangs on the processor."""
+    assert (a - b).norm() <= 3e-6 * b.norm() and (a - b).abs().max() <= 1e-5 * b.abs().max()
     assert (a - base).norm() > 1e-2 * base.norm()  # and the LoRA does something
 
 
