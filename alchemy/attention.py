@@ -13,7 +13,7 @@ from .lora import LoRALinear
 
 
 class Attention(nn.Module):
-    """x (B, N, C) looks at context (B, M, D), or at itself. Each of `watch` is given the probabilities (B, heads, N, M)."""
+    """x (B, N, C) looks at what it is told (B, M, C) of, or at itself. Each of `watch` is given the probabilities (B, heads, N, M)."""
 
     def __init__(self, dim, heads, context_dim=None):
         super().__init__()
@@ -23,9 +23,12 @@ class Attention(nn.Module):
         self.to_v = LoRALinear(context_dim or dim, dim, bias=False)
         self.to_out = nn.ModuleList([LoRALinear(dim, dim)])  # a list, so that the key is to_out.0
 
-    def forward(self, x, context=None):
-        context = x if context is None else context
-        q, k, v = self.to_q(x), self.to_k(context), self.to_v(context)
+    def told(self, context):
+        """Keys and values (B, M, C) of the context (B, M, D)."""
+        return self.to_k(context), self.to_v(context)
+
+    def forward(self, x, told=None):
+        q, (k, v) = self.to_q(x), told or self.told(x)
         q, k, v = (y.unflatten(-1, (self.heads, -1)).transpose(1, 2) for y in (q, k, v))  # (B, heads, N or M, d)
         for see in self.watch:
             see(torch.softmax((q.float() * q.shape[-1] ** -0.5) @ k.float().transpose(-1, -2), dim=-1))
@@ -89,9 +92,9 @@ class TransformerBlock(nn.Module):
         self.attn2 = Attention(dim, heads, context_dim)
         self.ff = FeedForward(dim)
 
-    def forward(self, x, context):
+    def forward(self, x, told):
         x = x + self.attn1(self.norm1(x))
-        x = x + self.attn2(self.norm2(x), context)
+        x = x + self.attn2(self.norm2(x), told)
         return x + self.ff(self.norm3(x))
 
 
@@ -109,5 +112,5 @@ class Transformer2D(nn.Module):
         residual, shape = x, x.shape[-2:]
         x = self.proj_in(self.norm(x).flatten(2).transpose(1, 2))  # (B, H·W, C)
         for block in self.transformer_blocks:
-            x = block(x, context)
+            x = block(x, block.attn2.told(context))
         return residual + self.proj_out(x).transpose(1, 2).unflatten(2, shape)

@@ -123,7 +123,7 @@ FAULTS = {
         ("the watch stays", "known[name].watch = known[name].watch[:-1]", "pass"),
         ("a watch within ends the one around it", "known[name].watch[:-1]", "()"),
         ("layers in the order of their names", '"mid_block": 1, "up_blocks": 2', '"mid_block": 2, "up_blocks": 1'),
-        ("one norm for both attentions", "self.attn2(self.norm2(x), context)", "self.attn2(self.norm1(x), context)"),
+        ("one norm for both attentions", "self.attn2(self.norm2(x), told)", "self.attn2(self.norm1(x), told)"),
     ),
     ("lora", "lora lora_files"): (
         ("alpha without rank", "self.scale * self.alpha / len(self.down)", "self.scale * self.alpha"),

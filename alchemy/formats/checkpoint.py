@@ -7,6 +7,7 @@ import warnings
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Callable
 
 import torch
 from torch.overrides import TorchFunctionMode
@@ -38,11 +39,15 @@ class Reader:
     files: dict        # {network: its weight files}
     written: dict      # {path in the Hub layout: the JSON object there}, {} for what is not there
     vocabulary: Path   # the folder of tokenizer and tokenizer_2
+    ready: Callable = None  # called with each layer of the UNet as it is filled, and with the whole at the end (see savers.prepare)
 
     def __call__(self, name, dtype):
         """The network of that name, filled."""
         network = empty(name, self.configs[name])
-        fill(network, name, self.files[name], dtype, self.device)
+        ready = self.ready if name == "unet" else None
+        fill(network, name, self.files[name], dtype, self.device, ready)
+        if ready:
+            ready(network)
         if name == "text_encoder_2":
             check_projection(network)
         return network
@@ -97,8 +102,10 @@ class Blank(TorchFunctionMode):  # inside, torch.nn.init does nothing: on the me
         return func(*args, **(kwargs or {})) if getattr(func, "__module__", None) != "torch.nn.init" else None
 
 
-def fill(network, name, paths, dtype, device):
-    """Give each parameter of a meta-device network its tensor. Strict: one missing, left over or of another shape is a ValueError."""
+def fill(network, name, paths, dtype, device, ready=None):
+    """Give each parameter of a meta-device network its tensor. Strict: one missing, left over or of another shape is a ValueError.
+
+    ready(layer) is called when a layer has got one more."""
     tensors, keys = names_in(paths), list(network.state_dict())
     single = {key: layout.single_file_name(name, key, network.config) for key in keys}
     prefixed = {key: layout.PREFIX[name] + single[key] for key in keys}
@@ -120,6 +127,8 @@ def fill(network, name, paths, dtype, device):
         form = torch.channels_last if tensor.ndim == 4 else torch.contiguous_format
         parameter = torch.nn.Parameter(tensor.to(device, dtype).contiguous(memory_format=form), requires_grad=False)
         setattr(network.get_submodule(owner), leaf, parameter)
+        if ready:
+            ready(network.get_submodule(owner))
     return network.eval()
 
 
