@@ -7,7 +7,7 @@ Img2Img with the LoRA puts the subject there. Nothing outside the mask changes.
 from pathlib import Path
 
 from alchemy import command
-from alchemy.command import inspecting, results, together
+from alchemy.command import inspecting, pace, results, together
 
 NAMES = (*(f"{name}.png" for name in ("scene", "soft_mask", "mask", "feathered", "crop", "drawn", "sheet")), "facts.json")  # beside the result
 
@@ -108,7 +108,7 @@ def main(argv=None):
     def bar(steps):
         second = bool(image or started)
         started.append(second)
-        steps = watcher.follow(steps) if page else steps
+        steps = pace.drawing(args, sdxl, watcher.follow(steps) if page else steps)
         return command.progress(steps, len(grid(chosen["strength"] if second else 1.0)), "stage 2" if second else "stage 1")
 
     if page:
@@ -119,7 +119,7 @@ def main(argv=None):
     made = alchemy.insert(sdxl, args.prompt, args.class_word, args.token, image=image, mask=mask, seed=args.seed, size=args.size, crop=args.crop,
                           negative_prompt=args.negative_prompt, progress=bar, grid=args.grid, eta=args.eta, **chosen)
     second, edge = grid(chosen["strength"]), seam(made)
-    command.say(f"stage 2 ran {command.ran(sdxl.schedule, second, chosen['steps'])}")
+    command.say(f"stage 2 ran {pace.ran(sdxl.schedule, second, chosen['steps'])}")
     command.say(f"changed {float((made.feathered > 0).float().mean()):.1%} of the picture; seam {edge:.2f} (the jump across the mask's edge over the scene's own)")
     facts = results.facts_of(args) | chosen | {"script": "insert.py", "size": size, "first_timestep": second[0][0], "box": made.box, "seam": round(edge, 4)}
     paths = write(made, result, folder, facts)

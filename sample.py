@@ -8,7 +8,7 @@
 from pathlib import Path
 
 from alchemy import command
-from alchemy.command import inspecting, results, together
+from alchemy.command import inspecting, pace, results, together
 from alchemy.formats.text import read_text
 
 
@@ -23,6 +23,7 @@ def parse(argv):
     p.add_argument("--like",     metavar="PICTURE",                     help="take every setting from this picture's text chunk; other flags override")
     command.add_checkpoint(p)
     command.add_drawing(p)
+    p.add_argument("--merge",    action="store_true",                   help="add the LoRAs to the weights before drawing: they cost nothing then, and the last digits are others")
     inspecting.add_flags(p)
     args = given = p.parse_args(argv)
     if args.prompts and (args.prompt or args.like or command.is_picture(Path(args.out))):
@@ -82,13 +83,13 @@ def main(argv=None):
     image = args.image and images.read(args.image)
     sdxl = command.load(args)
     # Before a prompt is encoded: text encoders may have adapters too.
-    command.put_loras(sdxl, args.lora, args.embedding, [args.negative_prompt, *(prompt for prompt, *_ in wanted)])
+    command.put_loras(sdxl, args.lora, args.embedding, [args.negative_prompt, *(prompt for prompt, *_ in wanted)], args.merge)
     size, unconditional, options = loop.settings(sdxl, args.negative_prompt, args.size, command.drawing(args))
     strength = sdxl.defaults["strength"] if args.strength is None else args.strength
     image = image and ImageOps.fit(image, size[::-1], Image.LANCZOS)
     row = samplers.find(options["sampler"])
     grid = sdxl.schedule.grid(options["steps"], options.get("grid") or row.grid, strength if image else 1.0, row.fractional)
-    command.say(f"{options['sampler']}: {command.ran(sdxl.schedule, grid, options['steps'])}, {size[1]}x{size[0]}")
+    command.say(f"{options['sampler']}: {pace.ran(sdxl.schedule, grid, options['steps'])}, {size[1]}x{size[0]}")
 
     facts = results.facts_of(args) | {"script": "sample.py", "size": size, "strength": strength, "count": 1, "digests": dataset.digests(args)} | options
     missing = [job for job in wanted if not (args.prompts and dataset.is_there(job[2], facts | {"prompt": job[0], "seed": job[1]}))]
@@ -98,7 +99,7 @@ def main(argv=None):
         recorder = page and Recorder(sdxl, prompt, len(grid), negative_prompt=args.negative_prompt, full=args.inspect_full, **options)
 
         def bar(steps):
-            return command.progress(recorder.follow(steps) if recorder else steps, len(grid), f"seed {seed}")
+            return command.progress(pace.drawing(args, sdxl, recorder.follow(steps) if recorder else steps), len(grid), f"seed {seed}")
         picture = loop.sample(sdxl, conditioning[prompt], unconditional, seed, size, image=image, strength=strength, progress=bar, **options)
         png.save(picture, path, facts | {"prompt": prompt, "seed": seed})
         if recorder:

@@ -4,7 +4,6 @@ A photo is scaled until it covers the training size and encoded whole. A sample 
 every time, and its place, which the UNet is told (Podell et al. 2023, 2.2), is the true one.
 """
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -12,6 +11,7 @@ import torch.nn.functional as F
 from PIL import Image, ImageOps
 
 from . import images
+from .sdxl import send
 
 
 @dataclass(frozen=True)
@@ -25,25 +25,13 @@ class Photo:
 
 @dataclass(frozen=True)
 class Batch:
-    """x_0, eps (B,4,h,w), weight (B,1,h,w), t (B,) integers, time_ids (B,6) float32, prompts: a list of B."""
+    """x_0, eps (B,4,h,w), weight (B,1,h,w), t (B,) integers on the CPU, time_ids (B,6) float32, prompts: a list of B."""
     x_0: torch.Tensor
     eps: torch.Tensor
     weight: torch.Tensor
     t: torch.Tensor
     time_ids: torch.Tensor
     prompts: list
-
-
-def find_photos(folder):
-    """The pictures in a folder, sorted by name, and the names of what was skipped. Raises ValueError where there is none."""
-    folder = Path(folder)
-    if not folder.is_dir():
-        raise ValueError(f"{folder}: no such folder")
-    files = sorted(p for p in folder.iterdir() if p.is_file() and not p.name.startswith("."))
-    photos = [p for p in files if p.suffix.lower() in images.SUFFIXES]
-    if not photos:
-        raise ValueError(f"{folder}: no pictures in it ({', '.join(images.SUFFIXES)} are read); put 3 to 5 photos of the subject there")
-    return photos, [p.name for p in files if p not in photos]
 
 
 @torch.no_grad()
@@ -84,7 +72,8 @@ def sample(photos, size, factor, T, seed, step, index):
 def batch(photos, size, factor, T, seed, step, indices, device):
     """The samples of the indices as a Batch on the device."""
     *tensors, prompts = zip(*(sample(photos, size, factor, T, seed, step, i) for i in indices))
-    return Batch(*(torch.stack(part).to(device) for part in tensors), list(prompts))
+    x_0, eps, weight, t, time_ids = map(torch.stack, tensors)
+    return Batch(*(send(x, device) for x in (x_0, eps, weight)), t, send(time_ids, device), list(prompts))
 
 
 def stream(sdxl, photos, size, seed, count, accumulation=1):

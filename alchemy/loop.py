@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 
 from . import images, samplers
+from .sdxl import send
 
 
 @dataclass
@@ -75,7 +76,7 @@ def denoise(sdxl, noise, conditioning, unconditional=None, *, image=None, streng
             x_0 = x / (400 * t * t + 1) + 20 * t / (400 * t * t + 1) ** 0.5 * x_0
 
         sigma = samplers.sigma(ab, ab_prev, eta, row.fresh)
-        z = torch.stack([torch.randn(x.shape[1:], generator=g) for g in generators]).to(x) if sigma else None
+        z = send(torch.stack([torch.randn(x.shape[1:], generator=g) for g in generators]), x.device).to(x) if sigma else None
         towards = x_0, eps
         if row.order == 2 and index and t_prev is not None:  # of the first step there is no last one, and the end is at λ = ∞
             towards = samplers.extrapolate(step, x_0, x, ab, ab_prev)

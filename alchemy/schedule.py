@@ -107,7 +107,7 @@ class Schedule:
     def factors(self, t, like):
         """√ᾱ_t and √(1−ᾱ_t) as (B, 1, 1, 1) tensors of like's dtype and device; the roots are taken in float64."""
         ab = self.alpha_bar[t.cpu()].view(-1, 1, 1, 1)
-        return ab.sqrt().to(like), (1 - ab).sqrt().to(like)
+        return tuple(root.to(like.dtype).to(like.device, non_blocking=True) for root in (ab.sqrt(), (1 - ab).sqrt()))
 
     def snr(self, t):
         """ᾱ/(1−ᾱ) (B,) float64 at integer timesteps t (B,)."""

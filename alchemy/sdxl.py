@@ -22,6 +22,11 @@ class Conditioning:
         return Conditioning(*(torch.cat(parts) for parts in zip(*(c.parts() for c in several))))
 
 
+def send(x, device):
+    """x on the device; on CUDA, nobody waits: the copy is from pinned memory, and takes its turn there."""
+    return x.pin_memory().to(device, non_blocking=True) if torch.device(device).type == "cuda" and not x.is_cuda else x.to(device)
+
+
 class SDXL:
     """A checkpoint. tokenizers and text_encoders are pairs; unet, vae, schedule. What is not in memory yet is read on first use."""
 
@@ -79,9 +84,11 @@ class SDXL:
             lost = prompt and self.tokenizers[0].lost(prompt)
             if lost:
                 warnings.warn(f"prompt too long, these words are lost: {lost!r}", stacklevel=2)
-        ids = [torch.tensor([tokenizer(prompt or "") for prompt in prompts], device=self.device) for tokenizer in self.tokenizers]
+        ids = [send(torch.tensor([tokenizer(prompt or "") for prompt in prompts]), self.device) for tokenizer in self.tokenizers]
         (first, _), (second, pooled) = (encoder(i) for encoder, i in zip(self.text_encoders, ids))
-        keep = torch.tensor([prompt is not None or not self.zeros_for_none for prompt in prompts], device=self.device)
+        if not (first.requires_grad or second.requires_grad or all(x.isfinite().all() for x in (first, second, pooled))):  # training has its own check
+            raise FloatingPointError("what the text encoders say of the prompt is NaN or infinite: is a LoRA or an embedding damaged? Else use --dtype bfloat16 or float32")
+        keep = send(torch.tensor([prompt is not None or not self.zeros_for_none for prompt in prompts]), self.device)
         context = torch.cat([first, second], dim=-1) * keep[:, None, None]  # (B, 77, 768 + 1280)
-        time_ids = torch.tensor([[*(original or size), *crop, *size]], device=self.device, dtype=torch.float32)
+        time_ids = send(torch.tensor([[*(original or size), *crop, *size]], dtype=torch.float32), self.device)
         return Conditioning(context, pooled * keep[:, None], time_ids.expand(len(prompts), -1))

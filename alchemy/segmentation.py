@@ -43,7 +43,7 @@ class WordMaps:
     def see(self, name, probabilities):
         """One layer's (B, heads, N, M); of a guided batch, the last row is the conditional one."""
         p = probabilities[-1].mean(0)  # (N, M)
-        table, p = (self.cross, p[:, self.places].mean(1)) if name.endswith("attn2") else (self.own, p)
+        table, p = (self.cross, torch.stack([p[:, place] for place in self.places], 1).mean(1)) if name.endswith("attn2") else (self.own, p)
         self.now.append((table, self.shape(name), p))
 
     def watch(self):

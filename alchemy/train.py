@@ -5,47 +5,37 @@
 The first term teaches the subject. The second keeps the class word what it was: on the class prompt, the model with the adapter is
 held to its own prediction without it. It needs no class pictures (DreamBooth's prior preservation, Ruiz et al. 2023, eq. 2, does).
 """
-import json
+import math
 from dataclasses import dataclass, field
 
 import torch
 
 from . import lora
-from .files import save_tensors
-from .sdxl import Conditioning
+from .sdxl import Conditioning, send
 
 PATIENCE = 5  # steps in a row that may be lost to NaN or infinity
 
 
 @dataclass
 class State:
-    """What a run goes on from. parameters: {name: float32 tensor}; losses: one per step so far (NaN where it was not applied)."""
+    """What a run goes on from. parameters: {name: float32 tensor}; losses: one per step so far (NaN where it was not applied), but for
+    those that are still on their way from the device: unread, (scalar on the CPU, event of its arrival or None) each."""
     parameters: dict
     optimizer: torch.optim.Optimizer
     scaler: torch.amp.GradScaler
     step: int = 0
     losses: list = field(default_factory=list)
+    unread: list = field(default_factory=list)
 
-    def save(self, path, facts):
-        tensors = dict(self.parameters) | {"losses": torch.tensor(self.losses, dtype=torch.float64)}
-        for name, p in self.parameters.items():
-            tensors |= {f"{moment}:{name}": value for moment, value in self.optimizer.state.get(p, {}).items()}
-        save_tensors(tensors, path, facts | {"step": str(self.step), "scaler": self.scaler.state_dict(), "threads": str(torch.get_num_threads())})
+    late = property(lambda self: self.optimizer.defaults["fused"], doc="whether the device decides about a step, and its loss is read later")
 
-    @torch.no_grad()
-    def restore(self, tensors, header):
-        """From an open safetensors file and its header. Raises ValueError, with nothing changed, where it is of another kind of run."""
-        shapes = {key: tuple(tensors.get_slice(key).get_shape()) for key in tensors.keys()}
-        if "step" not in header or any(shapes.get(name) != p.shape for name, p in self.parameters.items()):
-            raise ValueError("the state is of another kind of run (other layers or rank): resume with its settings, or --overwrite it")
-        for name, p in self.parameters.items():
-            p.copy_(tensors.get_tensor(name))
-            moments = {key.split(":")[0]: tensors.get_tensor(key) for key in shapes if key.endswith(":" + name)}
-            if moments:
-                self.optimizer.state[p] = {moment: value.to("cpu" if moment == "step" else p.device) for moment, value in moments.items()}
-        self.losses, self.step = tensors.get_tensor("losses").tolist(), int(header["step"])
-        if self.scaler.is_enabled() and header["scaler"] != "{}":
-            self.scaler.load_state_dict(json.loads(header["scaler"]))
+    def read(self, but=0):
+        """Wait for the losses that are on their way, but for the last few."""
+        while len(self.unread) > but:
+            loss, arrived = self.unread.pop(0)
+            if arrived:
+                arrived.synchronize()
+            self.losses.append(float(loss))
 
 
 def start(parameters, learning_rate, dtype=torch.float32):
@@ -54,8 +44,9 @@ def start(parameters, learning_rate, dtype=torch.float32):
     if wrong:
         raise ValueError(f"{wrong[0]} is not float32: trained parameters have to be, whatever the base is")
     # A moment of float16 gradients would underflow: where only that is to be had, the loss is scaled up, the gradients down again.
-    optimizer = torch.optim.AdamW(parameters.values(), lr=learning_rate, weight_decay=0.01)
-    return State(parameters, optimizer, torch.amp.GradScaler(next(iter(parameters.values())).device.type, enabled=dtype == torch.float16))
+    device = next(iter(parameters.values())).device.type
+    optimizer = torch.optim.AdamW(parameters.values(), lr=learning_rate, weight_decay=0.01, fused=device == "cuda")
+    return State(parameters, optimizer, torch.amp.GradScaler(device, enabled=dtype == torch.float16))
 
 
 def min_snr(schedule, t, gamma):
@@ -75,15 +66,15 @@ def tell(batch, prompts, names):
     """What the UNet is told of a batch under these prompts. prompts: {prompt: Conditioning of one}."""
     known = {name: prompts[name] for name in dict.fromkeys(names)}  # each once: they may be encoded when asked for
     told = Conditioning.cat([known[name] for name in names])
-    return told.context.to(batch.x_0.device), told.pooled.to(batch.x_0.device), batch.time_ids
+    return send(told.context, batch.x_0.device), send(told.pooled, batch.x_0.device), batch.time_ids
 
 
 def errors(sdxl, batch, prompts, gamma=5.0):
     """The first term above of each sample: (B,)."""
     x_t = sdxl.schedule.add_noise(batch.x_0, batch.eps, batch.t)
     target = sdxl.schedule.target(batch.x_0, batch.eps, batch.t)
-    prediction = sdxl.unet(x_t, batch.t, *tell(batch, prompts, batch.prompts))
-    return min_snr(sdxl.schedule, batch.t, gamma).to(x_t) * mean_square(prediction - target, batch.weight)
+    prediction = sdxl.unet(x_t, send(batch.t, x_t.device), *tell(batch, prompts, batch.prompts))
+    return send(min_snr(sdxl.schedule, batch.t, gamma).to(x_t.dtype), x_t.device) * mean_square(prediction - target, batch.weight)
 
 
 def loss(sdxl, batch, prompts, class_prompt=None, prior_weight=1.0, gamma=5.0):
@@ -93,13 +84,13 @@ def loss(sdxl, batch, prompts, class_prompt=None, prior_weight=1.0, gamma=5.0):
     schedule, unet, t, of_class = sdxl.schedule, sdxl.unet, batch.t, tell(batch, prompts, [class_prompt] * len(batch.t))
     x_t = schedule.add_noise(batch.x_0, batch.eps, t)
     with torch.no_grad(), lora.scaled(unet, 0):
-        kept = unet(x_t, t, *of_class)
+        kept = unet(x_t, send(t, x_t.device), *of_class)
     # Subject and class go through the network together: one batch of 2B. Of the class, every place counts.
     both = [torch.cat(pair) for pair in zip(tell(batch, prompts, batch.prompts), of_class)]
     target = torch.cat([schedule.target(batch.x_0, batch.eps, t), kept])
     weight = torch.cat([batch.weight, torch.ones_like(batch.weight)])
-    error = mean_square(unet(torch.cat([x_t, x_t]), torch.cat([t, t]), *both) - target, weight)
-    subject, prior = (min_snr(schedule, t, gamma).to(x_t).repeat(2) * error).chunk(2)
+    error = mean_square(unet(torch.cat([x_t, x_t]), send(torch.cat([t, t]), x_t.device), *both) - target, weight)
+    subject, prior = (send(min_snr(schedule, t, gamma).to(x_t.dtype), x_t.device).repeat(2) * error).chunk(2)
     return subject.mean() + prior_weight * prior.mean()
 
 
@@ -107,9 +98,9 @@ def train(sdxl, state, loss_of, *, steps, accumulation=1, warmup=0):
     """Yield (step, loss) after each optimizer step, from state.step to steps; the state is then whole and may be saved.
 
     loss_of(step, part): the loss of one of the accumulation parts of a step, a function of these two numbers alone. A step whose loss or
-    gradient is not finite is not applied; FloatingPointError after PATIENCE of them in a row.
+    gradient is not finite is not applied, and its loss is NaN; FloatingPointError after PATIENCE of them in a row. On CUDA, where the next
+    step need not wait for it, the loss that is yielded is that of the step before (not so of the first and the last).
     """
-    lost = 0
     rates = [group.setdefault("full_lr", group["lr"]) for group in state.optimizer.param_groups]  # "lr" itself warms up
     autocast = torch.autocast(sdxl.device.type, sdxl.dtype, enabled=sdxl.dtype != torch.float32)
     for step in range(state.step, steps):
@@ -127,13 +118,17 @@ def train(sdxl, state, loss_of, *, steps, accumulation=1, warmup=0):
             group["lr"] = rate * min(1.0, (step + 1) / (warmup + 1))
         state.scaler.unscale_(state.optimizer)
         norm = torch.nn.utils.clip_grad_norm_(state.parameters.values(), 1.0)
-        total, finite = float(total), bool(torch.isfinite(norm) and torch.isfinite(total))
-        if finite:
-            state.scaler.step(state.optimizer)
+        total = torch.where(torch.isfinite(norm) & torch.isfinite(total), total, torch.nan)
+        if state.late:  # the device decides: fused AdamW leaves all as it was where found_inf is 1
+            state.optimizer.found_inf = total.isnan().float()
+        if state.late or total.isfinite():
+            state.optimizer.step()
         state.scaler.update()
-        lost = 0 if finite else lost + 1
-        if lost > PATIENCE:
-            raise FloatingPointError(f"loss or gradient was not finite in {lost} steps in a row, the last is {step + 1}; lower --learning-rate")
         state.step = step + 1
-        state.losses.append(total if finite else float("nan"))
-        yield state.step, total
+        arriving = total.to("cpu", non_blocking=state.late)
+        state.unread.append((arriving, torch.cuda.current_stream().record_event() if total.is_cuda else None))
+        state.read(but=int(state.late and state.step not in (1, steps)))
+        last = state.losses[-PATIENCE - 1:]
+        if len(last) > PATIENCE and all(map(math.isnan, last)):
+            raise FloatingPointError(f"loss or gradient was not finite in {len(last)} steps in a row, the last is {len(state.losses)}; lower --learning-rate")
+        yield state.step, last[-1]

@@ -161,8 +161,8 @@ class UNet(nn.Module):
         time_ids: height and width of the original, top and left of the crop, height and width of the target, in pixels.
         """
         dtype = self.conv_in.weight.dtype
-        t = torch.as_tensor(t, device=latents.device).expand(len(latents))
-        emb = self.time_embedding(sinusoid(t, self.conv_in.out_channels).to(dtype))
+        t = t if torch.is_tensor(t) else torch.full((), t, device=latents.device)  # of a number; torch.as_tensor would wait for the device
+        emb = self.time_embedding(sinusoid(t.to(latents.device).expand(len(latents)), self.conv_in.out_channels).to(dtype))
         sizes = sinusoid(time_ids.flatten(), self.config.addition_time_embed_dim).view(len(latents), -1)  # (B, 6 · 256)
         emb = emb + self.add_embedding(torch.cat([pooled.to(dtype), sizes.to(dtype)], dim=-1))  # pooled first
 

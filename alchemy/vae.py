@@ -121,10 +121,12 @@ class VAE(nn.Module):
         self.post_quant_conv = nn.Conv2d(config.latent_channels, config.latent_channels, 1)
 
     def encode(self, images):
-        """(B,3,H,W) in [-1,1], sides a multiple of the factor -> mean and std (B,4,H/f,W/f) of the latents, float32 or better."""
+        """(B,3,H,W) in [-1,1], sides a multiple of the factor -> mean and std (B,4,H/f,W/f) of the latents, float32 or better. Raises as decode does."""
         moments = self.quant_conv(self.encoder(images.to(self.quant_conv.weight.dtype)))
         moments = moments.to(torch.promote_types(moments.dtype, torch.float32))
         mean, log_variance = moments.chunk(2, dim=1)
+        if not moments.isfinite().all():
+            raise FloatingPointError("the VAE encoded to NaN or infinity (the official VAE overflows in float16: use bfloat16 or float32)")
         std = torch.exp(0.5 * log_variance.clamp(-30, 20))
         return mean * self.config.scaling_factor, std * self.config.scaling_factor
 

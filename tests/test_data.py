@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from PIL import Image, ImageOps
 
 from alchemy import data, images
+from alchemy.methods import captions
 from running import picture
 
 FACTOR, T = 4, 1000
@@ -55,7 +56,7 @@ def test_pictures_are_listed_sorted_and_other_files_named(tmp_path):
     for name in ("b.PNG", "a.jpg", "10.webp", "9.jpeg", "notes.txt", "clip.mp4", ".hidden.png", ".DS_Store"):
         (tmp_path / name).write_bytes(b"")
     (tmp_path / "folder.png").mkdir()
-    found, skipped = data.find_photos(tmp_path)
+    found, skipped = captions.find_photos(tmp_path)
     assert [p.name for p in found] == ["10.webp", "9.jpeg", "a.jpg", "b.PNG"]
     assert skipped == ["clip.mp4", "notes.txt"]
 
@@ -63,10 +64,10 @@ def test_pictures_are_listed_sorted_and_other_files_named(tmp_path):
 def test_a_folder_that_is_missing_or_has_no_pictures_is_refused(tmp_path):
     (tmp_path / "notes.txt").write_text("")
     with pytest.raises(ValueError, match="no pictures in it"):
-        data.find_photos(tmp_path)
+        captions.find_photos(tmp_path)
     for path in (tmp_path / "none", tmp_path / "notes.txt"):
         with pytest.raises(ValueError, match="no such folder"):
-            data.find_photos(path)
+            captions.find_photos(path)
 
 
 # One photo

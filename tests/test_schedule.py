@@ -4,7 +4,7 @@ import dataclasses
 import pytest
 import torch
 
-from alchemy import command
+from alchemy.command import pace
 from alchemy.schedule import Schedule
 
 SPACINGS = ("leading", "trailing", "linspace")
@@ -142,8 +142,8 @@ def test_noise_is_added_by_each_images_own_timestep():
 
 def test_what_really_runs_is_said_in_a_line():
     grid = SDXL.grid(50, strength=0.58)
-    assert command.ran(SDXL, grid, 50) == f"29 of 50 steps, first t 561 (sigma {sigma(SDXL.at(561)):.2f})"
-    assert "infinite" in command.ran(V, V.grid(30), 30)
+    assert pace.ran(SDXL, grid, 50) == f"29 of 50 steps, first t 561 (sigma {sigma(SDXL.at(561)):.2f})"
+    assert "infinite" in pace.ran(V, V.grid(30), 30)
 
 
 def test_a_schedule_does_not_change():

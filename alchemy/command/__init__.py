@@ -98,6 +98,8 @@ def add_checkpoint(p):
     g.add_argument("--revision", metavar="NAME",                      help="branch, tag or commit on the Hub")
     g.add_argument("--device",   default="auto",                      help="auto, cuda, mps, cpu (default: auto)")
     g.add_argument("--dtype",    default="auto", choices=("auto", "float32", "bfloat16", "float16"), help="of the networks (default: auto, float32 on the CPU)")
+    from .pace import add_flags
+    add_flags(p)
 
 
 def add_drawing(p):
@@ -128,7 +130,8 @@ def load(args):
     weights = ROOT / MINI if args.weights == MINI else args.weights
     if args.revision and Path(weights).exists():
         raise ValueError(f"--revision is of a checkpoint on the Hub; {args.weights} is a place on this machine")
-    return alchemy.load(weights, args.device, args.dtype, config=args.config, vae=args.vae, revision=args.revision)
+    from .pace import prepare
+    return prepare(args, alchemy.load(weights, args.device, args.dtype, config=args.config, vae=args.vae, revision=args.revision))
 
 
 def default_lora():
@@ -136,8 +139,9 @@ def default_lora():
     return [(str(TAUGHT if TAUGHT.exists() else SHIPPED), 1.0)]
 
 
-def put_loras(sdxl, loras, embeddings=None, prompts=None):
-    """Put the files of the flags on; returns the words that the embeddings are. One that stands in none of the prompts is warned of."""
+def put_loras(sdxl, loras, embeddings=None, prompts=None, merge=False):
+    """Put the files of the flags on, merged into the weights if wanted; returns the words that the embeddings are. One that stands in
+    none of the prompts is warned of."""
     import alchemy
     words = []
     if embeddings:
@@ -149,6 +153,9 @@ def put_loras(sdxl, loras, embeddings=None, prompts=None):
                 say(f"warning: {words[-1]!r} is in no prompt, and has no part in what is drawn")
     for path, scale in loras or ():
         alchemy.load_lora(sdxl, path, scale)
+    if merge:
+        from .. import lora
+        lora.merge(sdxl)
     return words
 
 
@@ -171,13 +178,6 @@ def progress(iterable, total, name, shown=lambda item: ""):
             print(f"{name}: {count}/{total}, {rate:.2f}/s, {(total - count) / rate:.0f} s left {shown(item)}".rstrip(), file=sys.stderr, flush=True)
             said = now
         yield item
-
-
-def ran(schedule, grid, asked):
-    """What really runs, in a line: "29 of 50 steps, first t 561 (sigma 3.02)"."""
-    t, ab = grid[0][0], schedule.at(grid[0][0])
-    sigma = f"{((1 - ab) / ab) ** 0.5:.2f}" if ab else "infinite"
-    return f"{len(grid)} of {asked} steps, first t {t:g} (sigma {sigma})"
 
 
 def is_picture(path):

@@ -7,7 +7,7 @@ from ..files import replace
 from ..formats import png
 from ..formats.text import read_text
 
-DECIDE = ("prompt", "seed", "size", "sampler", "grid", "steps", "guidance", "eta", "negative_prompt", "weights", "vae", "config", "revision", "dtype",
+DECIDE = ("prompt", "seed", "size", "sampler", "grid", "steps", "guidance", "eta", "negative_prompt", "weights", "vae", "config", "revision", "dtype", "fp8_base",
           "lora", "embedding", "image", "strength", "digests")
 
 

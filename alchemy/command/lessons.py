@@ -40,7 +40,7 @@ def listed(args):
         if missing := captions.unlisted(args.photos, pictures):
             command.say(f"{len(missing)} pictures of {args.photos} are not in its metadata.jsonl and are left out ({', '.join(missing[:3])})")
         return pictures
-    found, skipped = data.find_photos(args.photos)
+    found, skipped = captions.find_photos(args.photos)
     for name in skipped:
         command.say(f"skipped {name}: not a JPEG, PNG or WebP")
     return [(path, named(args)[0]) for path in found]
@@ -110,7 +110,7 @@ def inversion(args, sdxl, pictures):
 def class_pictures(args, sdxl, prompt):
     """The paths of the class pictures (prior.class_pictures), in their folder."""
     folder = command.folder(args.class_folder or Path(args.out) / "class", "--class-folder" if args.class_folder else "--out")
-    facts = {k: getattr(args, k) for k in ("vae", "config", "revision", "dtype")}
+    facts = {k: getattr(args, k) for k in ("vae", "config", "revision", "dtype", "fp8_base")}
     return prior.class_pictures(sdxl, prompt, folder, args.class_pictures, args.size, facts)
 
 

@@ -19,6 +19,8 @@ def training(args, default):
     for flag, goes_with in ONLY.items():
         if getattr(args, flag) != default(flag) and ways.isdisjoint(goes_with):
             raise ValueError(f"--{flag.replace('_', '-')} has no part in this run: it goes with {' or '.join(WAYS[way] for way in goes_with)}")
+    if args.fp8_base and args.method == "full":
+        raise ValueError("--fp8-base has no part in this run: with --method full, the very weights learn that it would round")
     if word and args.format == "peft":
         raise ValueError("--format peft is of a LoRA; a new word is written as kohya's tools read it, or with --format diffusers")
     if args.captions and args.mask == "segment":
@@ -58,6 +60,8 @@ def subject(args):
 
 def drawing(args):
     """Refuse flags of sample.py and insert.py that have no part in what is drawn."""
+    if getattr(args, "merge", False) and args.fp8_base:
+        raise ValueError("--merge has no part in --fp8-base: added to weights of 8 bits, most of a LoRA would be rounded away; leave out one of them")
     not_empty(args, "token")
     if args.eta and args.sampler and SAMPLERS[args.sampler].order == 2:
         raise ValueError(f"--eta has no part in --sampler {args.sampler}, which draws no noise: leave it out, or name another sampler")

@@ -3,6 +3,7 @@ import signal
 import sys
 import time
 import warnings
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -17,10 +18,13 @@ from ..formats.folder import save_checkpoint
 from ..files import save_json
 from ..methods import dreambooth, masks, textual_inversion
 from ..report import preflight, sheets
+from ..savers.compiled import timed
+from ..savers.once import following
 from ..train import start, train
 from ..sdxl import Conditioning
 from . import inspecting, results
 from .lessons import captioned, inversion, listed, live, subject
+from .states import restore, save_state
 
 
 class Stop:
@@ -95,7 +99,8 @@ def preview(args, sdxl, lesson, step):
         return Conditioning(*(part.to(sdxl.device) for part in lesson.prompts[prompt].parts()))
     options = {k: sdxl.defaults[k] for k in ("sampler", "steps", "guidance")}
     try:
-        row = [(f"step {step}: {prompt}", loop.sample(sdxl, told(prompt), told(None), args.seed, args.size, **options)) for prompt in lesson.shown]
+        row = [(f"step {step}: {prompt}", loop.sample(sdxl, told(prompt), told(None), args.seed, args.size, progress=partial(following, sdxl.unet), **options))
+               for prompt in lesson.shown]
     except FloatingPointError:
         if not step:
             raise  # nothing is taught yet that could be to blame
@@ -152,7 +157,7 @@ def main(args):
     sdxl.unet.checkpointing = args.checkpointing
     if saved:
         try:
-            state.restore(saved, facts)
+            restore(state, saved, facts)
         except ValueError as error:
             raise ValueError(f"{out / 'state.safetensors'}: {error}") from None
         command.say(f"resuming at step {state.step} of {args.steps}")
@@ -189,10 +194,11 @@ def steps(args, out, sdxl, lesson, state, watcher=None):
     """The loop with its bar, previews and states. Returns the signal that ended it, or None."""
     stop, rows, path = Stop(), [], out / "state.safetensors"
     running = train(sdxl, state, lesson.loss_of, steps=args.steps, accumulation=args.accumulation, warmup=args.warmup)
+    running = timed(running, command.say) if args.compile else running
     running = watcher.follow(running) if watcher else running
     every = args.save_every or (None if args.method == "full" else 100)  # of SDXL's whole UNet, a state has 31 GB
     if every and not path.exists():
-        state.save(path, {"kind": args.method})  # so that there is a good one, whatever comes
+        save_state(state, path, {"kind": args.method})  # so that there is a good one, whatever comes
 
     def show():
         if not rows and (out / "preview.png").exists():  # of before a stop: the sheet starts anew, that one stays beside it
@@ -207,14 +213,14 @@ def steps(args, out, sdxl, lesson, state, watcher=None):
             show()  # what the model draws before anything is taught
         for step, _ in command.progress(running, args.steps - state.step, "training", lambda item: f"loss {item[1]:.4f}"):
             if stop.signal or step == args.steps or every and step % every == 0:
-                state.save(path, {"kind": args.method})
+                save_state(state, path, {"kind": args.method})
             if stop.signal:
                 return stop.signal
             if args.preview_every and (step % args.preview_every == 0 or step == args.steps):
                 show()
     except FloatingPointError as error:
         if not path.exists():  # else the older one is better: the steps before NaN went astray
-            state.save(path, {"kind": args.method})  # of finite weights, since no other step was applied
+            save_state(state, path, {"kind": args.method})  # of finite weights, since no other step was applied
         raise FloatingPointError(f"{error}; --resume goes on from {path}") from None
     finally:
         stop.release()

@@ -14,6 +14,18 @@ from .. import data, images
 from ..formats.text import read_text
 
 
+def find_photos(folder):
+    """The pictures in a folder, sorted by name, and the names of what was skipped. Raises ValueError where there is none."""
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise ValueError(f"{folder}: no such folder")
+    files = sorted(p for p in folder.iterdir() if p.is_file() and not p.name.startswith("."))
+    photos = [p for p in files if p.suffix.lower() in images.SUFFIXES]
+    if not photos:
+        raise ValueError(f"{folder}: no pictures in it ({', '.join(images.SUFFIXES)} are read); put 3 to 5 photos of the subject there")
+    return photos, [p.name for p in files if p not in photos]
+
+
 def read(folder):
     """[(path, caption)] of a folder, sorted. Raises ValueError that names the line or the picture where something is missing."""
     folder = Path(folder)
@@ -25,7 +37,7 @@ def read(folder):
         if twice := [path.name for (path, _), (other, _) in zip(rows, rows[1:]) if path == other]:
             raise ValueError(f"{table}: {twice[0]} stands in it twice; leave one of the lines")
         return rows
-    found, _ = data.find_photos(folder)
+    found, _ = find_photos(folder)
     texts = [" ".join(read_text(text).split()) if text.exists() else "" for text in (path.with_suffix(".txt") for path in found)]
     if silent := [path.name for path, text in zip(found, texts) if not text]:
         raise ValueError(f"{folder}: no caption for {len(silent)} of {len(found)} pictures ({', '.join(silent[:3])}): write metadata.jsonl, or a .txt beside each")

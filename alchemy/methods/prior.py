@@ -5,11 +5,14 @@
 The class term is the same error on pictures of the class that the model itself drew before it was taught: what the class word meant,
 it is to mean still. Beside it stands alchemy/train.py's way, which needs no pictures.
 """
+from functools import partial
+
 import torch
 
 from .. import loop
 from ..data import Batch
 from ..formats import png
+from ..savers.once import following
 from ..train import errors
 
 FIRST_SEED = 10 ** 6  # of the class pictures: not those that previews are drawn with
@@ -33,7 +36,7 @@ def class_pictures(sdxl, prompt, folder, count, size=None, facts=None):
             if not path.exists():
                 told = told or [sdxl.encode_prompt([p], size) for p in (prompt, None)]
                 sdxl.free("text_encoders")  # encoded once; the UNet can use the memory
-                png.save(loop.sample(sdxl, *told, seed, size, **options), path, facts | {"seed": seed})
+                png.save(loop.sample(sdxl, *told, seed, size, progress=partial(following, sdxl.unet), **options), path, facts | {"seed": seed})
             yield path
     return drawn()
 

@@ -28,7 +28,7 @@ class ExtendedEmbedding(nn.Embedding):
     def forward(self, ids):
         new = ids >= self.first
         known = nn.functional.embedding(ids.masked_fill(new, 0), self.weight)
-        if not new.any():
+        if not len(self.extra):
             return known
         return torch.where(new[..., None], nn.functional.embedding((ids - self.first).clamp(min=0), self.extra).to(known.dtype), known)
 

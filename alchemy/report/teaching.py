@@ -6,6 +6,7 @@ import torch
 from PIL import Image
 
 from .. import lora
+from ..savers.fp8 import weight_of
 from . import sheets
 from .page import write
 from .pictures import bytes_of, spread, uri
@@ -42,7 +43,7 @@ class Watcher:
         self.moments.append(step)
         for name, layer in lora.attention_layers(sdxl.unet).items():
             for adapter in layer.lora.values():
-                self.norms.setdefault(name, []).append(float(adapter.delta().norm() / layer.weight.float().norm()))
+                self.norms.setdefault(name, []).append(float(adapter.delta().norm() / weight_of(layer).norm()))
         if step in self.measured:
             with torch.autocast(sdxl.device.type, sdxl.dtype, enabled=sdxl.dtype != torch.float32):
                 self.by_t[step] = [self.error_at(t) for t in self.timesteps]

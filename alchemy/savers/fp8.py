@@ -70,10 +70,6 @@ def store_fp8(module):
     return module
 
 
-def is_fp8(module):
-    return any(isinstance(m, FP8) for m in module.modules())
-
-
 def weight_of(layer):
     """The weight (out, in) of a layer as it is used, float32; of one in fp8 unpacked."""
     return unpack(layer.weight, layer.scale, torch.float32) if isinstance(layer, FP8) else layer.weight.float()

@@ -40,6 +40,6 @@ def once(unet):
 
 
 def following(unet, steps):
-    """Yield the Steps of a picture, each of them computed so."""
+    """Yield the steps of a picture, each of them computed so."""
     with once(unet):
         yield from steps
