@@ -74,7 +74,7 @@ FAULTS = {
         ("time ids: sizes swapped", "[*(original or size), *crop, *size]", "[*size, *crop, *(original or size)]"),
         ("time ids: width first", "*crop, *size]", "*crop, *size[::-1]]"),
         ("time ids: left before top", "*crop, *size]", "*crop[::-1], *size]"),
-        ("time ids in half", "device=self.device, dtype=torch.float32)", "device=self.device, dtype=torch.bfloat16)"),
+        ("time ids in half", "*size]], dtype=torch.float32)", "*size]], dtype=torch.bfloat16)"),
         ("None is encoded", "prompt is not None or", "True or"),
         ("the empty prompt is zeros", "prompt is not None or", "bool(prompt) or"),
         ("None leaves the pooled vector", "pooled * keep[:, None]", "pooled"),
@@ -169,7 +169,22 @@ FAULTS = {
         ("the prior's target has the LoRA on", "lora.scaled(unet, 0)", "lora.scaled(unet, 1)"),
         ("the prior weighs nothing", "subject.mean() + prior_weight * prior.mean()", "subject.mean()"),
         ("accumulated, not averaged", "loss_of(step, part) / accumulation", "loss_of(step, part)"),
-        ("a step of NaN is applied", "        if finite:\n            state.scaler.step", "        if True:\n            state.scaler.step"),
+        ("a step of NaN is applied", "if state.late or total.isfinite():", "if True:"),
+    ),
+    ("train", "waiting"): (
+        ("read late, a step of NaN is applied", "total.isnan().float()", "torch.zeros_like(total)"),
+        ("the loss is waited for", "but=int(state.late and state.step not in (1, steps))", "but=0"),
+        ("the last loss is not read", "state.step not in (1, steps)", "state.step != 1"),
+        ("a run that is lost goes on", "if len(last) > PATIENCE and", "if False and"),
+    ),
+    ("unet", "waiting"): (
+        ("a timestep waits for the device", "torch.full((), t, device=latents.device)", "torch.as_tensor(t, device=latents.device)"),
+    ),
+    ("sdxl", "finite"): (
+        ("a prompt of NaN is drawn", "if not (first.requires_grad", "if not (True or first.requires_grad"),
+    ),
+    ("vae", "finite"): (
+        ("a photo of NaN is taught", "if not moments.isfinite().all():", "if False:"),
     ),
     ("data", "data captions"): (
         ("a crop's left is its top", "top * factor, left * factor", "top * factor, top * factor"),

@@ -1,20 +1,17 @@
-"""The savers: each exact, or with the error that is stated here."""
+"""Linear layers in fp8: their error, what they keep in memory, what they refuse."""
 from types import SimpleNamespace
 
 import pytest
 import torch
 import torch.nn.functional as F
-from torch.utils.checkpoint import checkpoint
 
 import alchemy
-from alchemy import attention, lora, loop, savers
-from alchemy.command import ROOT
+from alchemy import lora, savers
 from alchemy.formats.folder import save_checkpoint
 from alchemy.savers import fp8
-from alchemy.savers.compiled import missing, timed
-from alchemy.savers.once import following
 from checkpoints import vocabulary_read_once  # noqa: F401
 from running import tiny  # noqa: F401
+import saver_errors
 
 ORDER = ("latents", "t", "context", "pooled", "time_ids")
 
@@ -44,8 +41,6 @@ def adapted(net, seed=0):
         p.data = 0.2 * torch.randn(p.shape, generator=torch.Generator().manual_seed(seed + i))
     return parameters
 
-
-# fp8
 
 def test_a_weight_in_fp8_is_off_by_a_sixteenth_of_itself_at_most():
     weight = torch.randn(64, 1000, generator=torch.Generator().manual_seed(0)) * torch.logspace(-4, 2, 64)[:, None]
@@ -114,8 +109,6 @@ def test_a_lora_learns_on_an_fp8_base_as_on_the_unpacked_one_also_under_autocast
 
 
 def test_of_the_miniatures_unet_fp8_takes_off_less_than_a_hundredth_of_its_prediction():
-    # README, "Fast and small", has the figures: python tests/saver_errors.py
-    import saver_errors
     off = saver_errors.fp8_errors(timesteps=(200, 981))
     assert 1e-4 < min(off.values()) and max(off.values()) < 0.01
 
@@ -168,96 +161,3 @@ def test_merged_weights_are_not_stored():
     layer.merge()
     with pytest.raises(ValueError, match="unmerge"):
         fp8.store_fp8(layer)
-
-
-# Keys and values, once
-
-def counted(net):
-    """A list that each call of the attention layers' `to_k` on a context adds to."""
-    calls = []
-    for name, layer in attention.attentions(net).items():
-        if name.endswith("attn2"):
-            layer.to_k.register_forward_hook(lambda *_, name=name: calls.append(name))
-    return calls
-
-
-def test_keys_and_values_are_computed_once_for_a_prompt_and_change_no_bit(network, inputs):
-    net, given = network("unet_a", torch.float32), inputs()
-    adapted(net)
-    other = [*given[:2], given[2] + 1, *given[3:]]
-    with torch.no_grad():
-        expected, of_other = net(*given), net(*other)
-        calls = counted(net)
-        with savers.once(net):
-            for _ in range(3):
-                assert torch.equal(net(*given), expected)
-            assert len(calls) == len(set(calls)) == 15
-            assert torch.equal(net(*other), of_other) and torch.equal(net(*given), expected) and len(calls) == 45
-        assert torch.equal(net(*given), expected) and len(calls) == 60
-    assert not any("told" in vars(layer) for layer in attention.attentions(net).values())
-
-
-def test_another_scale_another_adapter_and_another_value_are_another_answer(network, inputs):
-    net, given = network("unet_a", torch.float32), inputs()
-    parameters = adapted(net)
-
-    def changed():
-        yield
-        with lora.scaled(net, 0):
-            yield
-        with lora.scaled(net, 0.5):
-            yield
-        parameters[5].mul_(2)
-        yield
-        for layer in lora.attention_layers(net).values():
-            lora.put(layer, "more", *pair(layer), 2)
-        yield
-        given[2].add_(1)
-        yield
-        lora.merge(net)
-        yield
-    with torch.no_grad():
-        kept = given[2].clone()
-        with savers.once(net):
-            ours = [net(*given).clone() for _ in changed()]
-    assert len({float(x.sum()) for x in ours}) == len(ours) == 7
-
-    net, given[2] = network("unet_a", torch.float32), kept
-    parameters = adapted(net)
-    with torch.no_grad():
-        theirs = [net(*given) for _ in changed()]
-    assert all(torch.equal(a, b) for a, b in zip(ours, theirs))
-
-
-def test_where_gradients_are_wanted_nothing_is_kept(network, inputs):
-    net, given = network("unet_a", torch.float32), inputs()
-    parameters = adapted(net)
-    net(*given).square().mean().backward()
-    expected = [p.grad.clone() for p in parameters]
-    with savers.once(net):
-        with torch.no_grad():
-            net(*given)
-        for p in parameters:
-            p.grad = None
-        net(*given).square().mean().backward()
-    assert all(torch.equal(p.grad, g) for p, g in zip(parameters, expected)) and sum(g.any() for g in expected) > 200
-
-
-def test_attention_that_is_watched_sees_the_same(network, inputs):
-    net, given, names = network("unet_a", torch.float32), inputs(), ["mid_block.attentions.0.transformer_blocks.2.attn2"]
-    seen = []
-    with torch.no_grad(), attention.watch(net, names, lambda name, p: seen.append(p)):
-        net(*given)
-        with savers.once(net):
-            net(*given), net(*given)
-    assert torch.equal(seen[0], seen[1]) and torch.equal(seen[0], seen[2])
-
-
-def test_a_picture_goes_through_the_prompt_but_once(tiny):
-    sdxl = alchemy.load(tiny, "cpu", "float32")
-    size, unconditional, options = loop.settings(sdxl, None, None, {"steps": 4})
-    told = sdxl.encode_prompt(["a dog"], size)
-    expected = loop.sample(sdxl, told, unconditional, 3, size, **options)
-    calls = counted(sdxl.unet)
-    ours = loop.sample(sdxl, told, unconditional, 3, size, progress=lambda steps: following(sdxl.unet, steps), **options)
-    assert ours.tobytes() == expected.tobytes() and len(calls) == len(set(calls)) > 0

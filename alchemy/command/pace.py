@@ -18,9 +18,9 @@ def prepare(args, sdxl):
 
 def drawing(args, sdxl, steps):
     """The Steps of a picture, keys and values of its prompt computed once; how long compiling took is said."""
-    from ..savers import compiled, once
-    steps = once.following(sdxl.unet, steps)
-    return compiled.timed(steps, command.say) if args.compile else steps
+    from ..savers import memo, regional
+    steps = memo.following(sdxl.unet, steps)
+    return regional.timed(steps, command.say) if args.compile else steps
 
 
 def ran(schedule, grid, asked):

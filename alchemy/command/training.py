@@ -18,8 +18,8 @@ from ..formats.folder import save_checkpoint
 from ..files import save_json
 from ..methods import dreambooth, masks, textual_inversion
 from ..report import preflight, sheets
-from ..savers.compiled import timed
-from ..savers.once import following
+from ..savers.regional import timed
+from ..savers.memo import following
 from ..train import start, train
 from ..sdxl import Conditioning
 from . import inspecting, results

@@ -12,7 +12,7 @@ import torch
 from .. import loop
 from ..data import Batch
 from ..formats import png
-from ..savers.once import following
+from ..savers.memo import following
 from ..train import errors
 
 FIRST_SEED = 10 ** 6  # of the class pictures: not those that previews are drawn with

@@ -1,9 +1,9 @@
 """What makes the UNet smaller or quicker and leaves alone what it computes: exactly, or with an error that is measured (README, Fast and small)."""
 from dataclasses import replace
 
-from .compiled import compiled
 from .fp8 import store_fp8
-from .once import once
+from .memo import once
+from .regional import compiled
 
 __all__ = ["compiled", "once", "prepare", "store_fp8"]
 

@@ -31,7 +31,7 @@ def compiled(module):
     if isinstance(module, UNet):
         if lacking := missing(module.conv_in.weight.device):
             raise ValueError(f"--compile needs {lacking}, which is not here: install it, or leave out --compile")
-        torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, VARIANTS)
+        torch._dynamo.config.cache_size_limit = max(torch._dynamo.config.cache_size_limit, VARIANTS)
         for kind in (TransformerBlock, ResnetBlock):
             quick = torch.compile(kind.forward, dynamic=False)
             for block in (m for m in module.modules() if isinstance(m, kind)):
