@@ -86,8 +86,9 @@ class SDXL:
                 warnings.warn(f"prompt too long, these words are lost: {lost!r}", stacklevel=2)
         ids = [send(torch.tensor([tokenizer(prompt or "") for prompt in prompts]), self.device) for tokenizer in self.tokenizers]
         (first, _), (second, pooled) = (encoder(i) for encoder, i in zip(self.text_encoders, ids))
-        if not (first.requires_grad or second.requires_grad or all(x.isfinite().all() for x in (first, second, pooled))):  # training has its own check
-            raise FloatingPointError("what the text encoders say of the prompt is NaN or infinite: is a LoRA or an embedding damaged? Else use --dtype bfloat16 or float32")
+        for name, x in (("first text encoder's context", first), ("second text encoder's context", second), ("pooled vector", pooled)):
+            if not x.requires_grad and not x.isfinite().all():  # of what learns, the training loop looks at the loss
+                raise FloatingPointError(f"the {name} became NaN or infinite: is a LoRA or an embedding damaged? If not, use --dtype bfloat16 or float32")
         keep = send(torch.tensor([prompt is not None or not self.zeros_for_none for prompt in prompts]), self.device)
         context = torch.cat([first, second], dim=-1) * keep[:, None, None]  # (B, 77, 768 + 1280)
         time_ids = send(torch.tensor([[*(original or size), *crop, *size]], dtype=torch.float32), self.device)

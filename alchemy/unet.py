@@ -178,5 +178,5 @@ class UNet(nn.Module):
     def run(self, layer, *inputs):
         """layer(*inputs); with checkpointing on, its inner activations are computed again in the backward pass, not kept."""
         if self.checkpointing and torch.is_grad_enabled():
-            return checkpoint(layer, *inputs, use_reentrant=False)
+            return checkpoint(layer, *inputs, use_reentrant=False, preserve_rng_state=False)  # there is no chance in it
         return layer(*inputs)

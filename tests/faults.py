@@ -181,7 +181,7 @@ FAULTS = {
         ("a timestep waits for the device", "torch.full((), t, device=latents.device)", "torch.as_tensor(t, device=latents.device)"),
     ),
     ("sdxl", "finite"): (
-        ("a prompt of NaN is drawn", "if not (first.requires_grad", "if not (True or first.requires_grad"),
+        ("a prompt of NaN is drawn", "if not x.requires_grad and not", "if False and not"),
     ),
     ("vae", "finite"): (
         ("a photo of NaN is taught", "if not moments.isfinite().all():", "if False:"),

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
-ROOMS = ("methods", "formats", "report")
+ROOMS = ("methods", "formats", "report", "savers", "command")
 PACKAGES = {"torch", "numpy", "PIL", "safetensors", "huggingface_hub", "tqdm"}
 SCRIPTS = [ROOT / name for name in ("train.py", "sample.py", "insert.py") if (ROOT / name).exists()]
 
