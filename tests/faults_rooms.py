@@ -17,6 +17,10 @@ ROOMS = {
         ("peft's alpha beside is not read", 'if Path(path).name == "adapter_model.safetensors" else {}', "if False else {}"),
         ("NaN is put on", "if wild:", "if False:"),
     ),
+    ("savers/__init__", "savers"): (
+        ("triton is to read e4m3 on any card", "< (8, 9)", "< (0, 0)"),
+        ("a network that is read again is not stored", "sdxl.read = replace(sdxl.read, ready=ready)", "pass"),
+    ),
     ("savers/fp8", "savers"): (
         ("one scale for all rows", "weight.abs().amax(1, keepdim=True)", "weight.abs().amax().expand(len(weight), 1)"),
         ("scales that round", "torch.ldexp(torch.ones_like(exponent, dtype=torch.float32), exponent)", "weight.abs().amax(1, keepdim=True).clamp(min=1e-9) / MOST"),

@@ -40,12 +40,12 @@ def test_another_scale_another_adapter_and_another_value_are_another_answer(netw
 
     def changed():
         yield
+        parameters[11].mul_(2)  # of attn2.to_k
+        yield
         with lora.scaled(net, 0):
             yield
         with lora.scaled(net, 0.5):
             yield
-        parameters[11].mul_(2)  # of attn2.to_k
-        yield
         for layer in lora.attention_layers(net).values():
             lora.put(layer, "more", *pair(layer), 2)
         yield

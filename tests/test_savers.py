@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 
 import alchemy
+import alchemy.formats.checkpoint
 from alchemy import lora, savers
 from alchemy.formats.folder import save_checkpoint
 from alchemy.savers import fp8
@@ -153,6 +154,19 @@ def test_an_fp8_base_refuses_to_merge_and_to_be_written(tiny, tmp_path):
         save_checkpoint(sdxl, tmp_path / "whole")
     assert not list(tmp_path.iterdir())
     assert all(torch.equal(p.float(), before[name].float()) for name, p in sdxl.unet.named_parameters())
+
+
+@pytest.mark.parametrize("device, compile, capability, named", [
+    ("mps", False, None, "mps"), ("cuda", True, (8, 6), "8.9"), ("cuda", True, (8, 9), None), ("cuda", False, (7, 5), None)])
+def test_a_device_that_cannot_is_named_before_anything_is_read(monkeypatch, device, compile, capability, named):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: capability)
+    sdxl = SimpleNamespace(device=torch.device(device), loaded={}, read=alchemy.formats.checkpoint.Reader(*[None] * 5))
+    if named:
+        with pytest.raises(ValueError, match=f"--fp8-base.*{named}.*leave"):
+            savers.prepare(sdxl, fp8=True, compile=compile)
+    else:
+        savers.prepare(sdxl, fp8=True, compile=compile)
+    assert (sdxl.read.ready is None) == bool(named)
 
 
 def test_merged_weights_are_not_stored():
