@@ -44,7 +44,7 @@ def parser():
     g.add_argument("--style",         action="store_true",               help="the new word is a style, not a thing")
     g.add_argument("--snr-gamma",     type=command.WEIGHT, default=5.0, metavar="X", help="min-SNR weighting; 0 is none (default: 5)")
     g.add_argument("--mirror",        action=command.BooleanOptionalAction, default=False, help="photos mirrored too; not for what has writing on it")
-    g.add_argument("--checkpointing", action=command.BooleanOptionalAction, default=None, help="less memory, a third more time (default: for SDXL)")
+    g.add_argument("--checkpointing", action=command.BooleanOptionalAction, default=None, help="less memory, a third more time (default: by a GPU's free memory; elsewhere for SDXL)")
     g.add_argument("--seed",          type=command.SEED,  default=0, metavar="N", help="(default: 0)")
     g = p.add_argument_group("files")
     g.add_argument("--check",         action="store_true",               help="look at the pictures, write check.png, time one step, and stop there")

@@ -18,6 +18,7 @@ SHIPPED = ROOT / "weights" / "example.safetensors"            # the same, before
 EXAMPLE = dict(class_word="dog", token="sks")
 PLACE = "in a forest"
 MADE = []  # the folders that this run had to make, the innermost first
+LEANER = []  # a function that says, or None, which flags would have fitted the device (fitting.leaner)
 
 
 class Parser(argparse.ArgumentParser):
@@ -221,21 +222,19 @@ def wrote(*paths):
 
 def run(main):
     """Call main() as a script does: bad input, a full disk or too little memory end in one line and status 2."""
-    MADE.clear()
+    MADE.clear(), LEANER.clear()
     warnings.showwarning = lambda message, *_, **__: say(f"warning: {message}")
     try:
-        main()
+        return main()
     except (ValueError, OSError, FloatingPointError) as error:
         said = f"{error.filename}: {error.strerror}" if isinstance(error, OSError) and error.filename else str(error) or type(error).__name__
     except (MemoryError, RuntimeError) as error:
         if not isinstance(error, MemoryError) and "out of memory" not in str(error).lower() and "can't allocate memory" not in str(error):
             raise
-        said = "out of memory: use a smaller --size or --batch, or --dtype bfloat16"
+        said = "out of memory: " + (LEANER and LEANER[0]() or "use a smaller --size or --batch, or --dtype bfloat16")
     except KeyboardInterrupt:
         say("interrupted")
         sys.exit(130)
-    else:
-        return
     for path in MADE:
         if path.is_dir() and not any(path.iterdir()):
             path.rmdir()

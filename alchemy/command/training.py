@@ -22,7 +22,7 @@ from ..savers.regional import timed
 from ..savers.memo import following
 from ..train import start, train
 from ..sdxl import Conditioning
-from . import inspecting, results
+from . import fitting, inspecting, results
 from .lessons import captioned, inversion, listed, live, subject
 from .states import restore, save_state
 
@@ -56,7 +56,8 @@ def complete(args, sdxl):
     if any(side % sdxl.factor for side in args.size):
         raise ValueError(f"--size {args.size[1]}x{args.size[0]} does not fit: both sides must be multiples of {sdxl.factor}")
     args.preview_every = -(-args.steps // 4) if args.preview_every is None else args.preview_every
-    args.checkpointing = sdxl.size[0] >= 1024 if args.checkpointing is None else args.checkpointing
+    if args.checkpointing is None and fitting.free(sdxl.device) is None:  # else the free memory decides (fitting.settle)
+        args.checkpointing = sdxl.size[0] >= 1024
 
 
 def look(args, out, sdxl, pictures):
@@ -83,13 +84,8 @@ def time_a_step(args, sdxl, state, lesson):
         if sdxl.device.type == "cuda":
             torch.cuda.synchronize()
         ends.append(time.perf_counter())
-    seconds = ends[1] - ends[0]
-    # What is loaded stays so; beside each parameter that learns lie its gradient and two moments, all float32.
-    held = sum(p.nbytes for network in sdxl.loaded.values() for p in network.parameters()) + 12 * sum(p.numel() for p in state.parameters.values())
-    command.say(f"a step takes {seconds:.1f} s, {args.steps} of them {args.steps * seconds / 60:.0f} minutes; "
-                f"weights, gradients and optimizer take {held / 1e9:.2g} GB, " + (
-                    f"with activations {torch.cuda.max_memory_allocated() / 1e9:.1f} GB of the GPU at most" if sdxl.device.type == "cuda"
-                    else "activations come on top"))
+    command.say(f"a step takes {ends[1] - ends[0]:.1f} s, {args.steps} of them {args.steps * (ends[1] - ends[0]) / 60:.0f} minutes")
+    fitting.measured(sdxl)
 
 
 @torch.no_grad()
@@ -143,8 +139,8 @@ def main(args):
     saved, facts = resumed(args, out / "state.safetensors")
     torch.set_num_threads(int(facts.get("threads", torch.get_num_threads())))  # before any sum: it decides the order of additions
     if networks(args):
-        command.say(f"all of {', '.join(networks(args))} learns: weights, gradients and optimizer take {dreambooth.memory(sdxl, networks(args)) / 1e9:.2g} GB, "
-                    "activations come on top")
+        command.say(f"all of {', '.join(networks(args))} learns")
+    fitting.settle(args, sdxl, foretell=args.check or networks(args))
     pictures = listed(args)
     look(args, out, sdxl, pictures)
     lesson = (captioned if args.captions else inversion if args.method == "textual-inversion" else subject)(args, sdxl, pictures)
@@ -170,6 +166,7 @@ def main(args):
         results.clear(args)
     save_json(results.settings_of(args), out / "settings.json")
     ended = teach(args, out, page, sdxl, lesson, state)
+    fitting.measured(sdxl)
     if ended:
         command.say(f"stopped after step {state.step}; the same command with --resume goes on")
         sys.exit(128 + ended)

@@ -2,8 +2,6 @@
 class by class pictures (prior.py)."""
 import torch
 
-from ..formats.checkpoint import empty
-
 TEXT_ENCODERS = ("text_encoder", "text_encoder_2")
 
 
@@ -13,8 +11,3 @@ def whole(sdxl, names):
         sdxl.free(name)
         sdxl.loaded[name] = sdxl.read(name, torch.float32).requires_grad_(True)
     return {f"{name}.{key}": p for name in names for key, p in sdxl.loaded[name].named_parameters()}
-
-
-def memory(sdxl, names):
-    """Bytes that weights, gradients and the two moments of AdamW will take, all float32; activations come on top. Nothing is read for it."""
-    return 16 * sum(p.numel() for name in names for p in empty(name, sdxl.configs[name]).parameters())
