@@ -2,6 +2,7 @@
 
     python tests/benchmark.py                 on weights/mini (needs the packages of tests/interop/requirements.txt)
     python tests/benchmark.py --threads 2 --rounds 9
+    python tests/benchmark.py --cuda          full size, on a GPU: see benchmark_cuda.py
 
 Both sides have the same dtype, threads, memory format and fused attention (scaled_dot_product_attention). Ratios below 1: ours is faster.
 """
@@ -132,6 +133,10 @@ def processes(rounds, folder):
 
 
 def main(argv=None):
+    argv = sys.argv[1:] if argv is None else argv
+    if "--cuda" in argv:
+        import benchmark_cuda
+        return benchmark_cuda.main([flag for flag in argv if flag != "--cuda"])
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds",  type=int, default=9, metavar="N", help="(default: 9)")
     parser.add_argument("--threads", type=int, metavar="N",            help="of torch (default: its own choice)")

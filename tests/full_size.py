@@ -1,9 +1,10 @@
 """Write a random checkpoint of SDXL's full size (6.9 GB in float16) in an official layout: speed, memory and loading do not depend on values.
 
     python tests/full_size.py out/full.safetensors        the single-file layout
-    python tests/full_size.py out/full/                   the folder layout
+    python tests/full_size.py out/full/                   the folder layout, with all that diffusers asks of one too
 """
 import json
+import shutil
 import sys
 from pathlib import Path
 
@@ -14,8 +15,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from alchemy.formats.checkpoint import BASE, BUILD, CONFIGS  # noqa: E402
 from alchemy.formats import layout  # noqa: E402
 
-# What FACTS every official config.json says beyond the sizes that are our defaults.
-SAID = {"unet": {"addition_embed_type": "text_time", "cross_attention_dim": 2048}, "vae": {"force_upcast": True}}
+MINI = Path(__file__).resolve().parent.parent / "weights" / "mini"  # what has no size, and so is as in the official folder
 
 
 def random(shape, block=torch.randn(1 << 22, generator=torch.Generator().manual_seed(0))):
@@ -27,10 +27,11 @@ def random(shape, block=torch.randn(1 << 22, generator=torch.Generator().manual_
     return (block.repeat(-(-count // len(block)))[:count] * scale).to(torch.float16).view(shape)
 
 
-def networks():
+def networks(base=BASE):
+    """(name, network on the meta device, its random tensors) of each, by its configuration in base (of what is not said, SDXL's)."""
     for name, build in BUILD.items():
         with torch.device("meta"):
-            network = build(CONFIGS[name].from_config(BASE[name]))
+            network = build(CONFIGS[name].from_config(base[name]))
         yield name, network, {key: random(tuple(p.shape)) for key, p in network.named_parameters()}
 
 
@@ -50,18 +51,26 @@ def to_single(name, network, tensors):
     return {k: torch.cat([v[i] for i in range(3)]) if isinstance(v, dict) else v for k, v in stored.items()}
 
 
-def main():
-    out, everything = Path(sys.argv[1]), {}
-    for name, network, tensors in networks():
-        if out.suffix:
-            everything |= to_single(name, network, tensors)
-            continue
-        (out / name).mkdir(parents=True, exist_ok=True)
+def write_folder(out, base=BASE):
+    """The folder layout, which both we and diffusers' pipeline load; returns it."""
+    shutil.copytree(MINI, out, ignore=shutil.ignore_patterns("*.safetensors"), dirs_exist_ok=True)
+    for name, network, tensors in networks(base):
         stem = "model" if name.startswith("text") else "diffusion_pytorch_model"
         save_file(tensors, out / name / f"{stem}.fp16.safetensors", {"format": "pt"})
-        sizes = {k: list(v) if isinstance(v, tuple) else v for k, v in vars(network.config).items()}
-        (out / name / "config.json").write_text(json.dumps(sizes | SAID.get(name, {}), indent=2))
-    if everything:
+        path, sizes = out / name / "config.json", {k: list(v) if isinstance(v, tuple) else v for k, v in vars(network.config).items()}
+        levels = len(sizes.get("block_out_channels", ()))
+        kinds = {"down_block_types": ["DownEncoderBlock2D"] * levels, "up_block_types": ["UpDecoderBlock2D"] * levels} if name == "vae" else {}
+        path.write_text(json.dumps(json.loads(path.read_text()) | sizes | kinds, indent=2))
+    return out
+
+
+def main():
+    out, everything = Path(sys.argv[1]), {}
+    if not out.suffix:
+        write_folder(out)
+    else:
+        for name, network, tensors in networks():
+            everything |= to_single(name, network, tensors)
         out.parent.mkdir(parents=True, exist_ok=True)
         save_file(everything, out, {"format": "pt"})
     print(f"wrote {out}")
