@@ -131,8 +131,8 @@ def load(args):
     weights = ROOT / MINI if args.weights == MINI else args.weights
     if args.revision and Path(weights).exists():
         raise ValueError(f"--revision is of a checkpoint on the Hub; {args.weights} is a place on this machine")
-    from .pace import prepare
-    return prepare(args, alchemy.load(weights, args.device, args.dtype, config=args.config, vae=args.vae, revision=args.revision))
+    from .pace import ready
+    return ready(args, alchemy.load(weights, args.device, args.dtype, config=args.config, vae=args.vae, revision=args.revision))
 
 
 def default_lora():

@@ -16,6 +16,15 @@ def prepare(args, sdxl):
     return sdxl
 
 
+def ready(args, sdxl):
+    """The same, and what the device's free memory calls for; of training, more has to be known for that (training.main). Returns it."""
+    prepare(args, sdxl)
+    if not hasattr(args, "method"):
+        from . import fitting
+        fitting.settle(args, sdxl)
+    return sdxl
+
+
 def drawing(args, sdxl, steps):
     """The Steps of a picture, keys and values of its prompt computed once; how long compiling took is said."""
     from ..savers import memo, regional
