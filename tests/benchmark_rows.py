@@ -89,7 +89,7 @@ def row(what, ours, unit, most=None, theirs=None, floor=None):
 
 def drawing(b, sdxl):
     import alchemy
-    from alchemy.savers.once import following
+    from alchemy.savers.memo import following
     return lambda: alchemy.text_to_image(sdxl, PROMPT, size=(b.size, b.size), steps=b.steps, guidance=GUIDANCE, progress=partial(following, sdxl.unet))
 
 

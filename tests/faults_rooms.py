@@ -55,7 +55,6 @@ ROOMS = {
     ),
     ("methods/dreambooth", "dreambooth"): (
         ("text encoders stay as they were", "sdxl.read(name, torch.float32).requires_grad_(True)", 'sdxl.read(name, torch.float32).requires_grad_(name == "unet")'),
-        ("memory of the weights alone", "return 16 * sum", "return 4 * sum"),
     ),
     ("methods/textual_inversion", "textual_inversion"): (
         ("the table learns", "self.weight, self.first = table.weight, first", "self.weight, self.first = table.weight.requires_grad_(True), first"),
@@ -145,6 +144,21 @@ ROOMS = {
     ),
     ("command/lessons", "inspect_more"): (
         ("the error at the batch's own timesteps", "t=batch.t * 0 + t", "t=batch.t"),
+    ),
+    ("savers/counting", "memory"): (
+        ("what is freed counts on", "self.now -= self.known.pop(key)", "self.known.pop(key)"),
+        ("weights count as made", "self.note(x.untyped_storage(), 0)", "pass"),
+        ("attention keeps its matrix", "torch.empty(q.shape[:-1], dtype", "torch.empty((*q.shape[:-1], q.shape[-2]), dtype"),
+        ("norms stay half under autocast", "F.layer_norm: torch.float32", "F.layer_norm: lower"),
+    ),
+    ("savers/memory", "memory"): (
+        ("one moment is forgotten", "for n in (3, 1))", "for n in (2, 1))"),
+        ("checkpointing is not asked for", "sdxl.unet.checkpointing = run.checkpointing", "sdxl.unet.checkpointing = False"),
+    ),
+    ("command/fitting", "memory"): (
+        ("nothing to spare", "ROOM = 0.9", "ROOM = 1.0"),
+        ("a flag is overruled", 'getattr(args, "checkpointing", True) is None', 'hasattr(args, "checkpointing")'),
+        ("both sizes are named", "names = {flag.split()[0]: flag for flag, _ in some}.values()", "names = [flag for flag, _ in some]"),
     ),
     ("methods/masks", "captions"): (
         ("a mask is not turned", "ImageOps.exif_transpose(opened)", "opened"),

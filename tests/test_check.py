@@ -8,9 +8,11 @@ from PIL import Image
 
 import alchemy
 from alchemy import data, images
+from alchemy.command import fitting
 from alchemy.methods import masks
 from alchemy.report import preflight
 from alchemy.report.sheets import LINE
+from alchemy.savers import memory
 from checkpoints import vocabulary_read_once  # noqa: F401
 from running import call, contents, good, photos, picture, quick, taught, tiny  # noqa: F401
 
@@ -68,17 +70,11 @@ def test_check_segments_the_first_photo_for_its_sheet(taught, monkeypatch):
 
 
 @pytest.mark.parametrize("method", ["lora", "full", "textual-inversion"])
-def test_check_foresees_the_memory_of_what_is_kept_and_what_learns(taught, sdxl, method):
+def test_check_foresees_the_memory_of_weights_what_learns_and_activations(taught, sdxl, method):
     flags = ("--method", method, *{"full": ("--prior-weight", 0), "textual-inversion": ("--token", "<foreseen>")}.get(method, ()))
     run = good(taught("--check", "--out", "run", *flags))
-    unet = sum(p.numel() for p in sdxl.unet.parameters())
-    texts = sum(p.numel() for encoder in sdxl.text_encoders for p in encoder.parameters())
-    rows = 2 * sum(encoder.text_model.embeddings.token_embedding.embedding_dim for encoder in sdxl.text_encoders)
-    alchemy.add_lora(sdxl, 32)
-    rank_32 = sum(p.numel() for name, p in sdxl.unet.named_parameters() if ".lora." in name)
-    rank = sdxl.defaults["rank"]
-    wanted = {"lora": 4 * unet + 16 * rank_32 * rank / 32, "full": 16 * unet, "textual-inversion": 4 * (unet + texts) + 16 * rows}[method]
-    assert f"optimizer take {wanted / 1e9:.2g} GB, activations come on top" in run.err.splitlines()[-1]
+    wanted = memory.Run((32, 32), torch.float32, {"lora": 8}.get(method, 4), method, sdxl.defaults["rank"], previews=False)
+    assert fitting.told(memory.training(sdxl, wanted)) in run.err.splitlines()
 
 
 def test_check_stops_before_training_and_leaves_a_finished_run_as_it_is(taught):

@@ -59,18 +59,12 @@ def test_overwriting_replaces_the_checkpoint_and_a_lora_run_does_not_take_the_fo
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_what_learns_is_float32_and_its_memory_16_bytes_a_weight(tiny, dtype):
+def test_what_learns_is_float32(tiny, dtype):
     sdxl = alchemy.load(tiny, "cpu", dtype)
     for names in (("unet",), ("unet", *dreambooth.TEXT_ENCODERS)):
-        foreseen = dreambooth.memory(sdxl, names)
         parameters = dreambooth.whole(sdxl, names)
         assert {p.dtype for p in parameters.values()} == {torch.float32} and all(p.requires_grad for p in parameters.values())
-        assert foreseen == 16 * sum(p.numel() for name in names for p in sdxl.network(name).parameters()) == 16 * sum(p.numel() for p in parameters.values())
-
-
-def test_the_memory_is_foreseen_before_a_network_is_read(tiny):
-    sdxl = alchemy.load(tiny, "cpu")
-    assert dreambooth.memory(sdxl, ("unet", "text_encoder")) and not sdxl.loaded
+        assert len(parameters) == sum(len(list(sdxl.network(name).parameters())) for name in names)
 
 
 def test_a_state_of_another_method_is_refused_before_anything_is_computed(taught, tiny, stopped, monkeypatch):

@@ -24,9 +24,11 @@ def sdxl(tiny):
     return alchemy.load(tiny, "cpu")
 
 
-def allocated(function):
+def allocated(function, learned):
     """The most bytes that torch's own allocator gave out while function ran."""
     function()  # once before: what is made but once is not of it
+    for p in learned:
+        p.grad = None
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as seen:
         function()
     now = most = 0
@@ -45,14 +47,10 @@ def training_step(sdxl, run):
     with torch.no_grad():
         told = Live(sdxl, run.size) if run.live else {p: sdxl.encode_prompt([p], run.size) for p in batch.prompts}
 
-    def step():
-        for p in learned:
-            p.grad = None
-        errors(sdxl, batch, told).mean().backward()
-    return learned, step
+    return learned, lambda: errors(sdxl, batch, told).mean().backward()
 
 
-RUNS = [Run((32, 32), torch.float32, 4, "lora", 4), Run((32, 32), torch.float32, 4, "lora", 4, True), Run((32, 48), torch.float32, 2, "full"),
+RUNS = [Run((64, 64), torch.float32, 4, "lora", 4), Run((64, 64), torch.float32, 4, "lora", 4, True), Run((32, 48), torch.float32, 2, "full"),
         Run((32, 32), torch.float32, 2, "full", text_encoders=True), Run((32, 32), torch.float32, 2, "textual-inversion")]
 
 
@@ -63,7 +61,7 @@ def test_a_step_takes_what_was_foreseen(sdxl, run):
     learned, step = training_step(sdxl, run)
     counted = peak_of(step)
     assert abs(foreseen - counted) <= 0.01 * counted, (foreseen, counted)  # but for loose scalars, which are much here
-    assert abs(foreseen - allocated(step)) <= 0.05 * foreseen  # workspaces too
+    assert abs(foreseen - allocated(step, learned)) <= 0.02 * foreseen + 2 ** 18  # workspaces too, and loose numbers
     assert foreseen > sum(p.nbytes for p in learned)
 
 
@@ -82,7 +80,7 @@ def test_drawing_and_encoding_take_what_was_foreseen(sdxl):
     real = [lambda: sdxl.unet(x, 0, *told.parts()), lambda: sdxl.vae.decode(x[:1]), lambda: sdxl.encode_prompt(["a dog"], run.size), lambda: sdxl.vae.encode(pixels)]
     for foreseen, function in zip((unet, vae, prompt, photo), real):
         function()  # networks are read before
-        assert abs(foreseen - peak_of(function)) <= 0.005 * foreseen + 512
+        assert abs(foreseen - peak_of(function)) <= 0.05 * foreseen
 
 
 def test_weights_gradients_and_moments_are_16_bytes_a_number_that_learns_and_nothing_is_read(sdxl):
@@ -144,19 +142,19 @@ def test_what_a_flag_says_is_not_chosen_otherwise(taught, monkeypatch):
 
 
 FLAGS = [("--checkpointing", {"checkpointing": True}), ("--batch 1", {"batch": 1}), ("--size 6x6", {"size": (6, 6)}), ("--size 4x4", {"size": (4, 4)})]
+TAKEN = {(False, 2, 8): 90, (True, 2, 8): 81, (False, 1, 8): 72, (False, 2, 6): 71, (False, 2, 4): 63, (True, 1, 8): 54, (True, 1, 6): 45, (True, 1, 4): 36}
 
 
-@pytest.mark.parametrize("room, words", [(100, "--checkpointing it"), (80, "--batch 1 it"), (60, "--checkpointing and --batch 1 it"),
-                                         (24, "--checkpointing and --batch 1 and --size 6x6 it"), (15, "and --size 4x4 it"), (5, None)])
-def test_the_flags_that_would_have_fitted(room, words):
-    def bytes_of(run):
-        return (90 if not run.checkpointing else 75) // (1 if run.batch > 1 else 2) * run.size[0] ** 2 // 64 + (9 if run.batch > 1 else 0)
-    said = fitting.leaner(Run((8, 8), torch.float32, 2, "lora"), room, FLAGS, bytes_of)
-    assert said is None if words is None else f"with {words}" in said or words in said, said
-    assert not said or "6x6 and --size 4x4" not in said
+@pytest.mark.parametrize("room, words", [(100, "with --checkpointing it"), (90, "with --checkpointing it"), (80, "with --batch 1 it"), (79, "with --size 6x6 it"),
+                                         (70, "with --size 4x4 it"), (60, "with --checkpointing and --batch 1 it"),
+                                         (50, "with --checkpointing and --batch 1 and --size 6x6 it"),
+                                         (40, "with --checkpointing and --batch 1 and --size 4x4 it would take 3.6e-08 GB"), (39, None)])
+def test_the_first_flags_that_would_have_fitted_are_named(room, words):
+    said = fitting.leaner(Run((8, 8), torch.float32, 2, "lora"), room, FLAGS, lambda run: TAKEN[run.checkpointing, run.batch, run.size[0]])
+    assert said is None if words is None else said.startswith(words), said
 
 
-@pytest.mark.parametrize("free, flag", [(1e9, None), (1.2e6, "--checkpointing")])
+@pytest.mark.parametrize("free, flag", [(1e3, None), (1.2e6, "--checkpointing")])
 def test_out_of_memory_ends_in_a_line_that_says_which_flag_would_have_fitted(taught, monkeypatch, free, flag):
     from alchemy.command import training
     monkeypatch.setattr(fitting, "free", lambda device: free)
@@ -172,6 +170,6 @@ def test_out_of_memory_ends_in_a_line_that_says_which_flag_would_have_fitted(tau
 
 def test_a_picture_out_of_memory_is_told_so_too(drawn, monkeypatch):
     monkeypatch.setattr(fitting, "free", lambda device: 1e6)
-    monkeypatch.setattr(memory, "sampling", lambda sdxl, run: {"decoding": 1e6 if run.size[0] > 24 else 5e5})
+    monkeypatch.setattr(memory, "sampling", lambda sdxl, run: {"decoding": 1e6 if run.size[0] > 32 else 5e5})
     monkeypatch.setattr(alchemy.sdxl.SDXL, "encode_prompt", lambda *args, **kwargs: (_ for _ in ()).throw(torch.OutOfMemoryError("CUDA out of memory")))
-    refused(drawn("--no-fp8-base"), "out of memory: ", "--size", "of 0.001 GB that were free")
+    refused(drawn("--no-fp8-base", "--size", 64), "out of memory: ", "with --size 32x32 it", "of 0.001 GB that were free")
