@@ -61,7 +61,9 @@ def test_a_step_takes_what_was_foreseen(sdxl, run):
     learned, step = training_step(sdxl, run)
     counted = peak_of(step)
     assert abs(foreseen - counted) <= 0.01 * counted, (foreseen, counted)  # but for loose scalars, which are much here
-    assert abs(foreseen - allocated(step, learned)) <= 0.02 * foreseen + 2 ** 18  # workspaces too, and loose numbers
+    # Workspaces are not foreseen; and where nobody looks on, torch adds up a table's gradients from several prompts in place.
+    table = max(p.nbytes for p in learned) if run.text_encoders else 0
+    assert abs(foreseen - allocated(step, learned)) <= 0.02 * foreseen + 2 ** 18 + table
     assert foreseen > sum(p.nbytes for p in learned)
 
 
