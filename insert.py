@@ -7,7 +7,7 @@ Img2Img with the LoRA puts the subject there. Nothing outside the mask changes.
 from pathlib import Path
 
 from alchemy import command
-from alchemy.command import inspecting, pace, results, together
+from alchemy.command import inspecting, pace, ranks, results, together
 
 NAMES = (*(f"{name}.png" for name in ("scene", "soft_mask", "mask", "feathered", "crop", "drawn", "sheet")), "facts.json")  # beside the result
 
@@ -30,6 +30,8 @@ def parse(argv):
     command.add_drawing(p)
     inspecting.add_flags(p)
     args = p.parse_args(argv)
+    if ranks.world() > 1:
+        raise ValueError("insert.py makes one picture, in one process: leave torchrun away")
     if args.prompt is None:
         args.class_word = args.class_word or command.EXAMPLE["class_word"]
         args.prompt = f"a photo of a {args.class_word} {command.PLACE}"

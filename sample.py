@@ -4,11 +4,12 @@
     python sample.py "a watercolor of a sks dog" --image photo.jpg --strength 0.6
     python sample.py --like out/beach.png                     make it again
     python sample.py --prompts prompts.txt --count 10 --lora ... --out out/set/        a data set: pictures and metadata.jsonl
+    torchrun --nproc-per-node 4 sample.py ...                 several pictures, on several GPUs at once
 """
 from pathlib import Path
 
 from alchemy import command
-from alchemy.command import inspecting, pace, results, together
+from alchemy.command import inspecting, pace, ranks, results, together
 from alchemy.formats.text import read_text
 
 
@@ -65,6 +66,15 @@ def jobs(args, out):
     return [(prompt, args.seed + k, out / f"{k:05d}.png") for k, prompt in enumerate(prompts)]
 
 
+def end(args, out, page, wanted):
+    """What is left to do when all is drawn."""
+    from alchemy.command import dataset
+    if page and not any(page.iterdir()):
+        inspecting.take_back(page)
+    if args.prompts:
+        command.wrote(dataset.write_list(out, wanted))
+
+
 def main(argv=None):
     args = parse(argv)
     out = Path(args.out)
@@ -92,10 +102,11 @@ def main(argv=None):
     command.say(f"{options['sampler']}: {pace.ran(sdxl.schedule, grid, options['steps'])}, {size[1]}x{size[0]}")
 
     facts = results.facts_of(args) | {"script": "sample.py", "size": size, "strength": strength, "count": 1, "digests": dataset.digests(args)} | options
-    missing = [job for job in wanted if not (args.prompts and dataset.is_there(job[2], facts | {"prompt": job[0], "seed": job[1]}))]
+    missing = [job for job in wanted if not (args.prompts and dataset.is_there(job[2], facts | {"prompt": job[0], "seed": job[1]}))][ranks.share()]
+    ranks.meet()  # all have seen what is there, before any draws
     conditioning = {prompt: sdxl.encode_prompt([prompt], size) for prompt in dict.fromkeys(prompt for prompt, *_ in missing)}
     sdxl.free("text_encoders")  # the UNet can use the memory
-    for prompt, seed, path in dataset.keeping_list(out, wanted, missing) if args.prompts else missing:
+    for prompt, seed, path in dataset.keeping_list(out, wanted, missing) if args.prompts and not ranks.rank() else missing:
         recorder = page and Recorder(sdxl, prompt, len(grid), negative_prompt=args.negative_prompt, full=args.inspect_full, **options)
 
         def bar(steps):
@@ -106,10 +117,9 @@ def main(argv=None):
             where = page if len(wanted) == 1 else page / path.stem
             paths = write(where, prompt, [("", recorder, picture)], facts | {"prompt": prompt, "seed": seed})
         command.wrote(path, *(paths if recorder else ()))
-    if page and not missing:
-        inspecting.take_back(page)
-    if args.prompts:
-        command.wrote(dataset.write_list(out, wanted))
+    ranks.meet()
+    if not ranks.rank():
+        end(args, out, page, wanted)
 
 
 if __name__ == "__main__":

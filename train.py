@@ -3,6 +3,7 @@
     python train.py SUBJECT_DIR --class-word dog --token sks --out out/my-dog
     python train.py FOLDER --captions --out out/my-style       metadata.jsonl in it, or a .txt beside each picture
     python train.py                      the example subject, on the miniature that ships
+    torchrun --nproc-per-node 4 train.py ...                   on several GPUs, --batch on each
 """
 from pathlib import Path
 

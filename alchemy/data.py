@@ -76,9 +76,9 @@ def batch(photos, size, factor, T, seed, step, indices, device):
     return Batch(*(send(x, device) for x in (x_0, eps, weight)), t, send(time_ids, device), list(prompts))
 
 
-def stream(sdxl, photos, size, seed, count, accumulation=1):
-    """A function (step, part) to the Batch of `count` samples that belongs there; a step has `accumulation` parts."""
+def stream(sdxl, photos, size, seed, count, accumulation=1, rank=0, world=1):
+    """A function (step, part) to the Batch of `count` samples that belongs there; a step has `accumulation` parts, a part `world` batches."""
     def draw(step, part):
-        first = (step * accumulation + part) * count
+        first = ((step * accumulation + part) * world + rank) * count
         return batch(photos, size, sdxl.factor, len(sdxl.schedule.alpha_bar), seed, step, range(first, first + count), sdxl.device)
     return draw

@@ -193,4 +193,8 @@ FAULTS = {
          "mean, std, weight = (part[:, top:top + h, left:left + w] for part in (*parts[:2], torch.ones_like(parts[2])))"),
         ("the mean, never a sample", "mean + std * torch.randn(mean.shape, generator=rng)", "mean"),
     ),
+    ("data", "ranks"): (
+        ("every rank draws the same samples", "* world + rank) * count", "* world) * count"),
+        ("a part of all ranks begins where one rank's would", "((step * accumulation + part) * world + rank)", "(step * accumulation + part + rank)"),
+    ),
 } | ROOMS

@@ -81,6 +81,26 @@ ROOMS = {
         ("only the widest bucket of each height", "range(-(-3 * most // (4 * h)), most // h + 1)", "range(most // h, most // h + 1)"),
         ("small buckets too", "range(-(-3 * most // (4 * h)), most // h + 1)", "range(1, most // h + 1)"),
     ),
+    ("command/ranks", "ranks"): (
+        ("the loss of one rank alone", "return value + (mean - value).detach()", "return value"),
+        ("gradients are averaged twice", "return value + (mean - value).detach()", "return mean + (value - value.detach()) / world()"),
+        ("the first part is averaged, not the last", "if part == accumulation - 1 else", "if part == 0 else"),
+    ),
+    ("command/ranks", "ranks_apart"): (
+        ("every rank draws all", "slice(rank(), None, world())", "slice(None)"),
+        ("every rank speaks", "io.StringIO() if rank() else sys.stderr", "sys.stderr"),
+        ("an error of one rank is not said", "if end.code and is_mine() and rank()", "if False"),
+        ("an error that all have met is said by each", 'return said.add("said", 1) == 1', 'return said.add("said", 1) > 0'),
+    ),
+    ("command/training", "ranks"): (
+        ("every rank writes the state", "        if not ranks.rank():\n            state.save", "        if True:\n            state.save"),
+    ),
+    ("methods/captions", "ranks"): (
+        ("every rank drops the first's captions", ".tolist()[rank * count:]", ".tolist()"),
+    ),
+    ("methods/textual_inversion", "ranks"): (
+        ("every rank takes the first's templates", "[rank * count:][:count]", "[:count]"),
+    ),
     ("command/training", "check"): (
         ("one moment of AdamW is forgotten", "12 * sum(", "8 * sum("),
     ),

@@ -56,25 +56,32 @@ def test_a_place_counts_by_its_weight_and_one_of_weight_0_not_at_all(model):
     assert torch.allclose(errors(sdxl, type(drawn)(**masked.__dict__ | {"weight": 3 * half}), told(sdxl)), expected, rtol=1e-9)
 
 
+def drawn(sdxl, *args):
+    """The paths of class pictures, of which those that are not there yet have been drawn."""
+    pictures = prior.class_pictures(sdxl, *args)
+    assert list(prior.draw(sdxl, missing := [p for p in pictures if not p[0].exists()])) == [path for path, _ in missing]
+    return [path for path, _ in pictures]
+
+
 def test_class_pictures_are_the_models_own_by_their_seeds_and_are_not_drawn_twice(tiny, tmp_path):
     sdxl = alchemy.load(tiny, "cpu")
-    first = list(prior.class_pictures(sdxl, "a photo of a dog", tmp_path, 2))
+    first = drawn(sdxl, "a photo of a dog", tmp_path, 2)
     assert [p.name for p in first] == ["0000.png", "0001.png"] and png.facts_of(first[1])["seed"] == prior.FIRST_SEED + 1
     alone = alchemy.text_to_image(sdxl, "a photo of a dog", seed=prior.FIRST_SEED + 1)
     assert alone.tobytes() == alchemy.images.read(first[1]).tobytes()
     png.save(alchemy.images.read(first[1]), first[0], png.facts_of(first[0]))  # a picture that is there is used
     times = [p.stat().st_mtime_ns for p in first]
-    assert len(list(prior.class_pictures(sdxl, "a photo of a dog", tmp_path, 3))) == 3
+    assert len(drawn(sdxl, "a photo of a dog", tmp_path, 3)) == 3
     assert [p.stat().st_mtime_ns for p in first] == times
-    refused(lambda: list(prior.class_pictures(sdxl, "a photo of a cat", tmp_path, 3)), "0000.png", "a photo of a dog", "another folder")
+    refused(lambda: drawn(sdxl, "a photo of a cat", tmp_path, 3), "0000.png", "a photo of a dog", "another folder")
 
 
 def test_class_pictures_of_another_size_or_vae_are_refused_before_any_is_drawn(tiny, tmp_path):
     sdxl = alchemy.load(tiny, "cpu")
-    list(prior.class_pictures(sdxl, "a photo of a dog", tmp_path, 1, (32, 32)))
+    drawn(sdxl, "a photo of a dog", tmp_path, 1, (32, 32))
     before = contents(tmp_path)
-    refused(lambda: list(prior.class_pictures(sdxl, "a photo of a dog", tmp_path, 2, (24, 32))), "0000.png", "size [32, 32], not [24, 32]", "another folder")
-    refused(lambda: list(prior.class_pictures(sdxl, "a photo of a dog", tmp_path, 2, (32, 32), {"vae": "other"})), "vae None, not 'other'")
+    refused(lambda: drawn(sdxl, "a photo of a dog", tmp_path, 2, (24, 32)), "0000.png", "size [32, 32], not [24, 32]", "another folder")
+    refused(lambda: drawn(sdxl, "a photo of a dog", tmp_path, 2, (32, 32), {"vae": "other"}), "vae None, not 'other'")
     assert contents(tmp_path) == before
 
 
@@ -88,7 +95,7 @@ def test_the_class_prompt_is_encoded_once_and_no_text_encoder_is_kept_while_draw
     prompts = []
     monkeypatch.setattr(type(sdxl), "encode_prompt", lambda self, p, *rest, **more: prompts.extend(p) or encode(self, p, *rest, **more))
     monkeypatch.setattr(prior.loop, "sample", draw)
-    list(prior.class_pictures(sdxl, "a photo of a dog", tmp_path, 3))
+    drawn(sdxl, "a photo of a dog", tmp_path, 3)
     assert prompts == ["a photo of a dog", None] and len(calls) == 3 and not {"text_encoder", "text_encoder_2"} & set().union(*calls)
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from ..defaults import TABLE
 from ..samplers import SAMPLERS
+from . import ranks
 
 ROOT = Path(__file__).resolve().parents[2]
 MINI = "weights/mini"                                         # wherever the repository lies and the script is called from
@@ -164,12 +165,11 @@ def progress(iterable, total, name, shown=lambda item: ""):
     """Yield what iterable yields beside a bar with rate and remaining time, or, without a terminal, a line every so often."""
     if sys.stderr.isatty():
         from tqdm import tqdm
-        bar = tqdm(total=total, desc=name, dynamic_ncols=True)
-        for item in iterable:
-            bar.set_postfix_str(shown(item), refresh=False)
-            bar.update()
-            yield item
-        bar.close()
+        with tqdm(total=total, desc=name, dynamic_ncols=True) as bar:
+            for item in iterable:
+                bar.set_postfix_str(shown(item), refresh=False)
+                bar.update()
+                yield item
         return
     start = said = time.monotonic()
     for count, item in enumerate(iterable, 1):
@@ -202,6 +202,8 @@ def folder(path, flag="--out"):
     """The folder, made if need be and proved writable before the work begins."""
     import tempfile
     path = Path(path)
+    if ranks.rank():
+        return path  # rank 0 makes it
     try:
         MADE.extend(p for p in (path, *path.parents) if not p.exists())
         path.mkdir(parents=True, exist_ok=True)
@@ -220,6 +222,7 @@ def wrote(*paths):
     print("wrote " + " ".join(str(p) for p in paths), flush=True)
 
 
+@ranks.one_voice()
 def run(main):
     """Call main() as a script does: bad input, a full disk or too little memory end in one line and status 2."""
     MADE.clear(), LEANER.clear()
@@ -235,8 +238,7 @@ def run(main):
     except KeyboardInterrupt:
         say("interrupted")
         sys.exit(130)
-    for path in MADE:
-        if path.is_dir() and not any(path.iterdir()):
-            path.rmdir()
+    for path in (p for p in MADE if p.is_dir() and not any(p.iterdir())):
+        path.rmdir()
     say("error: " + " ".join(said.split()))
     sys.exit(2)

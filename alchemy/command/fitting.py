@@ -6,6 +6,7 @@ import torch
 
 from .. import command
 from ..savers import memory
+from . import ranks
 
 ROOM = 0.9  # of the free memory is planned with: the rest goes to the allocator's gaps and the workspaces of cuDNN and cuBLAS
 
@@ -60,6 +61,7 @@ def settle(args, sdxl, foretell=False):
     ends in (leaner).
     """
     run, room, known = run_of(args, sdxl), free(sdxl.device), {}
+    room = room and -ranks.most(-room)  # all ranks choose alike, by the one that has least
 
     def most(option):
         known[option] = known.get(option) or phases(sdxl, option)

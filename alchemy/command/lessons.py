@@ -7,6 +7,7 @@ from .. import command, data, images
 from ..methods import captions, masks, prior, textual_inversion
 from ..sdxl import Conditioning
 from ..train import errors, loss
+from . import ranks
 
 UNRELATED = "a photo of a car"
 
@@ -71,22 +72,27 @@ def encoded(args, sdxl, pictures):
     return list(command.progress((one(*picture) for picture in some), len(some), "encoding"))
 
 
+def stream(args, sdxl, photos, seed):
+    """data.stream of this rank's batches."""
+    return data.stream(sdxl, photos, args.size, seed, args.batch, args.accumulation, ranks.rank(), ranks.world())
+
+
 def subject(args, sdxl, pictures):
     """A few photos of one subject, kept apart from its class."""
     prompt, of_class = named(args)
-    paths = class_pictures(args, sdxl, of_class) if args.class_pictures and not args.check else ()  # those there are looked at first
+    of_its_class = class_pictures(args, sdxl, of_class) if args.class_pictures and not args.check else ()  # those there are looked at first
     photos = encoded(args, sdxl, [(*picture, args.size) for picture in pictures])
     prompts, drawn = told(args, sdxl, (prompt, of_class, UNRELATED)), None
     if args.class_pictures:
-        drawn = photos if args.check else class_photos(args, sdxl, of_class, paths)
+        drawn = photos if args.check else class_photos(args, sdxl, of_class, of_its_class)
     command.say(f"{len(pictures)} photos, {prompt!r}, kept apart from {of_class!r} with weight {args.prior_weight:g}" +
                 (f", by {args.class_pictures} pictures of it" if drawn else ""))
-    draw = data.stream(sdxl, photos, args.size, args.seed, args.batch, args.accumulation)
+    draw = stream(args, sdxl, photos, args.seed)
     shown, error_at = [prompt, of_class, UNRELATED], at_timestep(sdxl, draw, prompts)
     if drawn is None:
         return Lesson(prompts, shown, lambda step, part: loss(
             sdxl, draw(step, part), prompts, of_class, args.prior_weight, args.snr_gamma), error_at)
-    beside = data.stream(sdxl, drawn, args.size, args.seed + prior.FIRST_SEED, args.batch, args.accumulation)  # with noise of their own
+    beside = stream(args, sdxl, drawn, args.seed + prior.FIRST_SEED)  # with noise of their own
     return Lesson(prompts, shown, lambda step, part: prior.loss(
         sdxl, draw(step, part), beside(step, part), prompts, args.prior_weight, args.snr_gamma), error_at)
 
@@ -102,25 +108,30 @@ def inversion(args, sdxl, pictures):
     photos = encoded(args, sdxl, [(*picture, args.size) for picture in pictures])
     command.say(f"{len(pictures)} photos, {args.token!r} learns from {word!r} on, {args.vectors} vectors in each text encoder")
     changing = told(args, sdxl, prompts)
-    draw = textual_inversion.stream(data.stream(sdxl, photos, args.size, args.seed, args.batch, args.accumulation), prompts, args.seed)
+    draw = textual_inversion.stream(stream(args, sdxl, photos, args.seed), prompts, args.seed, ranks.rank(), ranks.world())
     return Lesson(changing, [prompts[0], prompts[0].replace(args.token, word), UNRELATED],
                   lambda step, part: errors(sdxl, draw(step, part), changing, args.snr_gamma).mean(), at_timestep(sdxl, draw, changing))
 
 
 def class_pictures(args, sdxl, prompt):
-    """The paths of the class pictures (prior.class_pictures), in their folder."""
+    """The class pictures (prior.class_pictures), in their folder."""
     folder = command.folder(args.class_folder or Path(args.out) / "class", "--class-folder" if args.class_folder else "--out")
     facts = {k: getattr(args, k) for k in ("vae", "config", "revision", "dtype", "fp8_base")}
     return prior.class_pictures(sdxl, prompt, folder, args.class_pictures, args.size, facts)
 
 
-def class_photos(args, sdxl, prompt, paths):
-    """The class pictures as data.Photos; drawn, where they are not there yet, by the model as it is."""
+def class_photos(args, sdxl, prompt, pictures):
+    """The class pictures as data.Photos; those that are not there yet are drawn by the model as it is, a share of them by each rank."""
+    missing = [picture for picture in pictures if not picture[0].exists()][ranks.share()]
     try:
-        return [data.encode(sdxl, path, args.size, prompt) for path in command.progress(paths, args.class_pictures, "class pictures")]
+        ranks.meet()  # all have seen which are missing, and the folder is there
+        for _ in command.progress(prior.draw(sdxl, missing), len(missing), "class pictures"):
+            pass
+        ranks.meet()
     except KeyboardInterrupt:  # there is no run yet that --resume could go on with
         command.say("the class pictures that are drawn stay: the same command goes on with them")
         raise
+    return [data.encode(sdxl, path, args.size, prompt) for path, _ in pictures]
 
 
 def captioned(args, sdxl, pictures):
@@ -133,6 +144,6 @@ def captioned(args, sdxl, pictures):
     prompts = told(args, sdxl, texts[:1] if args.check else texts)
     shapes = ", ".join(f"{sizes.count((h, w))} of {w}x{h}" for h, w in sorted(set(sizes)))
     command.say(f"{len(pictures)} pictures with {len(texts)} captions: {shapes}")
-    draw = captions.stream(sdxl, buckets, args.seed, args.batch, args.accumulation, args.caption_dropout)
+    draw = captions.stream(sdxl, buckets, args.seed, args.batch, args.accumulation, args.caption_dropout, ranks.rank(), ranks.world())
     return Lesson(prompts, texts[:3], lambda step, part: errors(sdxl, draw(step, part), prompts, args.snr_gamma).mean(),
                   at_timestep(sdxl, draw, prompts))

@@ -1,5 +1,6 @@
 """Which flags go together: one that would have no part in a run is refused, in a line that says what it goes with. Imports no torch."""
 from ..samplers import SAMPLERS
+from . import ranks
 
 WAYS = {"lora": "--method lora", "full": "--method full", "textual-inversion": "--method textual-inversion", "captions": "--captions",
         "subject": "photos of one subject and its class (--method lora or full, without --captions)"}
@@ -14,6 +15,8 @@ def training(args, default):
     """Refuse train.py's flags that have no part, ask for those that are missing, and fill in what hangs on others. default(name): a
     flag's value where it is not given."""
     word = args.method == "textual-inversion"
+    if args.check and ranks.world() > 1:
+        raise ValueError("--check looks at what one process would do: leave torchrun away")
     not_empty(args, "class_word", "token", "init_word")
     ways = {args.method, "captions" if args.captions else "word" if word else "subject"}
     for flag, goes_with in ONLY.items():

@@ -3,14 +3,13 @@ import signal
 import sys
 import time
 import warnings
-from functools import partial
 from pathlib import Path
 
 import torch
 
 import alchemy
 
-from .. import command, lora, loop
+from .. import command, lora
 from ..formats import png
 from ..formats.tensors import open_safetensors
 from ..formats.embeddings import KEYS, save_embedding
@@ -19,11 +18,10 @@ from ..files import save_json
 from ..methods import dreambooth, masks, textual_inversion
 from ..report import preflight, sheets
 from ..savers.regional import timed
-from ..savers.memo import following
 from ..train import start, train
-from ..sdxl import Conditioning
-from . import fitting, inspecting, results
+from . import fitting, inspecting, ranks, results
 from .lessons import captioned, inversion, listed, live, subject
+from .previews import show
 from .states import restore, save_state
 
 
@@ -88,21 +86,9 @@ def time_a_step(args, sdxl, state, lesson):
     fitting.measured(sdxl)
 
 
-@torch.no_grad()
-def preview(args, sdxl, lesson, step):
-    """A row of (label, picture): subject, class and an unrelated prompt, always of the same seeds."""
-    def told(prompt):
-        return Conditioning(*(part.to(sdxl.device) for part in lesson.prompts[prompt].parts()))
-    options = {k: sdxl.defaults[k] for k in ("sampler", "steps", "guidance")}
-    try:
-        row = [(f"step {step}: {prompt}", loop.sample(sdxl, told(prompt), told(None), args.seed, args.size, progress=partial(following, sdxl.unet), **options))
-               for prompt in lesson.shown]
-    except FloatingPointError:
-        if not step:
-            raise  # nothing is taught yet that could be to blame
-        raise FloatingPointError(f"the preview at step {step} became NaN or infinite: what is taught went astray; lower --learning-rate") from None
-    sdxl.free("vae")
-    return row
+def samples(args):
+    """How many a step has, those of all ranks."""
+    return args.batch * args.accumulation * ranks.world()
 
 
 def networks(args):
@@ -130,8 +116,19 @@ def resumed(args, path):
     return saved, facts
 
 
+def go_on(args, state, saved, facts, path):
+    """Put that state into this one."""
+    try:
+        restore(state, saved, facts)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
+    command.say(f"resuming at step {state.step} of {args.steps}")
+    if facts.get("batch", str(samples(args))) != str(samples(args)):
+        command.say(f"warning: up to there a step had {facts['batch']} samples, now it has {samples(args)}: they are other ones than an unbroken run's")
+
+
 def main(args):
-    out, page = command.folder(args.out), None if args.check else inspecting.page_folder(args, args.out)
+    out, page = command.folder(args.out), None if args.check or ranks.rank() else inspecting.page_folder(args, args.out)
     sdxl = command.load(args)
     complete(args, sdxl)
     if args.method == "full" and Path(args.weights).is_file() and not args.config:
@@ -141,6 +138,8 @@ def main(args):
     if networks(args):
         command.say(f"all of {', '.join(networks(args))} learns")
     fitting.settle(args, sdxl, foretell=args.check or networks(args))
+    if ranks.world() > 1:
+        command.say(f"{ranks.world()} ranks of --batch {args.batch}: {samples(args)} samples a step")
     pictures = listed(args)
     look(args, out, sdxl, pictures)
     lesson = (captioned if args.captions else inversion if args.method == "textual-inversion" else subject)(args, sdxl, pictures)
@@ -152,23 +151,22 @@ def main(args):
     state = start(learners(args, sdxl), args.learning_rate, sdxl.dtype)
     sdxl.unet.checkpointing = args.checkpointing
     if saved:
-        try:
-            restore(state, saved, facts)
-        except ValueError as error:
-            raise ValueError(f"{out / 'state.safetensors'}: {error}") from None
-        command.say(f"resuming at step {state.step} of {args.steps}")
+        go_on(args, state, saved, facts, out / "state.safetensors")
     if args.check:
         time_a_step(args, sdxl, state, lesson)
         return command.wrote(out / "check.png")
 
-    # All that was asked for can be had: what was here before may go.
-    if not args.resume:
-        results.clear(args)
-    save_json(results.settings_of(args), out / "settings.json")
+    # All that was asked for can be had, on every rank: what was here before may go.
+    ranks.meet()
+    if not ranks.rank():
+        if not args.resume:
+            results.clear(args)
+        save_json(results.settings_of(args), out / "settings.json")
     ended = teach(args, out, page, sdxl, lesson, state)
     fitting.measured(sdxl)
     if ended:
         command.say(f"stopped after step {state.step}; the same command with --resume goes on")
+        ranks.meet()  # torchrun ends them all when one has ended
         sys.exit(128 + ended)
 
 
@@ -179,7 +177,7 @@ def teach(args, out, page, sdxl, lesson, state):
         from ..report import teaching
         watcher = teaching.Watcher(sdxl, lesson.error_at, args.steps, state.step)
     ended = steps(args, out, sdxl, lesson, state, watcher)
-    if ended:
+    if ended or ranks.rank():
         return ended
     finish(args, out, sdxl, lesson, state)
     if page:
@@ -190,34 +188,32 @@ def teach(args, out, page, sdxl, lesson, state):
 def steps(args, out, sdxl, lesson, state, watcher=None):
     """The loop with its bar, previews and states. Returns the signal that ended it, or None."""
     stop, rows, path = Stop(), [], out / "state.safetensors"
-    running = train(sdxl, state, lesson.loss_of, steps=args.steps, accumulation=args.accumulation, warmup=args.warmup)
+    loss_of = ranks.averaged(lesson.loss_of, state.parameters.values(), args.accumulation, args.text_encoders)
+    running = train(sdxl, state, loss_of, steps=args.steps, accumulation=args.accumulation, warmup=args.warmup)
     running = timed(running, command.say) if args.compile else running
     running = watcher.follow(running) if watcher else running
     every = args.save_every or (None if args.method == "full" else 100)  # of SDXL's whole UNet, a state has 31 GB
-    if every and not path.exists():
-        save_state(state, path, {"kind": args.method})  # so that there is a good one, whatever comes
 
-    def show():
-        if not rows and (out / "preview.png").exists():  # of before a stop: the sheet starts anew, that one stays beside it
-            (out / "preview.png").rename(command.free_path(out / "preview.png"))
-        rows.append(preview(args, sdxl, lesson, state.step))
-        if watcher:
-            watcher.previews[state.step] = rows[-1]
-        page = sheets.sheet(rows + [[("loss", sheets.curve(state.losses))]])
-        png.save(page, out / "preview.png", results.facts_of(args))
+    def save():
+        if not ranks.rank():
+            save_state(state, path, {"kind": args.method, "batch": str(samples(args))})
+    if every and not path.exists():
+        save()  # so that there is a good one, whatever comes
     try:
         if args.preview_every and not state.step:
-            show()  # what the model draws before anything is taught
+            show(args, out, sdxl, lesson, state, rows, watcher)  # what the model draws before anything is taught
         for step, _ in command.progress(running, args.steps - state.step, "training", lambda item: f"loss {item[1]:.4f}"):
-            if stop.signal or step == args.steps or every and step % every == 0:
-                save_state(state, path, {"kind": args.method})
-            if stop.signal:
-                return stop.signal
+            ended = ranks.most(stop.signal or 0)  # they stop together, whichever of them has been told to
+            if ended or step == args.steps or every and step % every == 0:
+                save()
+            if ended:
+                return ended
             if args.preview_every and (step % args.preview_every == 0 or step == args.steps):
-                show()
+                show(args, out, sdxl, lesson, state, rows, watcher)
     except FloatingPointError as error:
         if not path.exists():  # else the older one is better: the steps before NaN went astray
-            save_state(state, path, {"kind": args.method})  # of finite weights, since no other step was applied
+            save()  # of finite weights, since no other step was applied
+        ranks.meet()
         raise FloatingPointError(f"{error}; --resume goes on from {path}") from None
     finally:
         stop.release()

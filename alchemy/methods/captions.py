@@ -76,18 +76,19 @@ def bucket(picture_size, area, cell):
     return h * cell, w * cell
 
 
-def stream(sdxl, buckets, seed, count, accumulation=1, dropout=0.1):
-    """A function (step, part) to a Batch of `count` samples of one bucket; None stands for a dropped caption.
+def stream(sdxl, buckets, seed, count, accumulation=1, dropout=0.1, rank=0, world=1):
+    """A function (step, part) to a Batch of `count` samples of one bucket, which all ranks take (see data.stream); None stands for a
+    dropped caption.
 
     buckets: {(H,W): photos of data.encode}; each comes as often as it has photos.
     """
     sizes = sorted(buckets)
     shares = torch.tensor([len(buckets[size]) for size in sizes], dtype=torch.float64)
-    draws = {size: data.stream(sdxl, buckets[size], size, seed, count, accumulation) for size in sizes}
+    draws = {size: data.stream(sdxl, buckets[size], size, seed, count, accumulation, rank, world) for size in sizes}
 
     def draw(step, part):
         rng = data.generator(seed, 3, step, part)
         batch = draws[sizes[int(torch.multinomial(shares, 1, generator=rng))]](step, part)
-        lots = torch.rand(count, generator=rng).tolist()
+        lots = torch.rand(world * count, generator=rng).tolist()[rank * count:]
         return replace(batch, prompts=[None if lot < dropout else prompt for prompt, lot in zip(batch.prompts, lots)])
     return draw

@@ -16,29 +16,31 @@ from ..savers.memo import following
 from ..train import errors
 
 FIRST_SEED = 10 ** 6  # of the class pictures: not those that previews are drawn with
+DECIDE = ("sampler", "steps", "guidance")
 
 
 def class_pictures(sdxl, prompt, folder, count, size=None, facts=None):
-    """A generator of the paths of `count` pictures of the prompt, 0000.png and on, in a folder; those that are not there yet are drawn.
+    """[(path, facts)] of `count` pictures of the prompt, 0000.png and on, in a folder, of which some may be there and none has to be.
 
-    facts: what else decides how they look. Raises ValueError, at once, where one in the folder was drawn with other settings.
+    facts: what else decides how they look. Raises ValueError where one in the folder was drawn with other settings.
     """
-    size, options = size or sdxl.size, {k: sdxl.defaults[k] for k in ("sampler", "steps", "guidance")}
-    facts = {"prompt": prompt, "weights": str(sdxl.source), "size": size} | options | (facts or {})
-    pictures = [(folder / f"{k:04d}.png", FIRST_SEED + k) for k in range(count)]
-    for path, seed in pictures:
+    facts = {"prompt": prompt, "weights": str(sdxl.source), "size": size or sdxl.size} | {k: sdxl.defaults[k] for k in DECIDE} | (facts or {})
+    pictures = [(folder / f"{k:04d}.png", facts | {"seed": FIRST_SEED + k}) for k in range(count)]
+    for path, facts in pictures:
         if path.exists():
-            png.check(path, facts | {"seed": seed})
+            png.check(path, facts)
+    return pictures
 
-    def drawn():
-        told = None
-        for path, seed in pictures:
-            if not path.exists():
-                told = told or [sdxl.encode_prompt([p], size) for p in (prompt, None)]
-                sdxl.free("text_encoders")  # encoded once; the UNet can use the memory
-                png.save(loop.sample(sdxl, *told, seed, size, progress=partial(following, sdxl.unet), **options), path, facts | {"seed": seed})
-            yield path
-    return drawn()
+
+def draw(sdxl, pictures):
+    """A generator that draws pictures of class_pictures, there or not, and yields the path of each."""
+    told = None
+    for path, facts in pictures:
+        told = told or [sdxl.encode_prompt([p], facts["size"]) for p in (facts["prompt"], None)]
+        sdxl.free("text_encoders")  # encoded once; the UNet can use the memory
+        png.save(loop.sample(sdxl, *told, facts["seed"], facts["size"], progress=partial(following, sdxl.unet),
+                             **{k: facts[k] for k in DECIDE}), path, facts)
+        yield path
 
 
 def join(one, other):

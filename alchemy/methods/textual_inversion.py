@@ -79,10 +79,11 @@ class Live:
         return self.sdxl.encode_prompt([prompt], self.size)
 
 
-def stream(draw, prompts, seed):
+def stream(draw, prompts, seed, rank=0, world=1):
     """draw(step, part) with a prompt of `prompts` for each sample, chosen by chance."""
     def varied(step, part):
         batch = draw(step, part)
-        chosen = torch.randint(len(prompts), (len(batch.prompts),), generator=data.generator(seed, 4, step, part)).tolist()
+        count = len(batch.prompts)
+        chosen = torch.randint(len(prompts), (world * count,), generator=data.generator(seed, 4, step, part)).tolist()[rank * count:][:count]
         return replace(batch, prompts=[prompts[k] for k in chosen])
     return varied
