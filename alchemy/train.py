@@ -126,7 +126,7 @@ def train(sdxl, state, loss_of, *, steps, accumulation=1, warmup=0):
         state.scaler.update()
         state.step = step + 1
         arriving = total.to("cpu", non_blocking=state.late)
-        state.unread.append((arriving, torch.cuda.current_stream().record_event() if total.is_cuda else None))
+        state.unread.append((arriving, torch.cuda.current_stream(total.device).record_event() if total.is_cuda else None))
         state.read(but=int(state.late and state.step not in (1, steps)))
         last = state.losses[-PATIENCE - 1:]
         if len(last) > PATIENCE and all(map(math.isnan, last)):

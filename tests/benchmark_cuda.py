@@ -66,6 +66,8 @@ def main(argv=None):
                 found["rows"][name] = list(ROWS[name](b))
             vars(b).pop("pipe", None)
             gc.collect()
+            if b.device == "cuda":
+                torch.cuda.empty_cache()  # the rows that are processes of their own look at what is free
             args.json.parent.mkdir(parents=True, exist_ok=True)
             args.json.write_text(json.dumps(found, indent=1))
     print("\n".join(table(found)))

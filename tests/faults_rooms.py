@@ -178,6 +178,8 @@ ROOMS = {
     ("command/fitting", "memory"): (
         ("nothing to spare", "ROOM = 0.9", "ROOM = 1.0"),
         ("a flag is overruled", 'getattr(args, "checkpointing", True) is None', 'hasattr(args, "checkpointing")'),
+        ("fp8 is chosen beside --merge", ' and not getattr(args, "merge", False)', ""),
+        ("fp8 is chosen where it cannot be compiled", "missing_for_fp8(sdxl.device, args.compile)", "missing_for_fp8(sdxl.device)"),
         ("both sizes are named", "names = {flag.split()[0]: flag for flag, _ in some}.values()", "names = [flag for flag, _ in some]"),
     ),
     ("methods/masks", "captions"): (

@@ -71,6 +71,7 @@ def test_a_device_that_is_not_there_is_named(drawn):
 
 def test_too_little_memory_is_said_in_a_line_and_what_helps(drawn, monkeypatch):
     for error in (RuntimeError("CUDA out of memory. Tried to allocate 2.00 GiB"), MemoryError(),
+                  RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
                   RuntimeError("[enforce fail at alloc_cpu.cpp:117] DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes")):
         monkeypatch.setattr(loop, "sample", lambda *_, error=error, **__: (_ for _ in ()).throw(error))
         refused(drawn(), "out of memory", "--size", "--dtype bfloat16")

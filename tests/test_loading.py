@@ -169,6 +169,7 @@ def test_another_projection_is_warned_of():
 def machine(monkeypatch):
     def pretend(cuda=False, bf16=False, mps=False):
         monkeypatch.setattr(torch.cuda, "is_available", lambda: cuda)
+        monkeypatch.setattr(torch.cuda, "device_count", lambda: int(cuda))
         monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True: bf16 or including_emulation)
         monkeypatch.setattr(torch.backends.mps, "is_available", lambda: mps)
     return pretend
@@ -196,6 +197,13 @@ def test_a_device_or_dtype_that_is_not_there_is_named(machine, device, dtype, wo
     machine()
     with pytest.raises(ValueError, match=words):
         checkpoint.choose_device(device, dtype)
+
+
+@pytest.mark.parametrize("device", ["cuda:1", "cuda:x"])
+def test_a_gpu_that_is_not_there_is_named_beside_one_that_is(machine, device):
+    machine(cuda=True)
+    with pytest.raises(ValueError, match=device):
+        checkpoint.choose_device(device)
 
 
 @pytest.mark.parametrize("dtype, upcast, expected", [

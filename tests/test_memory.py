@@ -1,5 +1,6 @@
 """The memory of a run, foreseen on the meta device, against what the allocator gives out when it really runs; and what is chosen by it."""
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -16,7 +17,7 @@ from alchemy.savers.counting import AsOnCuda, Count, back, peak
 from alchemy.savers.memory import Run
 from alchemy.train import errors
 from checkpoints import vocabulary_read_once  # noqa: F401
-from running import call, contents, drawn, good, quick, refused, taught, tiny  # noqa: F401
+from running import call, contents, drawn, good, lora_file, quick, refused, taught, tiny  # noqa: F401
 
 
 @pytest.fixture
@@ -141,6 +142,19 @@ def test_what_a_flag_says_is_not_chosen_otherwise(taught, monkeypatch):
     for flags, said in (((), "checkpointing and fp8 storage on"), (("--no-checkpointing",), "free 1e-09 GB: fp8 storage on"),
                         (("--no-fp8-base",), "free 1e-09 GB: checkpointing on\n"), (("--no-fp8-base", "--no-checkpointing"), "free 1e-09 GB\n")):
         assert said in good(taught("--check", *flags, "--out", "run")).err
+
+
+def test_fp8_storage_is_not_chosen_nor_named_beside_flags_that_it_does_not_go_with(drawn, lora_file, monkeypatch):
+    monkeypatch.setattr(fitting, "free", lambda device: 1)
+    monkeypatch.setattr(memory, "sampling", lambda sdxl, run: {"decoding": 9 - run.fp8})
+    assert "fp8 storage on" in good(drawn("--lora", lora_file)).err
+    assert "fp8" not in good(drawn("--lora", lora_file, "--merge")).err
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 6))
+    card, run = SimpleNamespace(device=torch.device("cuda"), factor=8), Run((64, 64), torch.bfloat16)
+    for flags, goes in ((dict(compile=True), False), (dict(compile=None), True), (dict(compile=None, merge=True), False)):
+        args = SimpleNamespace(fp8_base=None, **flags)
+        assert any(option.fp8 for option in fitting.options(args, card, run)) == goes
+        assert ("--fp8-base" in dict(fitting.open_flags(args, card, run))) == goes
 
 
 FLAGS = [("--checkpointing", {"checkpointing": True}), ("--batch 1", {"batch": 1}), ("--size 6x6", {"size": (6, 6)}), ("--size 4x4", {"size": (4, 4)})]

@@ -28,6 +28,7 @@ def test_each_kind_of_block_is_compiled_and_one_that_is_watched_runs_as_it_is_wr
     with torch.no_grad():
         expected = net(*given)
         savers.compiled(net)
+        assert torch._dynamo.config.optimize_ddp is False
         assert torch.equal(net(*given), expected) and set(ran) == blocks
         ran.clear()
         with attention.watch(net, [name], lambda name, p: None):

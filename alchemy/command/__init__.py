@@ -19,6 +19,7 @@ SHIPPED = ROOT / "weights" / "example.safetensors"            # the same, before
 EXAMPLE = dict(class_word="dog", token="sks")
 PLACE = "in a forest"
 MADE = []  # the folders that this run had to make, the innermost first
+FULL = ("out of memory", "can't allocate memory", "alloc_failed")  # what CUDA, a CPU, and cuBLAS and cuDNN say where there is no room
 LEANER = []  # a function that says, or None, which flags would have fitted the device (fitting.leaner)
 
 
@@ -130,6 +131,8 @@ def load(args):
     for path, _ in getattr(args, "lora", None) or ():
         open_safetensors(path)
     weights = ROOT / MINI if args.weights == MINI else args.weights
+    if ranks.world() > 1 and ":" in args.device:
+        raise ValueError(f"--device {args.device} is one GPU, and torchrun gives each process its own: leave it out, or give CUDA_VISIBLE_DEVICES")
     if args.revision and Path(weights).exists():
         raise ValueError(f"--revision is of a checkpoint on the Hub; {args.weights} is a place on this machine")
     from .pace import ready
@@ -232,7 +235,7 @@ def run(main):
     except (ValueError, OSError, FloatingPointError) as error:
         said = f"{error.filename}: {error.strerror}" if isinstance(error, OSError) and error.filename else str(error) or type(error).__name__
     except (MemoryError, RuntimeError) as error:
-        if not isinstance(error, MemoryError) and "out of memory" not in str(error).lower() and "can't allocate memory" not in str(error):
+        if not isinstance(error, MemoryError) and not any(sign in str(error).lower() for sign in FULL):
             raise
         said = "out of memory: " + (LEANER and LEANER[0]() or "use a smaller --size or --batch, or --dtype bfloat16")
     except KeyboardInterrupt:

@@ -5,7 +5,7 @@ from dataclasses import replace
 import torch
 
 from .. import command
-from ..savers import memory
+from ..savers import memory, missing_for_fp8
 from . import ranks
 
 ROOM = 0.9  # of the free memory is planned with: the rest goes to the allocator's gaps and the workspaces of cuDNN and cuBLAS
@@ -44,12 +44,17 @@ def told(parts):
     return f"{parts[name] / 1e9:.2g} GB of memory by estimate, most of it in {name} (" + ", ".join(f"{k} {v / 1e9:.2g}" for k, v in parts.items()) + ")"
 
 
-def options(args, run):
+def takes_fp8(args, sdxl, run):
+    """Whether --fp8-base goes with the other flags, and on this device."""
+    return hasattr(args, "fp8_base") and run.method != "full" and not getattr(args, "merge", False) and not missing_for_fp8(sdxl.device, args.compile)
+
+
+def options(args, sdxl, run):
     """The runs that may be chosen, as far as the flags leave it open, from the quickest to the leanest: as it is, checkpointing, fp8 too."""
     found = [run]
     if getattr(args, "checkpointing", True) is None:
         found.append(replace(run, checkpointing=True))
-    if getattr(args, "fp8_base", False) is None and run.method != "full":
+    if getattr(args, "fp8_base", False) is None and takes_fp8(args, sdxl, run):
         found.append(replace(found[-1], fp8=True))
     return found
 
@@ -67,7 +72,7 @@ def settle(args, sdxl, foretell=False):
         known[option] = known.get(option) or phases(sdxl, option)
         return max(known[option].values())
     if room is not None:
-        open_to = options(args, run)
+        open_to = options(args, sdxl, run)
         # A picture of the usual size has room enough where all weights have three times; to be sure would take seconds.
         if run.method or run.size[0] * run.size[1] > sdxl.size[0] * sdxl.size[1] or 3 * memory.weights(sdxl) > ROOM * room:
             run = choose(room, open_to, most)
@@ -97,7 +102,7 @@ def open_flags(args, sdxl, run):
     flags = [("--checkpointing", dict(checkpointing=True))] if run.method else []
     if run.method and args.batch > 1:
         flags.append(("--batch 1", dict(batch=run.batch // args.batch)))
-    if hasattr(args, "fp8_base") and run.method != "full":
+    if takes_fp8(args, sdxl, run):
         flags.append(("--fp8-base", dict(fp8=True)))
     flags += [(f"--size {w}x{h}", dict(size=(h, w))) for h, w in sides if h and w]
     if run.dtype == torch.float32:

@@ -80,7 +80,7 @@ def time_a_step(args, sdxl, state, lesson):
     ends = []
     for _ in train(sdxl, state, lesson.loss_of, steps=state.step + 2, accumulation=args.accumulation, warmup=args.warmup):
         if sdxl.device.type == "cuda":
-            torch.cuda.synchronize()
+            torch.cuda.synchronize(sdxl.device)
         ends.append(time.perf_counter())
     command.say(f"a step takes {ends[1] - ends[0]:.1f} s, {args.steps} of them {args.steps * (ends[1] - ends[0]) / 60:.0f} minutes")
     fitting.measured(sdxl)

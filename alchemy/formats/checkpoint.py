@@ -146,7 +146,8 @@ def choose_device(device="auto", dtype="auto"):
     available = {"cuda": torch.cuda.is_available, "mps": torch.backends.mps.is_available, "cpu": lambda: True}
     name = next(kind for kind, there in available.items() if there()) if str(device) == "auto" else str(device)
     kind = name.partition(":")[0]
-    if kind not in available or not available[kind]():
+    index = name.partition(":")[2]
+    if kind not in available or not available[kind]() or kind == "cuda" and index and index not in map(str, range(torch.cuda.device_count())):
         raise ValueError(f"device is {name}, and torch sees none here; use --device cpu")
     if str(dtype) == "auto":
         half = torch.bfloat16 if kind != "cuda" or torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16

@@ -32,6 +32,7 @@ def compiled(module):
         if lacking := missing(module.conv_in.weight.device):
             raise ValueError(f"--compile needs {lacking}, which is not here: install it, or leave out --compile")
         torch._dynamo.config.cache_size_limit = max(torch._dynamo.config.cache_size_limit, VARIANTS)
+        torch._dynamo.config.optimize_ddp = False  # would take a block apart where its parameters fill a bucket: it is small enough as it is
         for kind in (TransformerBlock, ResnetBlock):
             quick = torch.compile(kind.forward, dynamic=False)
             for block in (m for m in module.modules() if isinstance(m, kind)):
