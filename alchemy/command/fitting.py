@@ -73,8 +73,10 @@ def settle(args, sdxl, foretell=False):
         return max(known[option].values())
     if room is not None:
         open_to = options(args, sdxl, run)
-        # A picture of the usual size has room enough where all weights have three times; to be sure would take seconds.
-        if run.method or run.size[0] * run.size[1] > sdxl.size[0] * sdxl.size[1] or 3 * memory.weights(sdxl) > ROOM * room:
+        # A picture has room enough where all weights have three times, a step where each of its pictures has that of four: by half and
+        # more (python -m alchemy.savers.memory). To know it better takes seconds.
+        pictures = (4 * run.batch if run.method else 3) * max(1, run.size[0] * run.size[1] / (sdxl.size[0] * sdxl.size[1]))
+        if run.method == "full" or pictures * memory.weights(sdxl) > ROOM * room:
             run = choose(room, open_to, most)
         named = [name for name, on in (("checkpointing", run.checkpointing), ("fp8 storage", run.fp8)) if on and len(open_to) > 1]
         command.say(f"free {room / 1e9:.3g} GB" + (": " + " and ".join(named) + " on" if named else ""))

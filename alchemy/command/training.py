@@ -206,6 +206,7 @@ def steps(args, out, sdxl, lesson, state, watcher=None):
             ended = ranks.most(stop.signal or 0)  # they stop together, whichever of them has been told to
             if ended or step == args.steps or every and step % every == 0:
                 save()
+                ranks.meet()  # on the CPU, where waiting has no end: a gradient would be waited for ten minutes, and 31 GB may take longer
             if ended:
                 return ended
             if args.preview_every and (step % args.preview_every == 0 or step == args.steps):
