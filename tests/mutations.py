@@ -1,6 +1,7 @@
 """Do the tests notice? One-line faults are put into a copy of the package, one at a time; each must turn a test red.
 
-    python tests/mutations.py [-k WORD]        # all of them: about 3 minutes on one core, half of it on two
+    python tests/mutations.py [-k WORD]        # all of them, two at a time
+    python tests/mutations.py --green          # where the tests have just been run: they are not run once more without a fault
 
 The faults stand in faults.py. The exit status is 1 if a fault is survived, or if an old text is not found exactly once (the code has
 changed: change the fault with it).
@@ -85,6 +86,7 @@ def results(faults, at_once=2):
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("-k", metavar="WORD", default="", help="only the faults whose file or description has this in it")
+    parser.add_argument("--green", action="store_true", help="the tests are known to be green without a fault")
     args = parser.parse_args(argv)
     faults = [(module, names.split(), *fault) for (module, names), group in FAULTS.items() for fault in group
               if args.k in f"{module}: {fault[0]}"]
@@ -93,7 +95,7 @@ def main(argv=None):
     torch.set_num_threads(1)
     sys.dont_write_bytecode, start, caught = True, time.time(), 0
     unchanged = (None, sorted({name for fault in faults for name in fault[1]}), "", "", "")
-    for (module, _, name, *_), result, said in results([unchanged, *faults]):
+    for (module, _, name, *_), result, said in results(faults if args.green else [unchanged, *faults]):
         if result == "RED":
             sys.exit(f"{said}\nthe tests fail before any fault is made")
         if module:

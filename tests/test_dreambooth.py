@@ -9,10 +9,10 @@ from safetensors.torch import load_file
 
 import alchemy
 from alchemy import data, loop
-from alchemy.command import lessons as lessons_of
+from alchemy.command import lessons as lessons_of, training
 from alchemy.methods import dreambooth
 from alchemy.methods.textual_inversion import Live
-from alchemy.train import errors, State
+from alchemy.train import errors
 from checkpoints import vocabulary_read_once  # noqa: F401
 from lessons import SIZE, batch, draw
 from running import call, contents, good, photos, quick, refused, taught, tiny  # noqa: F401
@@ -131,8 +131,8 @@ def test_trained_text_encoders_are_float16_in_the_checkpoint_of_a_half_precision
 
 
 def test_its_large_states_are_written_where_asked_for_at_an_interruption_and_at_the_end(taught, stopped, tiny, monkeypatch):
-    saved, whole = [], State.save
-    monkeypatch.setattr(State, "save", lambda self, *args: saved.append(self.step) or whole(self, *args))
+    saved, whole = [], training.save_state
+    monkeypatch.setattr(training, "save_state", lambda state, *args: saved.append(state.step) or whole(state, *args))
     good(taught("--method", "full", "--prior-weight", 0, "--steps", 4, "--out", "none"))
     good(taught("--method", "full", "--prior-weight", 0, "--steps", 4, "--save-every", 2, "--out", "some"))
     assert saved == [4, 0, 2, 4]
@@ -145,7 +145,7 @@ def test_when_it_breaks_down_the_last_finite_weights_are_on_disk(taught, monkeyp
     refused(taught(*flags, "--steps", 30), "not finite", "--resume goes on from run/state.safetensors")
     state = load_file("run/state.safetensors")
     assert all(tensor.isfinite().all() for name, tensor in state.items() if name != "losses")
-    assert state["losses"].isfinite().tolist() == [True] * 2 + [False] * 5
+    assert state["losses"].isfinite().tolist() == [True] * 2 + [False] * 6
     monkeypatch.setattr(lessons_of, "loss", whole)
     good(call("train.py", "--out", "run", "--resume", "--steps", 8))
 

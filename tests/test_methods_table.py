@@ -52,20 +52,20 @@ def test_a_row_of_a_subject_and_one_of_a_style_are_judged_with_what_was_taught(m
     monkeypatch.setattr(methods.Styles, "accuracy", lambda self: 0.5)
     found = measuring.of_subjects("lora", *methods.OF_SUBJECTS["lora"])
     assert all(found[key] in (0, 1) for key in ("subject", "place", "prior", "class"))  # of one picture
-    assert measuring.of_styles("style-lora", *methods.OF_STYLES["style-lora"]) == {"style": 0, "plain": 1, "seconds": 61, "judge": 0.5}
+    assert measuring.of_styles("style-lora", *methods.OF_STYLES["style-lora"]) == {"style": 0, "plain": 1, "judge": 0.5}
 
 
 def test_rows_that_are_named_are_measured_and_kept_beside_what_was(monkeypatch, tmp_path, capsys):
     monkeypatch.setattr(methods.Methods, "__init__", lambda self, out, share, weights: setattr(self, "out", Path(out)))
-    monkeypatch.setattr(methods.Methods, "of_subjects", lambda self, row, *_: {"subject": 0.5, "place": 1, "prior": 0, "class": 0, "seconds": len(row)})
+    monkeypatch.setattr(methods.Methods, "of_subjects", lambda self, row, *_: {"subject": 0.5, "place": 1, "prior": 0, "class": len(row) / 10})
     for row in ("word", "lora", "lora"):
         methods.main([row, "--out", str(tmp_path)])
     assert list(json.loads((tmp_path / "methods-1.json").read_text())) == ["word", "lora"]
-    assert capsys.readouterr().out.strip().endswith("| Textual Inversion (`word`) | 50% | 100% | 0% | 0% | 4 |")
+    assert capsys.readouterr().out.strip().endswith("| Textual Inversion (`word`) | 50% | 100% | 0% | 40% |")
     with pytest.raises(ValueError, match="no row lara; there are lora-alone, "):
         methods.main(["lara"])
 
 
 def test_the_table_has_a_line_for_each_row_that_was_measured():
-    figures = {"subject": 0.5, "place": 1.0, "prior": 0.25, "class": 0.0, "seconds": 61.0}
-    assert methods.table({"word": figures}).splitlines()[2:] == ["| Textual Inversion (`word`) | 50% | 100% | 25% | 0% | 61 |"]
+    figures = {"subject": 0.5, "place": 1.0, "prior": 0.25, "class": 0.0}
+    assert methods.table({"word": figures}).splitlines()[2:] == ["| Textual Inversion (`word`) | 50% | 100% | 25% | 0% |"]

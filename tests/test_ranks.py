@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 
 from alchemy import data, files
 from alchemy.command import ranks, training
+from alchemy.command.states import save_state
 from alchemy.formats import png
 from alchemy.methods import captions, textual_inversion
 from alchemy.train import errors, start, train as steps_of
@@ -72,7 +73,7 @@ def taught(rank, calls, spoil):
     state = start(parameters(sdxl), 1e-2)
     loss_of = losses(spoiled(sdxl, spoil if rank else ()), encoded(4), class_prompt=None, accumulation=2)
     seen = [total for _, total in steps_of(sdxl, state, ranks.averaged(loss_of, state.parameters.values(), 2), steps=calls, accumulation=2)]
-    state.save(f"{rank}.safetensors", {"seen": seen})
+    save_state(state, f"{rank}.safetensors", {"seen": seen})
 
 
 def test_a_loss_that_is_not_finite_on_one_rank_is_a_step_that_none_takes(tmp_path):

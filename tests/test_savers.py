@@ -21,7 +21,7 @@ ORDER = ("latents", "t", "context", "pooled", "time_ids")
 def inputs(reference):
     def of(dtype=torch.float32):
         given = reference("unet_a").group("inputs/0/")
-        return [given[k].to(dtype) if k in ("latents", "context", "pooled") else given[k] for k in ORDER]
+        return [given[k].to(dtype if k in ("latents", "context", "pooled") else given[k].dtype, copy=True) for k in ORDER]  # the reference stays
     return of
 
 
