@@ -178,7 +178,7 @@ FAULTS = {
         ("a run that is lost goes on", "if len(last) > PATIENCE and", "if False and"),
     ),
     ("unet", "waiting"): (
-        ("a timestep waits for the device", "torch.full((), t, device=latents.device)", "torch.as_tensor(t, device=latents.device)"),
+        ("a timestep waits for the device", "torch.full((), t, device=latents.device)", "torch.tensor(t).to(latents.device)"),
     ),
     ("sdxl", "finite"): (
         ("a prompt of NaN is drawn", "if not x.requires_grad and not", "if False and not"),

@@ -61,7 +61,7 @@ def test_no_step_of_any_sampler_reads_a_value_and_only_fresh_noise_is_sent(far, 
 def test_reads_are_noticed(far):
     with Reads() as reads:
         float(torch.ones(()))
-        torch.as_tensor(3, device="meta"), torch.ones(2).to("meta")
+        torch.ones(2).to("meta")
     assert reads.values and ("cpu", "meta") in reads.copies
     with pytest.raises(RuntimeError, match="meta"):
         float(torch.ones((), device="meta"))
