@@ -49,9 +49,11 @@ ROOMS = {
     ),
     ("methods/prior", "prior"): (
         ("the prior is a mean over both", "subject.mean() + prior_weight * prior.mean()", "torch.cat([subject, prior_weight * prior]).mean()"),
-        ("every class picture is the same", "FIRST_SEED + k)", "FIRST_SEED)"),
-        ("of whatever settings", "png.check(path, facts | {\"seed\": seed})", "pass"),
-        ("drawn again", "        if not path.exists():", "        if True:"),
+        ("every class picture is the same", "FIRST_SEED + k}", "FIRST_SEED}"),
+        ("of whatever settings", "png.check(path, facts)", "pass"),
+    ),
+    ("command/lessons", "prior"): (
+        ("class pictures are drawn again", "pictures if not picture[0].exists()]", "pictures]"),
     ),
     ("methods/dreambooth", "dreambooth"): (
         ("text encoders stay as they were", "sdxl.read(name, torch.float32).requires_grad_(True)", 'sdxl.read(name, torch.float32).requires_grad_(name == "unet")'),

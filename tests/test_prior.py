@@ -102,7 +102,9 @@ def test_the_class_prompt_is_encoded_once_and_no_text_encoder_is_kept_while_draw
 def test_train_draws_class_pictures_once_and_learns_from_them(taught):
     run = good(taught("--class-pictures", 2, "--out", "one", "--steps", 3, "--class-folder", "shared"))
     assert "by 2 pictures of it" in run.err and sorted(contents("shared")) == ["0000.png", "0001.png"]
+    written = [path.stat().st_mtime_ns for path in sorted(Path("shared").iterdir())]
     good(taught("--class-pictures", 2, "--out", "two", "--steps", 3, "--class-folder", "shared"))
+    assert [path.stat().st_mtime_ns for path in sorted(Path("shared").iterdir())] == written  # not drawn again
     good(taught("--out", "none", "--steps", 3))
     one, two, none = (load_file(f"{name}/lora.safetensors") for name in ("one", "two", "none"))
     assert all(torch.equal(one[key], two[key]) for key in one) and any(not torch.equal(one[key], none[key]) for key in one)
