@@ -95,16 +95,13 @@ ROOMS = {
         ("an error that all have met is said by each", 'return said.add("said", 1) == 1', 'return said.add("said", 1) > 0'),
     ),
     ("command/training", "ranks"): (
-        ("every rank writes the state", "        if not ranks.rank():\n            state.save", "        if True:\n            state.save"),
+        ("every rank writes the state", "        if not ranks.rank():\n            save_state", "        if True:\n            save_state"),
     ),
     ("methods/captions", "ranks"): (
         ("every rank drops the first's captions", ".tolist()[rank * count:]", ".tolist()"),
     ),
     ("methods/textual_inversion", "ranks"): (
         ("every rank takes the first's templates", "[rank * count:][:count]", "[:count]"),
-    ),
-    ("command/training", "check"): (
-        ("one moment of AdamW is forgotten", "12 * sum(", "8 * sum("),
     ),
     ("report/preflight", "check"): (
         ("the sheet darkens what is learned", "Image.composite(picture, picture.point(lambda value: value // 4), mask)",
@@ -161,7 +158,7 @@ ROOMS = {
         ("the difference is looked for inside", "made.feathered.cpu().numpy() == 0", "made.feathered.cpu().numpy() > 0"),
     ),
     ("report/teaching", "inspect_more"): (
-        ("the norm is not by the weights'", "adapter.delta().norm() / layer.weight.float().norm()", "adapter.delta().norm()"),
+        ("the norm is not by the weights'", "adapter.delta().norm() / weight_of(layer).norm()", "adapter.delta().norm()"),
         ("a lost step counts as nothing, not as no step", "else (total, weight)", "else (0.95 * total, 0.95 * weight + 1)"),
     ),
     ("command/lessons", "inspect_more"): (
