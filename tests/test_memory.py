@@ -90,7 +90,9 @@ def test_weights_gradients_and_moments_are_16_bytes_a_number_that_learns_and_not
     run = Run((32, 32), torch.bfloat16, 2, "full", text_encoders=True, previews=False)
     texts, unet = (sum(p.numel() for name in names for p in memory.blank(sdxl, torch.float32).network(name).parameters())
                    for names in (memory.TEXT_ENCODERS, ("unet",)))
-    assert 16 * (texts + unet) < memory.training(sdxl, run)["steps"] < 24 * (texts + unet)
+    made, whole = memory.blank(sdxl, run.dtype), memory.training(sdxl, run)["steps"]
+    step = memory.step(made, run, memory.learners(made, run))  # gradients and activations
+    assert whole - step == pytest.approx(12 * (texts + unet), rel=0.01) and 16 * (texts + unet) < whole < 24 * (texts + unet)
     assert memory.weights(sdxl) > 4 * (texts + unet) and not sdxl.loaded
 
 
