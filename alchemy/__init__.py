@@ -1,13 +1,25 @@
 """Alchemy: SDXL personalization from scratch. The names below are the public surface; torch is imported when one is first used."""
+
 from importlib import import_module
 
 # A module is never named as the function it holds: importing the one would hide the other.
 HOME = {
-    "load": "formats.checkpoint", "SDXL": "sdxl", "Conditioning": "sdxl",
-    "noise": "loop", "generators": "loop", "denoise": "loop", "Step": "loop", "keep": "loop",
-    "text_to_image": "loop", "image_to_image": "loop",
-    "inspect": "report.page", "segment": "segmentation", "insert": "insertion", "add_lora": "lora",
-    "load_lora": "formats.lora", "save_lora": "formats.lora",
+    "load": "formats.checkpoint",
+    "SDXL": "sdxl",
+    "Conditioning": "sdxl",
+    "noise": "sampling",
+    "generators": "sampling",
+    "denoise": "sampling",
+    "Step": "sampling",
+    "keep_background": "sampling",
+    "text_to_image": "pipeline",
+    "image_to_image": "pipeline",
+    "inspect": "extras.inspect.page",
+    "segment": "segmentation",
+    "insert": "insertion",
+    "add_lora": "lora",
+    "load_lora": "formats.lora",
+    "save_lora": "formats.lora",
 }
 __all__ = list(HOME)
 

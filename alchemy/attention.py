@@ -1,7 +1,8 @@
 """Attention over the places of a picture, to each other (attn1) and to the words of the prompt (attn2).
 
-    softmax(q kᵀ / √d) v            Vaswani et al. 2017, eq. 1
+softmax(q kᵀ / √d) v            Vaswani et al. 2017, eq. 1
 """
+
 from contextlib import contextmanager
 from functools import partial
 
@@ -29,15 +30,21 @@ class Attention(nn.Module):
 
     def forward(self, x, told=None):
         q, (k, v) = self.to_q(x), told or self.told(x)
-        q, k, v = (y.unflatten(-1, (self.heads, -1)).transpose(1, 2) for y in (q, k, v))  # (B, heads, N or M, d)
+        q, k, v = (
+            y.unflatten(-1, (self.heads, -1)).transpose(1, 2) for y in (q, k, v)
+        )  # (B, heads, N or M, d)
         for see in self.watch:
-            see(torch.softmax((q.float() * q.shape[-1] ** -0.5) @ k.float().transpose(-1, -2), dim=-1))
+            see(
+                torch.softmax(
+                    (q.float() * q.shape[-1] ** -0.5) @ k.float().transpose(-1, -2), dim=-1
+                )
+            )
         x = F.scaled_dot_product_attention(q, k, v)
         return self.to_out[0](x.transpose(1, 2).flatten(2))  # (B, N, C)
 
 
 @contextmanager
-def watch(unet, names, see):
+def record_attention(unet, names, see):
     """Inside, each forward of the attention layers in names calls see(name, probabilities (B, heads, N, M) float32).
 
     names end in attn1 or attn2 (see `attentions`). What the layers compute does not change by a bit. One watch within another: both see.
@@ -45,10 +52,12 @@ def watch(unet, names, see):
     known = attentions(unet)
     for name in names:
         if name not in known:
-            raise ValueError(f"no attention layer {name!r}; there are {', '.join(list(known)[:3])}, ...")
+            raise ValueError(
+                f"no attention layer {name!r}; there are {', '.join(list(known)[:3])}, ..."
+            )
     try:
         for name in names:
-            known[name].watch += partial(see, name),
+            known[name].watch += (partial(see, name),)
         yield
     finally:
         for name in names:
@@ -103,9 +112,13 @@ class Transformer2D(nn.Module):
 
     def __init__(self, channels, heads, depth, context_dim, groups):
         super().__init__()
-        self.norm = nn.GroupNorm(groups, channels, eps=1e-6)  # 1e-6 here, 1e-5 in the resnets beside it
+        self.norm = nn.GroupNorm(
+            groups, channels, eps=1e-6
+        )  # 1e-6 here, 1e-5 in the resnets beside it
         self.proj_in = LoRALinear(channels, channels)
-        self.transformer_blocks = nn.ModuleList([TransformerBlock(channels, heads, context_dim) for _ in range(depth)])
+        self.transformer_blocks = nn.ModuleList(
+            [TransformerBlock(channels, heads, context_dim) for _ in range(depth)]
+        )
         self.proj_out = LoRALinear(channels, channels)
 
     def forward(self, x, context):

@@ -1,4 +1,5 @@
 """The convolutional blocks that the VAE and the UNet share. All map (B, C, H, W) to (B, C', H', W')."""
+
 import torch.nn.functional as F
 from torch import nn
 

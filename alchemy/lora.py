@@ -5,13 +5,19 @@ adapters. They are used wherever an adapter may be asked for; without one, they 
 
 Where a function here takes a model, it takes a network, or an SDXL for all its networks in memory.
 """
+
 from contextlib import contextmanager
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-ATTENTION = ("to_q", "to_k", "to_v", "to_out.0")  # what train.py teaches: the projections of attn1 and attn2
+ATTENTION = (
+    "to_q",
+    "to_k",
+    "to_v",
+    "to_out.0",
+)  # what train.py teaches: the projections of attn1 and attn2
 
 
 class Adapter(nn.Module):
@@ -30,7 +36,9 @@ class Adapter(nn.Module):
 
     def delta(self):
         """The change of the weight (out, in) or (out, in, k, k), in the adapter's own dtype."""
-        return self.factor * (self.up.flatten(1) @ self.down.flatten(1)).view(len(self.up), *self.down.shape[1:])
+        return self.factor * (self.up.flatten(1) @ self.down.flatten(1)).view(
+            len(self.up), *self.down.shape[1:]
+        )
 
     def add_to(self, y, x, layer):
         """y + factor · up(down(x)) for x and y of that layer, the products in the dtype of x."""
@@ -38,20 +46,22 @@ class Adapter(nn.Module):
             hidden = F.conv2d(x, self.down.to(x.dtype), stride=layer.stride, padding=layer.padding)
             return y + self.factor * F.conv2d(hidden, self.up.to(x.dtype))
         hidden = F.linear(x.flatten(0, -2), self.down.to(x.dtype))  # (N, rank)
-        return torch.addmm(y.flatten(0, -2), hidden, self.up.t().to(x.dtype), alpha=self.factor).view(y.shape)
+        return torch.addmm(
+            y.flatten(0, -2), hidden, self.up.t().to(x.dtype), alpha=self.factor
+        ).view(y.shape)
 
 
-class Adapted:
+class LoRALayer:
     """A layer with named adapters beside its weight; several add up, one at scale 0 costs nothing and changes no bit."""
 
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
         self.lora = nn.ModuleDict()
-        self.original = None  # the weight before merging
+        self.base_weight = None  # the weight before merging
 
     def forward(self, x):
         y = super().forward(x)
-        if self.original is None:
+        if self.base_weight is None:
             for adapter in self.lora.values():
                 if adapter.scale:
                     y = adapter.add_to(y, x, self)
@@ -62,42 +72,55 @@ class Adapted:
         """Add every adapter at its scale to the weight. The original waits on the CPU, since subtracting again would round."""
         self.unmerge()
         if any(a.scale for a in self.lora.values()):
-            self.original = self.weight.detach().to("cpu", copy=True)
+            self.base_weight = self.weight.detach().to("cpu", copy=True)
             change = sum(a.delta() for a in self.lora.values() if a.scale)
-            self.weight.copy_(self.weight + change)  # added in the finer of the two dtypes, then rounded
+            self.weight.copy_(
+                self.weight + change
+            )  # added in the finer of the two dtypes, then rounded
 
     @torch.no_grad()
     def unmerge(self):
-        if self.original is not None:
-            self.weight.copy_(self.original)
-            self.original = None
+        if self.base_weight is not None:
+            self.weight.copy_(self.base_weight)
+            self.base_weight = None
 
 
-class LoRALinear(Adapted, nn.Linear):
+class LoRALinear(LoRALayer, nn.Linear):
     """y = W x + b, and what its adapters add."""
 
 
-class LoRAConv2d(Adapted, nn.Conv2d):
+class LoRAConv2d(LoRALayer, nn.Conv2d):
     """A convolution, and what its adapters add."""
 
 
 def layers(model):
     """{dotted name: layer that can hold adapters} of a model, in its order."""
-    return {name: m for name, m in model.named_modules() if isinstance(m, Adapted)}
+    return {name: m for name, m in model.named_modules() if isinstance(m, LoRALayer)}
 
 
 def attention_layers(unet):
     """Those of the layers that are attention's projections."""
-    return {name: m for name, m in layers(unet).items() if name.endswith(ATTENTION) and (".attn1." in name or ".attn2." in name)}
+    return {
+        name: m
+        for name, m in layers(unet).items()
+        if name.endswith(ATTENTION) and (".attn1." in name or ".attn2." in name)
+    }
 
 
-def put(layer, name, down, up, alpha, scale=1.0):
+def add_adapter(layer, name, down, up, alpha, scale=1.0):
     """Give one layer the adapter `name` (in place of one of that name). Raises ValueError where the shapes do not fit."""
-    if (len(up), *down.shape[1:]) != layer.weight.shape or up.shape[1:] != (len(down), *(1 for _ in down.shape[2:])):
-        raise ValueError(f"its down {tuple(down.shape)} and up {tuple(up.shape)} do not fit the weight {tuple(layer.weight.shape)}")
-    if layer.original is not None:
+    if (len(up), *down.shape[1:]) != layer.weight.shape or up.shape[1:] != (
+        len(down),
+        *(1 for _ in down.shape[2:]),
+    ):
+        raise ValueError(
+            f"its down {tuple(down.shape)} and up {tuple(up.shape)} do not fit the weight {tuple(layer.weight.shape)}"
+        )
+    if layer.base_weight is not None:
         raise ValueError("adapters are merged; unmerge before another one is added")
-    layer.lora[name] = Adapter(down.to(layer.weight.device), up.to(layer.weight.device), alpha, scale)
+    layer.lora[name] = Adapter(
+        down.to(layer.weight.device), up.to(layer.weight.device), alpha, scale
+    )
 
 
 def add_lora(sdxl, rank=16, alpha=None, name="default", seed=0):
@@ -110,8 +133,16 @@ def add_lora(sdxl, rank=16, alpha=None, name="default", seed=0):
         raise ValueError(f"rank is {rank}; it must be at least 1")
     generator, parameters = torch.Generator().manual_seed(seed), []
     for layer in attention_layers(sdxl.unet).values():
-        down = (torch.rand(rank, layer.in_features, generator=generator) * 2 - 1) / layer.in_features ** 0.5
-        put(layer, name, down, torch.zeros(layer.out_features, rank), rank if alpha is None else alpha)
+        down = (
+            torch.rand(rank, layer.in_features, generator=generator) * 2 - 1
+        ) / layer.in_features**0.5
+        add_adapter(
+            layer,
+            name,
+            down,
+            torch.zeros(layer.out_features, rank),
+            rank if alpha is None else alpha,
+        )
         parameters += layer.lora[name].parameters()
     return parameters
 
@@ -128,9 +159,9 @@ def unmerge(model):
 
 
 @contextmanager
-def scaled(model, scale):
+def lora_scale(model, scale):
     """Inside, every adapter of the model has this scale (0: the unmodified model); the old scales come back afterwards."""
-    if any(layer.original is not None for layer in layers(model).values()):
+    if any(layer.base_weight is not None for layer in layers(model).values()):
         raise ValueError("adapters are merged; unmerge before their scale is changed")
     adapters = [a for layer in layers(model).values() for a in layer.lora.values()]
     before = [a.scale for a in adapters]

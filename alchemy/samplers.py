@@ -13,6 +13,7 @@ What still differs is the grid, the start and the last ᾱ: the columns of SAMPL
 that is extrapolated from the last two predictions. So is LCM's (Luo et al. 2023, algorithm 2), with all of the noise drawn anew,
 σ = √(1 − ᾱ_prev), on timesteps of its distillation.
 """
+
 import math
 from dataclasses import dataclass
 
@@ -23,6 +24,7 @@ class Sampler:
     scaled_start: trailing and linspace grids start at √(1−ᾱ) z, as in the papers' x_T, not at z itself.
     last: ᾱ that the last step goes to: 1 (clean), or None for ᾱ[0], as DDIM is published for SDXL (set_alpha_to_one false).
     """
+
     eta: float
     order: int = 1  # 2: extrapolates
     fresh: bool = False  # all noise is drawn anew, and x_0 is what a consistency model says of it
@@ -37,12 +39,12 @@ class Sampler:
 
 
 SAMPLERS = {
-    "ddpm":            Sampler(eta=1.0),
-    "ddim":            Sampler(eta=0.0, last=None),
-    "euler":           Sampler(eta=0.0, fractional=True, scaled_start=True),
+    "ddpm": Sampler(eta=1.0),
+    "ddim": Sampler(eta=0.0, last=None),
+    "euler": Sampler(eta=0.0, fractional=True, scaled_start=True),
     "euler_ancestral": Sampler(eta=1.0, fractional=True, scaled_start=True),
-    "dpmpp_2m":        Sampler(eta=0.0, order=2),
-    "lcm":             Sampler(eta=1.0, fresh=True, grid="lcm"),
+    "dpmpp_2m": Sampler(eta=0.0, order=2),
+    "lcm": Sampler(eta=1.0, fresh=True, grid="lcm"),
 }
 
 
@@ -57,17 +59,24 @@ def sigma(alpha_bar, alpha_bar_prev, eta, fresh=False):
     """The standard deviation σ of the noise drawn anew: DDIM eq. 16, or, fresh, that share of all noise. Floats in, float out."""
     if fresh or eta == 0:
         return eta * (1 - alpha_bar_prev) ** 0.5
-    return eta * ((1 - alpha_bar_prev) / (1 - alpha_bar)) ** 0.5 * (1 - alpha_bar / alpha_bar_prev) ** 0.5
+    return (
+        eta
+        * ((1 - alpha_bar_prev) / (1 - alpha_bar)) ** 0.5
+        * (1 - alpha_bar / alpha_bar_prev) ** 0.5
+    )
 
 
 def step(x_0, eps, alpha_bar_prev, sigma=0.0, z=None):
     """DDIM eq. 12: from the prediction (x_0, ε) to x at the level alpha_bar_prev. z: unit Gaussian, needed where sigma > 0."""
-    x_prev = alpha_bar_prev ** 0.5 * x_0 + max(1 - alpha_bar_prev - sigma ** 2, 0.0) ** 0.5 * eps
+    x_prev = alpha_bar_prev**0.5 * x_0 + max(1 - alpha_bar_prev - sigma**2, 0.0) ** 0.5 * eps
     return x_prev + sigma * z if sigma else x_prev
 
 
 def extrapolate(last, x_0, x_t, alpha_bar, alpha_bar_prev):
     """DPM-Solver++(2M), Lu et al. 2022, algorithm 2: (x_0, ε) to step towards, by this prediction of x_0 and that of the last Step."""
-    before, now, then = (math.log(ab / (1 - ab)) / 2 if ab else -math.inf for ab in (last.alpha_bar, alpha_bar, alpha_bar_prev))  # the λ
+    before, now, then = (
+        math.log(ab / (1 - ab)) / 2 if ab else -math.inf
+        for ab in (last.alpha_bar, alpha_bar, alpha_bar_prev)
+    )  # the λ
     x_0 = x_0 + (x_0 - last.x_0) * (then - now) / (now - before) / 2
-    return x_0, (x_t - alpha_bar ** 0.5 * x_0) / (1 - alpha_bar) ** 0.5
+    return x_0, (x_t - alpha_bar**0.5 * x_0) / (1 - alpha_bar) ** 0.5

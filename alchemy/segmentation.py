@@ -4,12 +4,13 @@ Cross-attention says for each place how much it looks at the word (Tang et al. 2
 together, and so spreads the word over the whole of its object (Wang et al. 2023, DiffSegmenter). At pixel size, a guided filter
 (He et al. 2010) moves the mask's edge to the picture's.
 """
+
 import math
 
 import torch
 import torch.nn.functional as F
 
-from . import attention, images, loop
+from . import attention, images, sampling
 
 MOST_PLACES = 2048  # self-attention is taken at the finest level of at most so many: N x N numbers (SDXL: 32 x 32 of 1024 pixels)
 
@@ -19,38 +20,62 @@ def positions(sdxl, prompt, word):
     found = sdxl.tokenizers[0].find(prompt, word)
     if not found:
         cut = sdxl.tokenizers[0].lost(prompt)
-        raise ValueError(f"the word {word!r} is not in the prompt {prompt!r}" + (f", of which {cut!r} is cut off" if cut else ""))
+        raise ValueError(
+            f"the word {word!r} is not in the prompt {prompt!r}"
+            + (f", of which {cut!r} is cut off" if cut else "")
+        )
     return sorted({place for occurrence in found for place in occurrence})
 
 
-class WordMaps:
+class AttentionMaps:
     """Collects, while steps are followed, how much each place attends to the word, and to each other place.
 
     Only timesteps within `window` (as shares of T) count: earlier there is nothing to see yet. latent_size: (h, w).
     """
 
     def __init__(self, unet, places, latent_size, T=1000, window=(0.0, 1.0)):
-        self.unet, self.places, self.size, self.window = unet, places, latent_size, (window[0] * T, window[1] * T)
+        self.unet, self.places, self.size, self.window = (
+            unet,
+            places,
+            latent_size,
+            (window[0] * T, window[1] * T),
+        )
         self.cross, self.own, self.now = {}, {}, []
 
     def shape(self, name):
         """(h, w) where the layer of that name stands: the latents' sides, halved and rounded up at each level down."""
         block, index = name.split(".")[:2]
         last = len(self.unet.down_blocks) - 1
-        level = last if block == "mid_block" else int(index) if block == "down_blocks" else last - int(index)
-        return tuple(-(-side // 2 ** level) for side in self.size)
+        level = (
+            last
+            if block == "mid_block"
+            else int(index)
+            if block == "down_blocks"
+            else last - int(index)
+        )
+        return tuple(-(-side // 2**level) for side in self.size)
 
     def see(self, name, probabilities):
         """One layer's (B, heads, N, M); of a guided batch, the last row is the conditional one."""
         p = probabilities[-1].mean(0)  # (N, M)
-        table, p = (self.cross, torch.stack([p[:, place] for place in self.places], 1).mean(1)) if name.endswith("attn2") else (self.own, p)
+        table, p = (
+            (self.cross, torch.stack([p[:, place] for place in self.places], 1).mean(1))
+            if name.endswith("attn2")
+            else (self.own, p)
+        )
         self.now.append((table, self.shape(name), p))
 
     def watch(self):
         """All of cross-attention, but self-attention of one level: finer ones would fill the memory, coarser ones tell less."""
         shapes = {name: self.shape(name) for name in attention.attentions(self.unet)}
-        own = max((shape for shape in shapes.values() if math.prod(shape) <= MOST_PLACES), default=None)
-        return attention.watch(self.unet, [name for name, shape in shapes.items() if name.endswith("attn2") or shape == own], self.see)
+        own = max(
+            (shape for shape in shapes.values() if math.prod(shape) <= MOST_PLACES), default=None
+        )
+        return attention.record_attention(
+            self.unet,
+            [name for name, shape in shapes.items() if name.endswith("attn2") or shape == own],
+            self.see,
+        )
 
     def take(self, t):
         """What was just seen at timestep t counts, if t lies in the window."""
@@ -72,17 +97,26 @@ class WordMaps:
         Raises ValueError where no step lay in the window.
         """
         if not self.cross:
-            raise ValueError("no step lies between timesteps {:g} and {:g}, where attention tells: raise --steps".format(*self.window))
+            raise ValueError(
+                "no step lies between timesteps {:g} and {:g}, where attention tells: raise --steps".format(
+                    *self.window
+                )
+            )
         finest, maps = max(self.cross), []
         for shape, (total, count) in self.cross.items():
             m = (total / count).view(1, 1, *shape)
             maps.append(F.interpolate(m / m.mean(), finest, mode="bilinear", align_corners=False))
         heat = sum(maps) / len(maps)
         for shape, (total, _) in self.own.items() if power else ():
-            own, coarse = total / total.sum(1, keepdim=True), F.interpolate(heat, shape, mode="area").flatten()  # own's rows sum to 1
+            own, coarse = (
+                total / total.sum(1, keepdim=True),
+                F.interpolate(heat, shape, mode="area").flatten(),
+            )  # own's rows sum to 1
             for _ in range(power):
                 coarse = own @ coarse
-            heat = F.interpolate(coarse.view(1, 1, *shape), finest, mode="bilinear", align_corners=False)
+            heat = F.interpolate(
+                coarse.view(1, 1, *shape), finest, mode="bilinear", align_corners=False
+            )
         return stretch(heat[0, 0])
 
 
@@ -104,7 +138,7 @@ def box_mean(x, radius):
 def guided_filter(p, i, radius, eps=1e-3):
     """The mask p by the guide i, both (H,W) in [0,1]: within each window it becomes a linear function a · i + b. He et al. 2010."""
     mean_p, mean_i = box_mean(p, radius), box_mean(i, radius)
-    a = (box_mean(i * p, radius) - mean_i * mean_p) / (box_mean(i * i, radius) - mean_i ** 2 + eps)
+    a = (box_mean(i * p, radius) - mean_i * mean_p) / (box_mean(i * i, radius) - mean_i**2 + eps)
     b = mean_p - a * mean_i
     return (box_mean(a, radius) * i + box_mean(b, radius)).clamp(0, 1)
 
@@ -112,7 +146,9 @@ def guided_filter(p, i, radius, eps=1e-3):
 def to_pixels(heat, picture):
     """heat (h, w) brought to the picture's size, edges where the picture has them: (H,W) in [0,1]."""
     size = picture.size[::-1]
-    heat = F.interpolate(heat[None, None].float().cpu(), size, mode="bicubic", align_corners=False)[0, 0].clamp(0, 1)
+    heat = F.interpolate(heat[None, None].float().cpu(), size, mode="bicubic", align_corners=False)[
+        0, 0
+    ].clamp(0, 1)
     grey = images.to_tensor(picture).mean(1)[0] / 2 + 0.5
     return guided_filter(heat, grey, max(2, min(size) // 32))
 
@@ -125,13 +161,18 @@ def segment(sdxl, image, word, *, prompt=None, seed=0, look=None, power=None):
     """
     prompt = prompt or f"a photo of a {word}"
     places = positions(sdxl, prompt, word)
-    look, power = (sdxl.defaults[key] if value is None else value for key, value in (("look", look), ("sharpening", power)))
+    look, power = (
+        sdxl.defaults[key] if value is None else value
+        for key, value in (("look", look), ("sharpening", power))
+    )
     size = working_size(sdxl, image.size[::-1])
-    looked_at = image.resize(size[::-1])  # a little stretched, so that all of it is seen and each place stands for its own
+    looked_at = image.resize(
+        size[::-1]
+    )  # a little stretched, so that all of it is seen and each place stands for its own
     x_0 = sdxl.vae.encode(images.to_tensor(looked_at).to(sdxl.device))[0]
-    maps = WordMaps(sdxl.unet, places, x_0.shape[-2:])
+    maps = AttentionMaps(sdxl.unet, places, x_0.shape[-2:])
     t = torch.tensor([int(look * (len(sdxl.schedule.alpha_bar) - 1))])
-    x_t = sdxl.schedule.add_noise(x_0, loop.noise(x_0.shape, [seed]).to(x_0), t)
+    x_t = sdxl.schedule.add_noise(x_0, sampling.noise(x_0.shape, [seed]).to(x_0), t)
     with maps.watch():
         sdxl.unet(x_t, t.to(sdxl.device), *sdxl.encode_prompt([prompt], size).parts())
     maps.take(int(t))
@@ -143,10 +184,13 @@ def working_size(sdxl, size):
 
     A size that is as good (a scene's own) stays: nothing need be resized.
     """
-    cell, share = 4 * sdxl.factor, size[0] * size[1] / (sdxl.size[0] * sdxl.size[1])
-    if 0.5 <= share <= 1.5 and size[0] % sdxl.factor == size[1] % sdxl.factor == 0:
+    cell, share = 4 * sdxl.vae_scale_factor, size[0] * size[1] / (sdxl.size[0] * sdxl.size[1])
+    if (
+        0.5 <= share <= 1.5
+        and size[0] % sdxl.vae_scale_factor == size[1] % sdxl.vae_scale_factor == 0
+    ):
         return tuple(size)
-    return tuple(max(round(side / share ** 0.5 / cell), 2) * cell for side in size)
+    return tuple(max(round(side / share**0.5 / cell), 2) * cell for side in size)
 
 
 def components(mask):
@@ -161,17 +205,26 @@ def components(mask):
 
 def clean(mask, least=0.2):
     """A bool mask without its small parts (under `least` of the largest) and without holes."""
-    scale = max(1, max(mask.shape) // 128)  # what is seen on a grid of some 128 cells is enough to judge by
+    scale = max(
+        1, max(mask.shape) // 128
+    )  # what is seen on a grid of some 128 cells is enough to judge by
     small = F.max_pool2d(mask[None, None].float(), scale, ceil_mode=True)[0, 0] > 0
     labels = components(small)
     areas = torch.bincount(labels.flatten())
     areas[0] = 0
     kept = (areas >= least * areas.max())[labels] & small
     outside = components(~F.pad(kept, (1, 1, 1, 1)))
-    within = F.max_pool2d((outside == outside[0, 0])[None].float(), 3, 1)[0] == 0  # no neighbour is reached from the border
+    within = (
+        F.max_pool2d((outside == outside[0, 0])[None].float(), 3, 1)[0] == 0
+    )  # no neighbour is reached from the border
 
     def to_full(x):
-        return F.interpolate(x[None, None].float(), scale_factor=scale, mode="nearest")[0, 0, :mask.shape[0], :mask.shape[1]] > 0
+        return (
+            F.interpolate(x[None, None].float(), scale_factor=scale, mode="nearest")[
+                0, 0, : mask.shape[0], : mask.shape[1]
+            ]
+            > 0
+        )
 
     return (mask & to_full(kept)) | to_full(within)
 
@@ -183,7 +236,9 @@ def to_mask(soft, threshold, dilate):
     """
     mask = soft >= threshold
     if not mask.any():
-        raise ValueError("the mask is empty: the word was not found in the picture; lower --threshold, or give --mask")
+        raise ValueError(
+            "the mask is empty: the word was not found in the picture; lower --threshold, or give --mask"
+        )
     region = (box_mean(clean(mask).double(), round(dilate * min(mask.shape))) > 0).float()
     if region.mean() > 0.95:
         raise ValueError("the mask covers the whole picture; raise --threshold, or give --mask")

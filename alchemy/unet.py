@@ -10,6 +10,7 @@ SDXL base (2.57 billion parameters) at 1024 x 1024:
 
 The way up takes the nine skips back from the last to the first, three a level. Podell et al. 2023.
 """
+
 import math
 from dataclasses import dataclass, fields
 
@@ -26,6 +27,7 @@ from .lora import LoRAConv2d, LoRALinear
 @dataclass(frozen=True)
 class UNetConfig:
     """The sizes, by the names of the official config.json; the defaults are SDXL base."""
+
     in_channels: int = 4
     out_channels: int = 4
     block_out_channels: tuple = (320, 640, 1280)
@@ -33,7 +35,11 @@ class UNetConfig:
     up_block_types: tuple = ("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D")
     layers_per_block: int = 2
     transformer_layers_per_block: tuple = (1, 2, 10)
-    attention_head_dim: tuple = (5, 10, 20)  # a misnomer kept upstream for its files' sake: these are numbers of heads
+    attention_head_dim: tuple = (
+        5,
+        10,
+        20,
+    )  # a misnomer kept upstream for its files' sake: these are numbers of heads
     cross_attention_dim: int = 2048
     addition_time_embed_dim: int = 256
     projection_class_embeddings_input_dim: int = 2816
@@ -52,10 +58,12 @@ class UNetConfig:
         return cls(**{k: tuple(v) if isinstance(v, list) else v for k, v in chosen.items()})
 
 
-def sinusoid(values, dim):
+def timestep_embedding(values, dim):
     """Numbers (N,) to (N, dim) in float32: cosines first, then sines, of wavelengths from 2π to 20000π. Vaswani et al. 2017, 3.5."""
     half = dim // 2
-    frequency = torch.exp(-math.log(10000) * torch.arange(half, dtype=torch.float32, device=values.device) / half)
+    frequency = torch.exp(
+        -math.log(10000) * torch.arange(half, dtype=torch.float32, device=values.device) / half
+    )
     angle = values.float()[:, None] * frequency
     return torch.cat([angle.cos(), angle.sin()], dim=-1)
 
@@ -73,13 +81,28 @@ class Embedding(nn.Module):
 
 def transformers(cfg, level, count):
     """count transformers of a level's width, depth and number of heads."""
-    return nn.ModuleList([Transformer2D(cfg.block_out_channels[level], cfg.attention_head_dim[level], cfg.transformer_layers_per_block[level],
-                                        cfg.cross_attention_dim, cfg.norm_num_groups) for _ in range(count)])
+    return nn.ModuleList(
+        [
+            Transformer2D(
+                cfg.block_out_channels[level],
+                cfg.attention_head_dim[level],
+                cfg.transformer_layers_per_block[level],
+                cfg.cross_attention_dim,
+                cfg.norm_num_groups,
+            )
+            for _ in range(count)
+        ]
+    )
 
 
 def resnets(cfg, channels):
     """A resnet for each (in, out) of channels."""
-    return nn.ModuleList([ResnetBlock(a, b, cfg.norm_num_groups, cfg.norm_eps, 4 * cfg.block_out_channels[0]) for a, b in channels])
+    return nn.ModuleList(
+        [
+            ResnetBlock(a, b, cfg.norm_num_groups, cfg.norm_eps, 4 * cfg.block_out_channels[0])
+            for a, b in channels
+        ]
+    )
 
 
 class DownBlock(nn.Module):
@@ -90,7 +113,9 @@ class DownBlock(nn.Module):
         c_in, c = cfg.block_out_channels[max(level - 1, 0)], cfg.block_out_channels[level]
         last = level == len(cfg.block_out_channels) - 1
         self.resnets = resnets(cfg, [(c_in, c)] + [(c, c)] * (cfg.layers_per_block - 1))
-        self.attentions = transformers(cfg, level, len(self.resnets) if "CrossAttn" in cfg.down_block_types[level] else 0)
+        self.attentions = transformers(
+            cfg, level, len(self.resnets) if "CrossAttn" in cfg.down_block_types[level] else 0
+        )
         self.downsamplers = nn.ModuleList([] if last else [Downsample(c, padding=1)])
 
     def forward(self, x, emb, context, skips, run):
@@ -129,7 +154,9 @@ class UpBlock(nn.Module):
         arriving = [widths[min(level + 1, len(widths) - 1)]] + [c] * cfg.layers_per_block
         skipped = [c] * cfg.layers_per_block + [widths[max(level - 1, 0)]]
         self.resnets = resnets(cfg, [(a + b, c) for a, b in zip(arriving, skipped)])
-        self.attentions = transformers(cfg, level, len(self.resnets) if "CrossAttn" in cfg.up_block_types[index] else 0)
+        self.attentions = transformers(
+            cfg, level, len(self.resnets) if "CrossAttn" in cfg.up_block_types[index] else 0
+        )
         self.upsamplers = nn.ModuleList([Upsample(c)] if level else [])
 
     def forward(self, x, emb, context, skips, run):
@@ -137,7 +164,9 @@ class UpBlock(nn.Module):
             x = run(resnet, torch.cat([x, skips.pop()], dim=1), emb)
             x = run(self.attentions[i], x, context) if self.attentions else x
         for upsample in self.upsamplers:
-            x = upsample(x, size=skips[-1].shape[-2:])  # to the size of the skip it meets: odd sides work
+            x = upsample(
+                x, size=skips[-1].shape[-2:]
+            )  # to the size of the skip it meets: odd sides work
         return x
 
 
@@ -161,10 +190,20 @@ class UNet(nn.Module):
         time_ids: height and width of the original, top and left of the crop, height and width of the target, in pixels.
         """
         dtype = self.conv_in.weight.dtype
-        t = t if torch.is_tensor(t) else torch.full((), t, device=latents.device)  # of a number; torch.as_tensor would wait for the device
-        emb = self.time_embedding(sinusoid(t.to(latents.device).expand(len(latents)), self.conv_in.out_channels).to(dtype))
-        sizes = sinusoid(time_ids.flatten(), self.config.addition_time_embed_dim).view(len(latents), -1)  # (B, 6 · 256)
-        emb = emb + self.add_embedding(torch.cat([pooled.to(dtype), sizes.to(dtype)], dim=-1))  # pooled first
+        t = (
+            t if torch.is_tensor(t) else torch.full((), t, device=latents.device)
+        )  # of a number; torch.as_tensor would wait for the device
+        emb = self.time_embedding(
+            timestep_embedding(
+                t.to(latents.device).expand(len(latents)), self.conv_in.out_channels
+            ).to(dtype)
+        )
+        sizes = timestep_embedding(time_ids.flatten(), self.config.addition_time_embed_dim).view(
+            len(latents), -1
+        )  # (B, 6 · 256)
+        emb = emb + self.add_embedding(
+            torch.cat([pooled.to(dtype), sizes.to(dtype)], dim=-1)
+        )  # pooled first
 
         x, context, skips = self.conv_in(latents.to(dtype)), context.to(dtype), []
         skips.append(x)
@@ -178,5 +217,7 @@ class UNet(nn.Module):
     def run(self, layer, *inputs):
         """layer(*inputs); with checkpointing on, its inner activations are computed again in the backward pass, not kept."""
         if self.checkpointing and torch.is_grad_enabled():
-            return checkpoint(layer, *inputs, use_reentrant=False, preserve_rng_state=False)  # there is no chance in it
+            return checkpoint(
+                layer, *inputs, use_reentrant=False, preserve_rng_state=False
+            )  # there is no chance in it
         return layer(*inputs)

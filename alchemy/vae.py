@@ -3,6 +3,7 @@
 Latents are times scaling_factor (0.13025 for SDXL, which makes their variance about one) from encode to decode, everywhere.
 Kingma & Welling 2014; Rombach et al. 2022.
 """
+
 from dataclasses import dataclass, fields
 
 import torch
@@ -17,6 +18,7 @@ EPS = 1e-6  # of every GroupNorm here
 @dataclass(frozen=True)
 class VAEConfig:
     """The sizes, by the names of the official config.json; the defaults are SDXL's."""
+
     in_channels: int = 3
     out_channels: int = 3
     latent_channels: int = 4
@@ -50,7 +52,9 @@ class MidAttention(nn.Module):
 class MidBlock(nn.Module):
     def __init__(self, channels, groups):
         super().__init__()
-        self.resnets = nn.ModuleList([ResnetBlock(channels, channels, groups, EPS) for _ in range(2)])
+        self.resnets = nn.ModuleList(
+            [ResnetBlock(channels, channels, groups, EPS) for _ in range(2)]
+        )
         self.attentions = nn.ModuleList([MidAttention(channels, groups)])
 
     def forward(self, x):
@@ -62,7 +66,9 @@ class Level(nn.Module):
 
     def __init__(self, c_in, c_out, layers, groups, down=False, up=False):
         super().__init__()
-        self.resnets = nn.ModuleList([ResnetBlock(c_in if i == 0 else c_out, c_out, groups, EPS) for i in range(layers)])
+        self.resnets = nn.ModuleList(
+            [ResnetBlock(c_in if i == 0 else c_out, c_out, groups, EPS) for i in range(layers)]
+        )
         if down:
             self.downsamplers = nn.ModuleList([Downsample(c_out, padding=0)])
         if up:
@@ -81,11 +87,17 @@ class Encoder(nn.Module):
         super().__init__()
         c, groups = cfg.block_out_channels, cfg.norm_num_groups
         self.conv_in = nn.Conv2d(cfg.in_channels, c[0], 3, padding=1)
-        self.down_blocks = nn.ModuleList([
-            Level(c[max(i - 1, 0)], c[i], cfg.layers_per_block, groups, down=i < len(c) - 1) for i in range(len(c))])
+        self.down_blocks = nn.ModuleList(
+            [
+                Level(c[max(i - 1, 0)], c[i], cfg.layers_per_block, groups, down=i < len(c) - 1)
+                for i in range(len(c))
+            ]
+        )
         self.mid_block = MidBlock(c[-1], groups)
         self.conv_norm_out = nn.GroupNorm(groups, c[-1], eps=EPS)
-        self.conv_out = nn.Conv2d(c[-1], 2 * cfg.latent_channels, 3, padding=1)  # mean and log variance
+        self.conv_out = nn.Conv2d(
+            c[-1], 2 * cfg.latent_channels, 3, padding=1
+        )  # mean and log variance
 
     def forward(self, x):
         x = self.conv_in(x)
@@ -100,8 +112,12 @@ class Decoder(nn.Module):
         c, groups = cfg.block_out_channels[::-1], cfg.norm_num_groups
         self.conv_in = nn.Conv2d(cfg.latent_channels, c[0], 3, padding=1)
         self.mid_block = MidBlock(c[0], groups)
-        self.up_blocks = nn.ModuleList([
-            Level(c[max(i - 1, 0)], c[i], cfg.layers_per_block + 1, groups, up=i < len(c) - 1) for i in range(len(c))])
+        self.up_blocks = nn.ModuleList(
+            [
+                Level(c[max(i - 1, 0)], c[i], cfg.layers_per_block + 1, groups, up=i < len(c) - 1)
+                for i in range(len(c))
+            ]
+        )
         self.conv_norm_out = nn.GroupNorm(groups, c[-1], eps=EPS)
         self.conv_out = nn.Conv2d(c[-1], cfg.out_channels, 3, padding=1)
 
@@ -126,7 +142,9 @@ class VAE(nn.Module):
         moments = moments.to(torch.promote_types(moments.dtype, torch.float32))
         mean, log_variance = moments.chunk(2, dim=1)
         if not moments.isfinite().all():
-            raise FloatingPointError("the VAE encoded to NaN or infinity (the official VAE overflows in float16: use bfloat16 or float32)")
+            raise FloatingPointError(
+                "the VAE encoded to NaN or infinity (the official VAE overflows in float16: use bfloat16 or float32)"
+            )
         std = torch.exp(0.5 * log_variance.clamp(-30, 20))
         return mean * self.config.scaling_factor, std * self.config.scaling_factor
 
@@ -135,5 +153,7 @@ class VAE(nn.Module):
         x = (latents / self.config.scaling_factor).to(self.quant_conv.weight.dtype)
         images = self.decoder(self.post_quant_conv(x)).to(latents.dtype)
         if not images.isfinite().all():
-            raise FloatingPointError("the VAE decoded to NaN or infinity (the official VAE overflows in float16: use bfloat16 or float32)")
+            raise FloatingPointError(
+                "the VAE decoded to NaN or infinity (the official VAE overflows in float16: use bfloat16 or float32)"
+            )
         return images

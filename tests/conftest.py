@@ -2,6 +2,7 @@
 
 Every comparison goes through `close`; at its end pytest prints the largest deviation of each test file beside what was allowed.
 """
+
 import json
 import os
 import sys
@@ -13,10 +14,20 @@ import torch
 from safetensors import safe_open
 
 ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
+sys.path[:0] = [
+    str(ROOT),
+    *(str(ROOT / "tests" / part) for part in ("core", "cli", "extras", "formats", "bench")),
+]
 torch.set_num_threads(1)  # the order of additions, and so the last bit, depends on it
 
-KINDS = {"text_1": "text_encoder", "text_2": "text_encoder_2", "vae": "vae", "vae_8": "vae", "unet_a": "unet", "unet_b": "unet"}
+KINDS = {
+    "text_1": "text_encoder",
+    "text_2": "text_encoder_2",
+    "vae": "vae",
+    "vae_8": "vae",
+    "unet_a": "unet",
+    "unet_b": "unet",
+}
 measured = {}  # (test file, tolerance) -> the largest deviation seen
 
 
@@ -25,7 +36,9 @@ class Reference(dict):
 
     def group(self, prefix):
         """The tensors below a prefix, named without it."""
-        return {key.removeprefix(prefix): value for key, value in self.items() if key.startswith(prefix)}
+        return {
+            key.removeprefix(prefix): value for key, value in self.items() if key.startswith(prefix)
+        }
 
 
 @lru_cache
@@ -40,10 +53,14 @@ def build(name, dtype=torch.float64):
     from alchemy.formats.checkpoint import BUILD, CONFIGS
 
     kind, stored = KINDS[name], read(name)
-    prefix = "text_model." if name == "text_1" else ""  # transformers 5 saves the first encoder without it
+    prefix = (
+        "text_model." if name == "text_1" else ""
+    )  # transformers 5 saves the first encoder without it
     with torch.device("meta"):
         net = BUILD[kind](CONFIGS[kind].from_config(stored.facts["config"]))
-    weights = {prefix + key: value.to(dtype, copy=True) for key, value in stored.group("weights/").items()}
+    weights = {
+        prefix + key: value.to(dtype, copy=True) for key, value in stored.group("weights/").items()
+    }
     net.load_state_dict(weights, strict=True, assign=True)
     return net.eval().requires_grad_(False)
 
@@ -88,10 +105,10 @@ def exact():
 
     The embedding is float32 on both sides, and sin and cos may differ in the last bit between CPUs.
     """
-    from alchemy.unet import sinusoid
+    from alchemy.unet import timestep_embedding
 
     stored = read("unet_a")
-    off = (sinusoid(stored["inputs/0/t"], 12) - stored["sinusoid/0/t"]).abs().max()
+    off = (timestep_embedding(stored["inputs/0/t"], 12) - stored["sinusoid/0/t"]).abs().max()
     return 1e-6 if 0 < off < 2e-7 else 1e-9
 
 

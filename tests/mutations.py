@@ -7,6 +7,7 @@ The faults stand in faults.py. The exit status is 1 if a fault is survived, or i
 changed: change the fault with it).
 Needs fork (Linux, macOS): torch is imported once, not for each fault.
 """
+
 import argparse
 import contextlib
 import io
@@ -26,7 +27,9 @@ ROOT = Path(__file__).resolve().parents[1]
 def copy(to):
     """What the tests need: the package and the tests as copies, the large files as links."""
     (to / "repo").mkdir()
-    shutil.copytree(ROOT / "alchemy", to / "repo" / "alchemy", ignore=shutil.ignore_patterns("__pycache__"))
+    shutil.copytree(
+        ROOT / "alchemy", to / "repo" / "alchemy", ignore=shutil.ignore_patterns("__pycache__")
+    )
     for script in ("train.py", "sample.py", "insert.py"):
         shutil.copy(ROOT / script, to / "repo")
     (to / "repo" / "tests").mkdir()
@@ -57,15 +60,24 @@ def attempt(answer, folder, fault):
     repo, tests = copy(Path(folder).resolve()), [f"tests/test_{name}.py" for name in names]
     if not module:  # the tests must be green to begin with: otherwise a fault would prove nothing
         status, out = test(repo, [*tests, "-k", "not trajectory"])
-        return answer.send(("green" if status == 0 else "RED", out))
+        return answer.to_device(("green" if status == 0 else "RED", out))
     file = repo / "alchemy" / f"{module}.py"
     text = file.read_text(encoding="utf-8")
     if text.count(old) != 1:
-        return answer.send((f"old text found {text.count(old)} times", ""))
+        return answer.to_device((f"old text found {text.count(old)} times", ""))
     file.write_text(text.replace(old, new), encoding="utf-8")
     status, out = test(repo, tests)
-    red = next((line.split("::")[-1].split(" - ")[0] for line in out.splitlines() if line.startswith("FAILED")), "")
-    answer.send(("caught" if red else "NOT CAUGHT" if status == 0 else f"pytest ended with {status}", red))
+    red = next(
+        (
+            line.split("::")[-1].split(" - ")[0]
+            for line in out.splitlines()
+            if line.startswith("FAILED")
+        ),
+        "",
+    )
+    answer.to_device(
+        ("caught" if red else "NOT CAUGHT" if status == 0 else f"pytest ended with {status}", red)
+    )
 
 
 def results(faults, at_once=2):
@@ -74,7 +86,10 @@ def results(faults, at_once=2):
     for fault in [*faults, *[None] * at_once]:
         if len(running) == at_once or fault is None and running:
             earlier, process, folder, answer = running.pop(0)
-            yield earlier, *(answer.recv() if answer.poll(120) else ("caught", "no end within two minutes"))
+            yield (
+                earlier,
+                *(answer.recv() if answer.poll(120) else ("caught", "no end within two minutes")),
+            )
             process.kill(), process.join(), folder.cleanup()
         if fault:
             (answer, end), folder = fork.Pipe(duplex=False), tempfile.TemporaryDirectory()
@@ -84,18 +99,33 @@ def results(faults, at_once=2):
 
 
 def main(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("-k", metavar="WORD", default="", help="only the faults whose file or description has this in it")
-    parser.add_argument("--green", action="store_true", help="the tests are known to be green without a fault")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "-k",
+        metavar="WORD",
+        default="",
+        help="only the faults whose file or description has this in it",
+    )
+    parser.add_argument(
+        "--green", action="store_true", help="the tests are known to be green without a fault"
+    )
     args = parser.parse_args(argv)
-    faults = [(module, names.split(), *fault) for (module, names), group in FAULTS.items() for fault in group
-              if args.k in f"{module}: {fault[0]}"]
+    faults = [
+        (module, names.split(), *fault)
+        for (module, names), group in FAULTS.items()
+        for fault in group
+        if args.k in f"{module}: {fault[0]}"
+    ]
     import torch
 
     torch.set_num_threads(1)
     sys.dont_write_bytecode, start, caught = True, time.time(), 0
     unchanged = (None, sorted({name for fault in faults for name in fault[1]}), "", "", "")
-    for (module, _, name, *_), result, said in results(faults if args.green else [unchanged, *faults]):
+    for (module, _, name, *_), result, said in results(
+        faults if args.green else [unchanged, *faults]
+    ):
         if result == "RED":
             sys.exit(f"{said}\nthe tests fail before any fault is made")
         if module:

@@ -19,7 +19,7 @@ from torch import nn
 HERE = Path(__file__).parent
 sys.path[:0] = [str(HERE.parent), str(HERE)]
 
-from alchemy import command  # noqa: E402
+from alchemy import cli  # noqa: E402
 import world  # noqa: E402
 
 FILE = HERE / "judge.safetensors"
@@ -139,10 +139,10 @@ def accuracy(judge, count):
 
 
 def main(argv=None):
-    parser = command.parser(__doc__)
+    parser = cli.parser(__doc__)
     parser.add_argument("what", nargs="?", choices=("train", "accuracy"), default="accuracy")
-    parser.add_argument("--minutes", type=command.POSITIVE, default=12, help="of training (default: 12)")
-    parser.add_argument("--renders", type=command.COUNT, default=1580, help="fresh renders to judge (default: 1580, twenty of each instance)")
+    parser.add_argument("--minutes", type=cli.POSITIVE, default=12, help="of training (default: 12)")
+    parser.add_argument("--renders", type=cli.COUNT, default=1580, help="fresh renders to judge (default: 1580, twenty of each instance)")
     args = parser.parse_args(argv)
     if args.what == "train":
         train(args.minutes)
@@ -153,4 +153,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    command.run(main)
+    cli.run(main)

@@ -23,9 +23,9 @@ HERE = Path(__file__).parent
 sys.path[:0] = [str(HERE.parent), str(HERE)]
 
 import alchemy  # noqa: E402
-from alchemy import command, images, insertion, lora, loop, segmentation  # noqa: E402
+from alchemy import cli, images, insertion, lora, sampling, segmentation  # noqa: E402
 from alchemy.files import save_json  # noqa: E402
-from alchemy.report import sheets  # noqa: E402
+from alchemy.extras.inspect import sheets  # noqa: E402
 import judge as judges  # noqa: E402
 from table import table  # noqa: E402
 import world  # noqa: E402
@@ -49,8 +49,8 @@ def drawn(sdxl, prompts, first_seed):
     for start in range(0, len(prompts), BATCH):
         told, count = sdxl.encode_prompt(prompts[start:start + BATCH]), len(prompts[start:start + BATCH])
         seeds = range(first_seed + start, first_seed + start + count)
-        noise = loop.noise((count, 4, *(side // sdxl.factor for side in sdxl.size)), seeds).to(sdxl.device)
-        for step in loop.denoise(sdxl, noise, told, sdxl.encode_prompt([None] * count), **options):
+        noise = sampling.noise((count, 4, *(side // sdxl.vae_scale_factor for side in sdxl.size)), seeds).to(sdxl.device)
+        for step in sampling.denoise(sdxl, noise, told, sdxl.encode_prompt([None] * count), **options):
             pass
         pictures += [images.to_image(x) for x in sdxl.vae.decode(step.x_prev)]
     return pictures
@@ -163,7 +163,7 @@ class Measure:
     def one_stage(self, instance, prompts, wanted, seed):
         word, hits = wanted[0][0], {}
         for scale in SCALES:
-            with lora.scaled(self.sdxl, scale):
+            with lora.lora_scale(self.sdxl, scale):
                 pictures = drawn(self.sdxl, [insertion.with_token(prompt, word, TOKEN) for prompt in prompts], seed)
             said = self.read(f"{instance}-one-{scale}", pictures, wanted)
             hits[f"one {scale}"] = [s[1] == instance for s in said]
@@ -213,9 +213,9 @@ PARTS = ("renders", "prompts", "pairs", "subjects", "masks")
 
 def measured(argv, description, kind, rows, name):
     """Measure those rows of a kind of Measure that the flags name; (the Measure, all that its file `name` tells so far)."""
-    parser = command.parser(description)
+    parser = cli.parser(description)
     parser.add_argument("rows", nargs="*", metavar="ROW", help=f"of {', '.join(rows)} (default: all)")
-    parser.add_argument("--share", type=command.number(float, 0, 1, above=True), default=1.0, metavar="X", help="of the pictures (default: all; less is quicker, and rougher)")
+    parser.add_argument("--share", type=cli.number(float, 0, 1, above=True), default=1.0, metavar="X", help="of the pictures (default: all; less is quicker, and rougher)")
     parser.add_argument("--out", default="out/measure", metavar="FOLDER")
     parser.add_argument("--weights", default=str(HERE / "mini"), metavar="FOLDER")
     args = parser.parse_args(argv)
@@ -237,4 +237,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    command.run(main)
+    cli.run(main)

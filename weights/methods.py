@@ -17,7 +17,7 @@ HERE = Path(__file__).parent
 sys.path[:0] = [str(HERE.parent), str(HERE)]
 
 import alchemy  # noqa: E402
-from alchemy import command, insertion  # noqa: E402
+from alchemy import cli, insertion  # noqa: E402
 from alchemy.formats.embeddings import load_embedding  # noqa: E402
 from measure import TOKEN, Measure, drawn, measured, phrase, share  # noqa: E402
 import judge as judges  # noqa: E402
@@ -167,4 +167,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    command.run(main)
+    cli.run(main)

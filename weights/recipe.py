@@ -19,9 +19,9 @@ from safetensors.torch import load_file
 HERE = Path(__file__).parent
 sys.path[:0] = [str(HERE.parent), str(HERE)]
 
-from alchemy import command  # noqa: E402
+from alchemy import cli  # noqa: E402
 from alchemy.schedule import Schedule  # noqa: E402
-from alchemy.text import TextConfig, TextEncoder  # noqa: E402
+from alchemy.clip import TextConfig, TextEncoder  # noqa: E402
 from alchemy.tokenizer import Tokenizer  # noqa: E402
 from alchemy.unet import UNet, UNetConfig  # noqa: E402
 from alchemy.vae import VAE, VAEConfig  # noqa: E402
@@ -200,15 +200,15 @@ DEFAULTS = {"vae": {"minutes": 24, "batch": 16}, "unet": {"minutes": 97, "batch"
 
 
 def main(argv=None):
-    parser = command.parser(__doc__)
+    parser = cli.parser(__doc__)
     parser.add_argument("part", choices=("vae", "unet", "pack", "unpack"))
-    parser.add_argument("--minutes", type=command.POSITIVE, help="of training in all, earlier runs counted in (default: 24, 97)")
-    parser.add_argument("--batch", type=command.COUNT, help="crops of 64 pixels (default: 16), pictures of 64 pixels (default: 32; half as many later)")
-    parser.add_argument("--lr", type=command.POSITIVE, default=1e-3, help="at its peak (default: 1e-3)")
-    parser.add_argument("--small", type=command.SHARE, help="share of the UNet's time on small pictures, before the others (default: 0.3; 0 to go on)")
+    parser.add_argument("--minutes", type=cli.POSITIVE, help="of training in all, earlier runs counted in (default: 24, 97)")
+    parser.add_argument("--batch", type=cli.COUNT, help="crops of 64 pixels (default: 16), pictures of 64 pixels (default: 32; half as many later)")
+    parser.add_argument("--lr", type=cli.POSITIVE, default=1e-3, help="at its peak (default: 1e-3)")
+    parser.add_argument("--small", type=cli.SHARE, help="share of the UNet's time on small pictures, before the others (default: 0.3; 0 to go on)")
     parser.add_argument("--decoder-only", action="store_true", help="train the VAE's decoder on the latents as they are")
     parser.add_argument("--work", type=Path, default=HERE.parent / "out" / "mini", help="folder of states and logs (default: out/mini)")
-    parser.add_argument("--threads", type=command.COUNT, default=torch.get_num_threads())
+    parser.add_argument("--threads", type=cli.COUNT, default=torch.get_num_threads())
     args = parser.parse_args(argv)
     if args.decoder_only and args.part != "vae" or args.small is not None and args.part != "unet":
         raise ValueError("--decoder-only is of the VAE, --small of the UNet")
@@ -229,4 +229,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    command.run(main)
+    cli.run(main)

@@ -18,7 +18,7 @@ HERE = Path(__file__).parent
 sys.path[:0] = [str(HERE.parent), str(HERE)]
 
 import alchemy  # noqa: E402
-from alchemy import command, images, loop, segmentation  # noqa: E402
+from alchemy import cli, images, sampling, segmentation  # noqa: E402
 import world  # noqa: E402
 
 LOOKS = tuple(k / 10 for k in range(1, 10))  # shares of T
@@ -41,11 +41,11 @@ def scenes(count):
 
 @torch.no_grad()
 def looked_at(sdxl, picture, word):
-    """{look: WordMaps of that noise level}, each as `segment` makes it."""
+    """{look: AttentionMaps of that noise level}, each as `segment` makes it."""
     prompt, x_0 = f"a photo of a {word}", sdxl.vae.encode(images.to_tensor(picture).to(sdxl.device))[0]
-    noise, told, made = loop.noise(x_0.shape, [0]).to(x_0), sdxl.encode_prompt([prompt], picture.size[::-1]).parts(), {}
+    noise, told, made = sampling.noise(x_0.shape, [0]).to(x_0), sdxl.encode_prompt([prompt], picture.size[::-1]).parts(), {}
     for look in LOOKS:
-        maps = segmentation.WordMaps(sdxl.unet, segmentation.positions(sdxl, prompt, word), x_0.shape[-2:])
+        maps = segmentation.AttentionMaps(sdxl.unet, segmentation.positions(sdxl, prompt, word), x_0.shape[-2:])
         t = torch.tensor([int(look * (len(sdxl.schedule.alpha_bar) - 1))])
         with maps.watch():
             sdxl.unet(sdxl.schedule.add_noise(x_0, noise, t), t.to(x_0.device), *told)
@@ -55,8 +55,8 @@ def looked_at(sdxl, picture, word):
 
 
 def combined(sdxl, made, window, layers):
-    """WordMaps of all that was seen within the window (low, high), of some layers."""
-    whole = segmentation.WordMaps(sdxl.unet, (), ())  # looks at nothing itself
+    """AttentionMaps of all that was seen within the window (low, high), of some layers."""
+    whole = segmentation.AttentionMaps(sdxl.unet, (), ())  # looks at nothing itself
     for maps in (maps for look, maps in made.items() if window[0] <= look <= window[1]):
         for mine, theirs in ((whole.cross, maps.cross), (whole.own, maps.own)):
             for shape, (total, count) in theirs.items():
@@ -85,8 +85,8 @@ def grown(best, dilation):
 
 
 def main(argv=None):
-    parser = command.parser(__doc__)
-    parser.add_argument("--scenes", type=command.COUNT, default=32, help="(default: 32, two of each class)")
+    parser = cli.parser(__doc__)
+    parser.add_argument("--scenes", type=cli.COUNT, default=32, help="(default: 32, two of each class)")
     parser.add_argument("--weights", default=str(HERE / "mini"))
     args = parser.parse_args(argv)
     sdxl, table, softs = alchemy.load(args.weights, dtype="float32"), {}, {}
@@ -113,4 +113,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    command.run(main)
+    cli.run(main)

@@ -1,4 +1,5 @@
 """Learned words (Textual Inversion) as files: one with clip_l and clip_g, as kohya, A1111 and ComfyUI have it, or diffusers' two."""
+
 from pathlib import Path
 
 from ..files import save_tensors
@@ -11,7 +12,10 @@ FORMATS = ("kohya", "diffusers")
 
 def save_embedding(sdxl, path, token, format="kohya", facts=None):
     """Write the rows of a token of sdxl (see write_embedding); returns the paths."""
-    rows = [table.extra[[i - table.first for i, _ in tokenizer.pieces(token)]] for tokenizer, table in zip(sdxl.tokenizers, tables(sdxl))]
+    rows = [
+        table.extra[[i - table.first for i, _ in tokenizer.pieces(token)]]
+        for tokenizer, table in zip(sdxl.tokenizers, tables(sdxl))
+    ]
     return write_embedding(path, token, rows, format, facts)
 
 
@@ -21,9 +25,16 @@ def write_embedding(path, token, rows, format="kohya", facts=None):
         raise ValueError(f"format of an embedding is {format!r}; known are {', '.join(FORMATS)}")
     path = Path(path)
     if (path.suffix == ".safetensors") != (format == "kohya"):
-        form = "a file, whose name has to end in .safetensors" if format == "kohya" else "for diffusers a folder of two files"
+        form = (
+            "a file, whose name has to end in .safetensors"
+            if format == "kohya"
+            else "for diffusers a folder of two files"
+        )
         raise ValueError(f"{path}: an embedding is {form}")
-    header = {f"alchemy.{k}": v for k, v in (facts or {}).items()} | {"alchemy.token": token, "format": "pt"}
+    header = {f"alchemy.{k}": v for k, v in (facts or {}).items()} | {
+        "alchemy.token": token,
+        "format": "pt",
+    }
     if format == "kohya":
         path.parent.mkdir(parents=True, exist_ok=True)
         save_tensors(dict(zip(KEYS, rows)), path, header)
@@ -45,21 +56,37 @@ def read_embedding(path):
     Raises ValueError where it is no such file."""
     path = Path(path)
     if path.is_dir() and not all((path / name).exists() for name in TWO):
-        raise ValueError(f"{path}: neither an embedding, which has {' and '.join(TWO)}, nor a LoRA file")
-    files = [open_safetensors(path / name) for name in TWO] if path.is_dir() else [open_safetensors(path)]
+        raise ValueError(
+            f"{path}: neither an embedding, which has {' and '.join(TWO)}, nor a LoRA file"
+        )
+    files = (
+        [open_safetensors(path / name) for name in TWO]
+        if path.is_dir()
+        else [open_safetensors(path)]
+    )
     keys = [sorted(file.keys(), reverse=True) for file in files]  # clip_l before clip_g
     if keys != [[*KEYS]] and [len(k) for k in keys] != [1, 1]:
         first = ", ".join(sum(keys, [])[:3])
         if "lora" in first:
             raise ValueError(f"{path}: no SDXL embedding, but a LoRA: give it as --lora")
-        raise ValueError(f"{path}: no SDXL embedding: it has {first} instead of {' and '.join(KEYS)}; of diffusers' two, give the folder")
+        raise ValueError(
+            f"{path}: no SDXL embedding: it has {first} instead of {' and '.join(KEYS)}; of diffusers' two, give the folder"
+        )
     rows = [file.get_tensor(key).float() for file, names in zip(files, keys) for key in names]
     rows = [r[None] if r.ndim == 1 else r for r in rows]
-    if any(r.ndim != 2 or not r.numel() or not r.isfinite().all() for r in rows) or len(rows[0]) != len(rows[1]):
+    if any(r.ndim != 2 or not r.numel() or not r.isfinite().all() for r in rows) or len(
+        rows[0]
+    ) != len(rows[1]):
         shapes = " and ".join(str(tuple(r.shape)) for r in rows)
-        raise ValueError(f"{path}: no SDXL embedding: {shapes} are not as many rows of finite numbers for either text encoder")
+        raise ValueError(
+            f"{path}: no SDXL embedding: {shapes} are not as many rows of finite numbers for either text encoder"
+        )
     header = files[0].metadata() or {}
-    return header.get("alchemy.token") or (keys[0][0] if len(files) == 2 else path.stem), rows, header
+    return (
+        header.get("alchemy.token") or (keys[0][0] if len(files) == 2 else path.stem),
+        rows,
+        header,
+    )
 
 
 def load_embedding(sdxl, path, token=None):
@@ -72,5 +99,12 @@ def load_embedding(sdxl, path, token=None):
         add_word(sdxl, token or told, rows)
     except ValueError as error:
         unnamed = not (token or Path(path).is_dir() or "alchemy.token" in header)
-        raise ValueError(f"{path}: {error}" + ("; the file's name is its word, rename it" if unnamed and "choose" in str(error) else "")) from None
+        raise ValueError(
+            f"{path}: {error}"
+            + (
+                "; the file's name is its word, rename it"
+                if unnamed and "choose" in str(error)
+                else ""
+            )
+        ) from None
     return token or told

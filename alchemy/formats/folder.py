@@ -1,4 +1,5 @@
 """A whole checkpoint as a folder in the Hub layout, which alchemy.load and diffusers read."""
+
 import shutil
 from pathlib import Path
 
@@ -8,7 +9,14 @@ from .. import lora
 from ..files import save_json, save_tensors
 from .checkpoint import BUILD
 
-VOCABULARY = ("vocab.json", "merges.txt", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
+VOCABULARY = (
+    "vocab.json",
+    "merges.txt",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+)
 
 
 def save_checkpoint(sdxl, folder, facts=None, dtype=None):
@@ -20,7 +28,9 @@ def save_checkpoint(sdxl, folder, facts=None, dtype=None):
     """
     wanted, new = Path(folder), Path(folder).with_name(f".{Path(folder).name}.new")
     if not sdxl.read.written["unet/config.json"]:
-        raise ValueError(f"{sdxl.source}: a single file brings no configurations; name a folder that has them with --config")
+        raise ValueError(
+            f"{sdxl.source}: a single file brings no configurations; name a folder that has them with --config"
+        )
     if wanted.exists() and any(wanted.iterdir()):
         raise ValueError(f"{wanted} is there already; name another")
     shutil.rmtree(new, ignore_errors=True)  # of an interrupted attempt
@@ -30,10 +40,14 @@ def save_checkpoint(sdxl, folder, facts=None, dtype=None):
         for place, content in sdxl.read.written.items():
             if content:
                 save_json(content, new / place)
-        for place in (f"{name}/{file}" for name in ("tokenizer", "tokenizer_2") for file in VOCABULARY):
+        for place in (
+            f"{name}/{file}" for name in ("tokenizer", "tokenizer_2") for file in VOCABULARY
+        ):
             if (sdxl.read.vocabulary / place).exists():
                 shutil.copyfile(sdxl.read.vocabulary / place, new / place)
-        paths = [write_network(sdxl, name, new / name, dtype or sdxl.dtype, facts) for name in BUILD]
+        paths = [
+            write_network(sdxl, name, new / name, dtype or sdxl.dtype, facts) for name in BUILD
+        ]
         new.replace(wanted)
     finally:
         shutil.rmtree(new, ignore_errors=True)
@@ -41,9 +55,24 @@ def save_checkpoint(sdxl, folder, facts=None, dtype=None):
 
 
 def write_network(sdxl, name, folder, dtype, facts):
-    network, path = sdxl.network(name), folder / ("model.safetensors" if name.startswith("text") else "diffusion_pytorch_model.safetensors")
+    network, path = (
+        sdxl.network(name),
+        folder
+        / (
+            "model.safetensors"
+            if name.startswith("text")
+            else "diffusion_pytorch_model.safetensors"
+        ),
+    )
     for layer in lora.layers(network).values():
         layer.merge()
-        layer.original, layer.lora = None, torch.nn.ModuleDict()  # kept for un-merging, all originals would be the network once more
-    save_tensors({key: tensor.to(dtype) for key, tensor in network.state_dict().items()}, path, {"format": "pt"} | (facts or {}))
+        layer.base_weight, layer.lora = (
+            None,
+            torch.nn.ModuleDict(),
+        )  # kept for un-merging, all originals would be the network once more
+    save_tensors(
+        {key: tensor.to(dtype) for key, tensor in network.state_dict().items()},
+        path,
+        {"format": "pt"} | (facts or {}),
+    )
     return path

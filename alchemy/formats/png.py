@@ -1,4 +1,5 @@
 """PNG files that say how they were made."""
+
 import json
 
 from PIL import Image, PngImagePlugin
@@ -19,7 +20,9 @@ def check(path, wanted):
     found = facts_of(path)
     for name, value in json.loads(json.dumps(wanted)).items():
         if found.get(name) != value:
-            raise ValueError(f"{path} was drawn with other settings ({name} {found.get(name)!r}, not {value!r}): name another folder")
+            raise ValueError(
+                f"{path} was drawn with other settings ({name} {found.get(name)!r}, not {value!r}): name another folder"
+            )
 
 
 def facts_of(path):
@@ -31,4 +34,6 @@ def facts_of(path):
     try:
         return json.loads(text)
     except (TypeError, ValueError):
-        raise ValueError(f"{path}: has no facts of how it was made (only PNG files written here have)") from None
+        raise ValueError(
+            f"{path}: has no facts of how it was made (only PNG files written here have)"
+        ) from None

@@ -1,4 +1,5 @@
 """Safetensors files, open; what is none is named as what it is."""
+
 from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
@@ -21,6 +22,13 @@ def open_safetensors(path, advice="download it again"):
     except SafetensorError as error:
         with open(path, "rb") as f:
             start = f.read(2)
-        if Path(path).suffix in (".ckpt", ".pt", ".pth", ".bin", ".pkl") or start == b"PK" or start[:1] == b"\x80" and start[1:] < b"\x06":
-            raise ValueError(f"{path}: a pickle, which can run any code when it is read; only safetensors files are read here") from None
+        if (
+            Path(path).suffix in (".ckpt", ".pt", ".pth", ".bin", ".pkl")
+            or start == b"PK"
+            or start[:1] == b"\x80"
+            and start[1:] < b"\x06"
+        ):
+            raise ValueError(
+                f"{path}: a pickle, which can run any code when it is read; only safetensors files are read here"
+            ) from None
         raise ValueError(f"{path}: not a whole safetensors file ({error}); {advice}") from None

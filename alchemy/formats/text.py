@@ -1,4 +1,5 @@
 """Text files."""
+
 from pathlib import Path
 
 
@@ -7,4 +8,6 @@ def read_text(path):
     try:
         return Path(path).read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
-        raise ValueError(f"{path}: no UTF-8 text (at byte {error.start}); save it as UTF-8") from None
+        raise ValueError(
+            f"{path}: no UTF-8 text (at byte {error.start}); save it as UTF-8"
+        ) from None

@@ -1,5 +1,6 @@
 """DreamBooth (Ruiz et al. 2023): all weights of the UNet learn the subject, and, if wanted, those of both text encoders; held to their
 class by class pictures (prior.py)."""
+
 import torch
 
 TEXT_ENCODERS = ("text_encoder", "text_encoder_2")

@@ -3,16 +3,30 @@
 The word is one or several new rows beside each text encoder's table of embeddings, which stays as it is to the bit; the loss is that of
 all training, its gradient goes through UNet and text encoders to the rows alone.
 """
+
 from dataclasses import replace
 
 import torch
 from torch import nn
 
-from .. import data
+from .. import dataset
 
-OBJECT = ("a photo of a {}", "a picture of a {}", "a good photo of a {}", "a close photo of the {}", "a photo of one {}", "a photo of the {}, in the middle")
-STYLE = ("a picture in the style of {}", "a painting in the style of {}", "a drawing of a place in the style of {}", "something small, in the style of {}",
-         "a scene in the style of {}", "in the style of {}")
+OBJECT = (
+    "a photo of a {}",
+    "a picture of a {}",
+    "a good photo of a {}",
+    "a close photo of the {}",
+    "a photo of one {}",
+    "a photo of the {}, in the middle",
+)
+STYLE = (
+    "a picture in the style of {}",
+    "a painting in the style of {}",
+    "a drawing of a place in the style of {}",
+    "something small, in the style of {}",
+    "a scene in the style of {}",
+    "in the style of {}",
+)
 
 
 class ExtendedEmbedding(nn.Embedding):
@@ -23,14 +37,20 @@ class ExtendedEmbedding(nn.Embedding):
         self.num_embeddings, self.embedding_dim = table.weight.shape
         self.padding_idx = self.max_norm = None
         self.weight, self.first = table.weight, first
-        self.extra = nn.Parameter(torch.zeros(0, self.embedding_dim, device=table.weight.device), requires_grad=False)
+        self.extra = nn.Parameter(
+            torch.zeros(0, self.embedding_dim, device=table.weight.device), requires_grad=False
+        )
 
     def forward(self, ids):
         new = ids >= self.first
         known = nn.functional.embedding(ids.masked_fill(new, 0), self.weight)
         if not len(self.extra):
             return known
-        return torch.where(new[..., None], nn.functional.embedding((ids - self.first).clamp(min=0), self.extra).to(known.dtype), known)
+        return torch.where(
+            new[..., None],
+            nn.functional.embedding((ids - self.first).clamp(min=0), self.extra).to(known.dtype),
+            known,
+        )
 
 
 def tables(sdxl):
@@ -39,7 +59,9 @@ def tables(sdxl):
     for encoder, tokenizer in zip(sdxl.text_encoders, sdxl.tokenizers):
         embeddings = encoder.text_model.embeddings
         if not isinstance(embeddings.token_embedding, ExtendedEmbedding):
-            embeddings.token_embedding = ExtendedEmbedding(embeddings.token_embedding, max(tokenizer.written) + 1)
+            embeddings.token_embedding = ExtendedEmbedding(
+                embeddings.token_embedding, max(tokenizer.written) + 1
+            )
         found.append(embeddings.token_embedding)
     return found
 
@@ -49,12 +71,18 @@ def add_word(sdxl, token, rows):
     rows, one for each encoder. Raises ValueError where the token exists already or the rows do not fit."""
     both = tables(sdxl)
     shapes = [tuple(r.shape) for r in rows]
-    if shapes[0][0] != shapes[1][0] or any(shape[1:] != (table.embedding_dim,) for shape, table in zip(shapes, both)):
-        raise ValueError(f"embeddings of shapes {shapes[0]} and {shapes[1]} do not fit text encoders of widths {both[0].embedding_dim} and {both[1].embedding_dim}")
+    if shapes[0][0] != shapes[1][0] or any(
+        shape[1:] != (table.embedding_dim,) for shape, table in zip(shapes, both)
+    ):
+        raise ValueError(
+            f"embeddings of shapes {shapes[0]} and {shapes[1]} do not fit text encoders of widths {both[0].embedding_dim} and {both[1].embedding_dim}"
+        )
     for tokenizer in sdxl.tokenizers:
         tokenizer.add(token, shapes[0][0])
     for table, r in zip(both, rows):
-        table.extra = nn.Parameter(torch.cat([table.extra.detach(), r.float().to(table.extra.device)]), requires_grad=False)
+        table.extra = nn.Parameter(
+            torch.cat([table.extra.detach(), r.float().to(table.extra.device)]), requires_grad=False
+        )
     return [table.extra for table in both]
 
 
@@ -65,7 +93,15 @@ def start_rows(sdxl, word, vectors):
         ids = [i for i, _ in tokenizer.pieces(word)]
         if not ids:
             raise ValueError(f"the word {word!r} to start from is empty")
-        made.append(table(torch.tensor([ids[k % len(ids)] for k in range(vectors)], device=table.weight.device)).detach().float())
+        made.append(
+            table(
+                torch.tensor(
+                    [ids[k % len(ids)] for k in range(vectors)], device=table.weight.device
+                )
+            )
+            .detach()
+            .float()
+        )
     return made
 
 
@@ -81,9 +117,13 @@ class Live:
 
 def stream(draw, prompts, seed, rank=0, world=1):
     """draw(step, part) with a prompt of `prompts` for each sample, chosen by chance."""
+
     def varied(step, part):
         batch = draw(step, part)
         count = len(batch.prompts)
-        chosen = torch.randint(len(prompts), (world * count,), generator=data.generator(seed, 4, step, part)).tolist()[rank * count:][:count]
+        chosen = torch.randint(
+            len(prompts), (world * count,), generator=dataset.generator(seed, 4, step, part)
+        ).tolist()[rank * count :][:count]
         return replace(batch, prompts=[prompts[k] for k in chosen])
+
     return varied

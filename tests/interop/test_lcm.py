@@ -1,4 +1,5 @@
 """The sampler lcm against diffusers' LCMScheduler: whole trajectories with a network, Step by Step."""
+
 import pytest
 
 diffusers = pytest.importorskip("diffusers")
@@ -7,7 +8,7 @@ pytest.importorskip("transformers")
 import torch  # noqa: E402
 
 import alchemy  # noqa: E402
-from checkpoints import SCHEDULER  # noqa: E402
+from helpers.checkpoints import SCHEDULER  # noqa: E402
 from test_checkpoints import PROMPT, SIZE, agree, built, noise  # noqa: E402, F401
 
 
@@ -18,16 +19,39 @@ def test_the_same_trajectory(tmp_path, noise, steps):  # noqa: F811
     pipe.save_pretrained(tmp_path)
     sdxl = alchemy.load(tmp_path, "cpu")
     told, untold = sdxl.encode_prompt([PROMPT], SIZE), sdxl.encode_prompt([None], SIZE)
-    ours = list(alchemy.denoise(sdxl, noise, told, untold, sampler="lcm", steps=steps, guidance=1.5, generators=alchemy.generators([7])))
+    ours = list(
+        alchemy.denoise(
+            sdxl,
+            noise,
+            told,
+            untold,
+            sampler="lcm",
+            steps=steps,
+            guidance=1.5,
+            generators=alchemy.generators([7]),
+        )
+    )
 
-    kept = {k: v for k, v in SCHEDULER.items() if k in ("beta_schedule", "beta_start", "beta_end", "num_train_timesteps", "prediction_type")}
+    kept = {
+        k: v
+        for k, v in SCHEDULER.items()
+        if k
+        in ("beta_schedule", "beta_start", "beta_end", "num_train_timesteps", "prediction_type")
+    }
     lcm, generator = diffusers.LCMScheduler(**kept), alchemy.generators([7])[0]
     lcm.set_timesteps(steps)
     assert lcm.timesteps.tolist() == [step.t for step in ours]
     x = noise.clone()
     for t, mine in zip(lcm.timesteps, ours):
-        eps = [pipe.unet(x, t, c.context, added_cond_kwargs={"text_embeds": c.pooled, "time_ids": c.time_ids}).sample for c in (untold, told)]
-        x, x_0 = lcm.step(eps[0] + 1.5 * (eps[1] - eps[0]), t, x, generator=generator, return_dict=False)
+        eps = [
+            pipe.unet(
+                x, t, c.context, added_cond_kwargs={"text_embeds": c.pooled, "time_ids": c.time_ids}
+            ).sample
+            for c in (untold, told)
+        ]
+        x, x_0 = lcm.step(
+            eps[0] + 1.5 * (eps[1] - eps[0]), t, x, generator=generator, return_dict=False
+        )
         agree([mine.x_prev, mine.x_0], [x, x_0], 3e-5)
 
 
@@ -35,4 +59,4 @@ def test_every_number_of_steps_has_diffusers_timesteps():
     lcm, schedule = diffusers.LCMScheduler(), alchemy.schedule.Schedule.from_config({})
     for steps in range(1, 51):
         lcm.set_timesteps(steps)
-        assert [t for t, _ in schedule.grid(steps, "lcm")] == lcm.timesteps.tolist()
+        assert [t for t, _ in schedule.timesteps(steps, "lcm")] == lcm.timesteps.tolist()

@@ -37,7 +37,7 @@ both transformer depth 1/1/3 (none at level 0), context width 15, pooled width 1
   inputs/I/context           (B, 77 or 11, 15)
   inputs/I/pooled            (B, 10)
   inputs/I/time_ids          (B, 6) float32, values to 1216
-  sinusoid/I/t, time_ids     (B, channels[0]) and (6 B, 6) float32: the embeddings before the first Linear, for finding
+  timestep_embedding/I/t, time_ids     (B, channels[0]) and (6 B, 6) float32: the embeddings before the first Linear, for finding
                              out whether a difference comes from sin and cos of another CPU
   outputs/I                  (B, 4, h, w)
 lora: peft on unet_a; header: rank 4, alpha 6 (so dW = 1.5 up @ down), network, inputs
@@ -79,6 +79,7 @@ masked: euler_leading_0.8, ddim_eta0_leading_0.8, euler_ancestral_leading_0.5, e
   euler_leading_1.0 (starts from noise alone). The blend: the known latents at the level just reached, clean at the end
 tokens: see tokens.py
 """
+
 import argparse
 import os
 from pathlib import Path
@@ -90,6 +91,7 @@ NAMES = (*NETWORKS, "schedule", "trajectories", "img2img", "masked", "tokens")
 def make(name, out):
     if name == "tokens":
         from tokens import make_tokens
+
         return make_tokens(out / "tokens.safetensors")
     import networks
     import schedules
@@ -108,7 +110,11 @@ def differing(made, kept):
     wrong = sorted(new.keys() ^ old.keys())
     for name in new.keys() & old.keys():
         a, b = new[name], old[name]
-        if a.shape != b.shape or (a.double() - b.double()).abs().max() > tolerance.get(str(b.dtype), 0) * b.double().abs().max():
+        if (
+            a.shape != b.shape
+            or (a.double() - b.double()).abs().max()
+            > tolerance.get(str(b.dtype), 0) * b.double().abs().max()
+        ):
             wrong.append(name)
     return wrong
 
@@ -121,21 +127,42 @@ def check(names):
     with tempfile.TemporaryDirectory() as folder:
         for name in names:
             make(name, Path(folder))
-            wrong[name] = differing(Path(folder) / f"{name}.safetensors", Path(__file__).parent / f"{name}.safetensors")
-            print(f"{name}: " + (f"differs in {', '.join(wrong[name][:5])}" if wrong[name] else "the same"))
+            wrong[name] = differing(
+                Path(folder) / f"{name}.safetensors", Path(__file__).parent / f"{name}.safetensors"
+            )
+            print(
+                f"{name}: "
+                + (f"differs in {', '.join(wrong[name][:5])}" if wrong[name] else "the same")
+            )
     return int(any(wrong.values()))
 
 
 def main(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("names", nargs="*", metavar="NAME", help="what to make: " + ", ".join(NAMES) + " (all)")
-    parser.add_argument("--out",  type=Path, metavar="DIR", default=Path(__file__).parent, help="folder for the files")
-    parser.add_argument("--check", action="store_true", help="write nothing, compare with the files that are there")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "names", nargs="*", metavar="NAME", help="what to make: " + ", ".join(NAMES) + " (all)"
+    )
+    parser.add_argument(
+        "--out",
+        type=Path,
+        metavar="DIR",
+        default=Path(__file__).parent,
+        help="folder for the files",
+    )
+    parser.add_argument(
+        "--check", action="store_true", help="write nothing, compare with the files that are there"
+    )
     args = parser.parse_args(argv)
     unknown = [name for name in args.names if name not in NAMES]
     if unknown:
         parser.error(f"no reference is called {unknown[0]}; there are {', '.join(NAMES)}")
-    os.environ |= {"DIFFUSERS_VERBOSITY": "error", "TRANSFORMERS_VERBOSITY": "error", "HF_HUB_OFFLINE": "1"}
+    os.environ |= {
+        "DIFFUSERS_VERBOSITY": "error",
+        "TRANSFORMERS_VERBOSITY": "error",
+        "HF_HUB_OFFLINE": "1",
+    }
     import torch
 
     # the order of additions, and so the last bit, depends on the number of threads
@@ -146,8 +173,10 @@ def main(argv=None):
     for name in args.names or NAMES:
         make(name, args.out)
     files = sorted(args.out.glob("*.safetensors"))
-    print(f"{args.out}: {', '.join(f'{f.name} {f.stat().st_size / 1e6:.2f}' for f in files)};"
-          f" {sum(f.stat().st_size for f in files) / 1e6:.2f} MB in all")
+    print(
+        f"{args.out}: {', '.join(f'{f.name} {f.stat().st_size / 1e6:.2f}' for f in files)};"
+        f" {sum(f.stat().st_size for f in files) / 1e6:.2f} MB in all"
+    )
 
 
 if __name__ == "__main__":

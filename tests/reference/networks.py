@@ -1,4 +1,5 @@
 """The networks with random weights: text encoders, VAE, UNet, LoRA. Inputs and weights float32, outputs float64."""
+
 import tempfile
 from pathlib import Path
 
@@ -50,6 +51,7 @@ def both(model, outputs):
 
 # Text encoders
 
+
 def prompt_ids():
     """Seven rows of 77 ids; what each is for stands in make.py."""
     words = (draw("words", 80).abs() * 1e9).long() % BOS  # ordinary ids, below 49406
@@ -68,9 +70,13 @@ def prompt_ids():
 
 def text_encoder(name, cls, **config):
     config = CLIPTextConfig(vocab_size=49408 + 3, num_hidden_layers=3, eos_token_id=EOS, **config)
-    table = "text_model.embeddings.token_embedding.weight".removeprefix("text_model." if cls is CLIPTextModel else "")
-    gain = config.hidden_size ** 0.5  # embeddings have no fan-in: N(0, 1)
-    model = randomize(cls(config), name, {table: gain, table.replace("token", "position"): 0.5 * gain})
+    table = "text_model.embeddings.token_embedding.weight".removeprefix(
+        "text_model." if cls is CLIPTextModel else ""
+    )
+    gain = config.hidden_size**0.5  # embeddings have no fan-in: N(0, 1)
+    model = randomize(
+        cls(config), name, {table: gain, table.replace("token", "position"): 0.5 * gain}
+    )
     model.get_input_embeddings().weight.data = model.get_input_embeddings().weight.half().float()
     return model
 
@@ -91,22 +97,48 @@ def text(path, name, cls, **config):
 
 
 def make_text_1(path):
-    text(path, "text_1", CLIPTextModel, hidden_act="quick_gelu", hidden_size=6, num_attention_heads=2,
-              intermediate_size=28, projection_dim=6)
+    text(
+        path,
+        "text_1",
+        CLIPTextModel,
+        hidden_act="quick_gelu",
+        hidden_size=6,
+        num_attention_heads=2,
+        intermediate_size=28,
+        projection_dim=6,
+    )
 
 
 def make_text_2(path):
-    text(path, "text_2", CLIPTextModelWithProjection, hidden_act="gelu", hidden_size=9, num_attention_heads=3,
-              intermediate_size=40, projection_dim=10)
+    text(
+        path,
+        "text_2",
+        CLIPTextModelWithProjection,
+        hidden_act="gelu",
+        hidden_size=9,
+        num_attention_heads=3,
+        intermediate_size=40,
+        projection_dim=10,
+    )
 
 
 # VAE
 
+
 def vae(path, name, images, channels, **config):
     levels = len(channels)
-    model = randomize(AutoencoderKL(
-        block_out_channels=channels, down_block_types=["DownEncoderBlock2D"] * levels, latent_channels=4,
-        up_block_types=["UpDecoderBlock2D"] * levels, scaling_factor=0.13025, force_upcast=True, **config), name)
+    model = randomize(
+        AutoencoderKL(
+            block_out_channels=channels,
+            down_block_types=["DownEncoderBlock2D"] * levels,
+            latent_channels=4,
+            up_block_types=["UpDecoderBlock2D"] * levels,
+            scaling_factor=0.13025,
+            force_upcast=True,
+            **config,
+        ),
+        name,
+    )
     # one log-variance around -30, below which it is clamped
     model.quant_conv.bias.data[4] = -30
     config, tensors = folder(model)
@@ -117,8 +149,13 @@ def vae(path, name, images, channels, **config):
 
     def outputs(model, dtype):
         posterior = model.encode(images.to(dtype)).latent_dist
-        return {"mean": posterior.mean, "std": posterior.std, "mean_scaled": posterior.mean * scale,
-                "std_scaled": posterior.std * scale, "decoded": model.decode(latents.to(dtype) / scale).sample}
+        return {
+            "mean": posterior.mean,
+            "std": posterior.std,
+            "mean_scaled": posterior.mean * scale,
+            "std_scaled": posterior.std * scale,
+            "decoded": model.decode(latents.to(dtype) / scale).sample,
+        }
 
     write(path, tensors | both(model, outputs), {"config": config})
 
@@ -133,13 +170,24 @@ def make_vae_8(path):
 
 # UNet
 
+
 def unet(name, layers, channels, heads, groups):
     config = dict(
-        in_channels=4, out_channels=4, layers_per_block=layers, block_out_channels=channels, norm_num_groups=groups,
-        attention_head_dim=heads, transformer_layers_per_block=[1, 1, 3], use_linear_projection=True,
+        in_channels=4,
+        out_channels=4,
+        layers_per_block=layers,
+        block_out_channels=channels,
+        norm_num_groups=groups,
+        attention_head_dim=heads,
+        transformer_layers_per_block=[1, 1, 3],
+        use_linear_projection=True,
         down_block_types=["DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"],
-        up_block_types=["CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"], cross_attention_dim=15,
-        addition_embed_type="text_time", addition_time_embed_dim=6, projection_class_embeddings_input_dim=10 + 6 * 6)
+        up_block_types=["CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"],
+        cross_attention_dim=15,
+        addition_embed_type="text_time",
+        addition_time_embed_dim=6,
+        projection_class_embeddings_input_dim=10 + 6 * 6,
+    )
     # tame: trajectories multiply a rounding error by the network's slope at every step
     return randomize(UNet2DConditionModel(**config), name, {"conv_out.weight": 0.5})
 
@@ -152,24 +200,35 @@ def unet_b():
     return unet("unet_b", 2, [8, 12, 20], [2, 4, 5], 4)
 
 
-TIME_IDS = torch.tensor([[1024.0, 1024, 0, 0, 1024, 1024],
-                         [833, 1216, 16, 32, 1216, 832],
-                         [512, 768, 0, 256, 1152, 896]])
+TIME_IDS = torch.tensor(
+    [
+        [1024.0, 1024, 0, 0, 1024, 1024],
+        [833, 1216, 16, 32, 1216, 832],
+        [512, 768, 0, 256, 1152, 896],
+    ]
+)
 
 
 def calls(name):
     """Three calls: latents, t, context, pooled, time_ids."""
-    for i, (b, h, w, length, t) in enumerate([(3, 9, 7, 77, [999, 481, 1]), (3, 13, 10, 11, [965.55, 33.25, 0]),
-                                              (1, 8, 12, 77, [501])]):
+    for i, (b, h, w, length, t) in enumerate(
+        [(3, 9, 7, 77, [999, 481, 1]), (3, 13, 10, 11, [965.55, 33.25, 0]), (1, 8, 12, 77, [501])]
+    ):
         key = f"{name}/{i}/"
-        yield {"latents": draw(key + "latents", b, 4, h, w), "t": torch.tensor(t, dtype=torch.float64),
-               "context": draw(key + "context", b, length, 15), "pooled": draw(key + "pooled", b, 10),
-               "time_ids": TIME_IDS[:b] if b == 3 else TIME_IDS[1:2]}
+        yield {
+            "latents": draw(key + "latents", b, 4, h, w),
+            "t": torch.tensor(t, dtype=torch.float64),
+            "context": draw(key + "context", b, length, 15),
+            "pooled": draw(key + "pooled", b, 10),
+            "time_ids": TIME_IDS[:b] if b == 3 else TIME_IDS[1:2],
+        }
 
 
 def run(model, call, dtype):
     added = {"text_embeds": call["pooled"].to(dtype), "time_ids": call["time_ids"].to(dtype)}
-    return model(call["latents"].to(dtype), call["t"], call["context"].to(dtype), added_cond_kwargs=added).sample
+    return model(
+        call["latents"].to(dtype), call["t"], call["context"].to(dtype), added_cond_kwargs=added
+    ).sample
 
 
 def make_unet_a(path):
@@ -186,17 +245,24 @@ def forward(path, name, model):
         tensors |= {f"inputs/{i}/{key}": value for key, value in call.items()}
         # float32 sinusoids, stored because sin and cos may differ in the last bit between CPUs
         for key, dim in (("t", model.config.block_out_channels[0]), ("time_ids", 6)):
-            tensors[f"sinusoid/{i}/{key}"] = get_timestep_embedding(call[key].flatten(), dim, True, 0)
-    tensors |= both(model, lambda m, dtype: {str(i): run(m, call, dtype) for i, call in enumerate(calls(name))})
+            tensors[f"sinusoid/{i}/{key}"] = get_timestep_embedding(
+                call[key].flatten(), dim, True, 0
+            )
+    tensors |= both(
+        model, lambda m, dtype: {str(i): run(m, call, dtype) for i, call in enumerate(calls(name))}
+    )
     write(path, tensors, {"config": config})
 
 
 # LoRA
 
+
 def make_lora(path):
     rank, alpha, scale = 4, 6, 0.7
     model = unet_a()
-    model.add_adapter(LoraConfig(r=rank, lora_alpha=alpha, target_modules=["to_q", "to_k", "to_v", "to_out.0"]))
+    model.add_adapter(
+        LoraConfig(r=rank, lora_alpha=alpha, target_modules=["to_q", "to_k", "to_v", "to_out.0"])
+    )
     for key, p in model.named_parameters():
         if "lora_" in key:
             p.data = draw("lora/" + key, *p.shape, std=0.5 * p.shape[1] ** -0.5)
@@ -204,7 +270,10 @@ def make_lora(path):
     with tempfile.TemporaryDirectory() as tmp:
         layers = convert_state_dict_to_diffusers(get_peft_model_state_dict(model))
         StableDiffusionXLPipeline.save_lora_weights(tmp, unet_lora_layers=layers)
-        tensors = {"lora/" + key: value for key, value in load_file(f"{tmp}/pytorch_lora_weights.safetensors").items()}
+        tensors = {
+            "lora/" + key: value
+            for key, value in load_file(f"{tmp}/pytorch_lora_weights.safetensors").items()
+        }
     call = next(calls("unet_a"))
 
     def outputs(model, dtype):
@@ -215,12 +284,20 @@ def make_lora(path):
         return result
 
     tensors |= both(model, outputs)
-    names = ["down_blocks.1.attentions.0.transformer_blocks.0.attn2.to_k",
-              "mid_block.attentions.0.transformer_blocks.2.attn1.to_out.0"]
+    names = [
+        "down_blocks.1.attentions.0.transformer_blocks.0.attn2.to_k",
+        "mid_block.attentions.0.transformer_blocks.2.attn1.to_out.0",
+    ]
     model.double().set_adapters("default", 1.0)
     for weight in (1.0, scale):
         model.fuse_lora(lora_scale=weight)
         for name in names:
-            tensors[f"merged/scale_{weight}/{name}.weight"] = model.get_submodule(name).base_layer.weight.clone()
+            tensors[f"merged/scale_{weight}/{name}.weight"] = model.get_submodule(
+                name
+            ).base_layer.weight.clone()
         model.unfuse_lora()
-    write(path, tensors, {"rank": rank, "alpha": alpha, "network": "unet_a", "inputs": "unet_a inputs/0"})
+    write(
+        path,
+        tensors,
+        {"rank": rank, "alpha": alpha, "network": "unet_a", "inputs": "unet_a inputs/0"},
+    )

@@ -2,25 +2,48 @@
 
 The steps here are written from the papers, each in its own variables, and share nothing with diffusers:
 they serve as references where diffusers computes in float32 or steps to a t that is not on its grid."""
+
 import numpy as np
 import torch
-from diffusers import DDIMScheduler, DDPMScheduler, EulerAncestralDiscreteScheduler, EulerDiscreteScheduler
+from diffusers import (
+    DDIMScheduler,
+    DDPMScheduler,
+    EulerAncestralDiscreteScheduler,
+    EulerDiscreteScheduler,
+)
 
 from storage import write
 
-OFFICIAL = dict(num_train_timesteps=1000, beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear",
-                steps_offset=1)
-CLASSES = {"ddpm": DDPMScheduler, "ddim": DDIMScheduler, "euler": EulerDiscreteScheduler,
-           "euler_ancestral": EulerAncestralDiscreteScheduler}
+OFFICIAL = dict(
+    num_train_timesteps=1000,
+    beta_start=0.00085,
+    beta_end=0.012,
+    beta_schedule="scaled_linear",
+    steps_offset=1,
+)
+CLASSES = {
+    "ddpm": DDPMScheduler,
+    "ddim": DDIMScheduler,
+    "euler": EulerDiscreteScheduler,
+    "euler_ancestral": EulerAncestralDiscreteScheduler,
+}
 SPACINGS = ("leading", "trailing", "linspace")
 
 
 def scheduler(sampler, spacing, steps, prediction="epsilon", zero_snr=False):
     """diffusers' scheduler, configured as SDXL's."""
     # the defaults would clip x_0 to [-1, 1]
-    extra = {"ddpm": dict(clip_sample=False), "ddim": dict(clip_sample=False, set_alpha_to_one=False)}
-    made = CLASSES[sampler](**OFFICIAL, timestep_spacing=spacing, prediction_type=prediction,
-                            rescale_betas_zero_snr=zero_snr, **extra.get(sampler, {}))
+    extra = {
+        "ddpm": dict(clip_sample=False),
+        "ddim": dict(clip_sample=False, set_alpha_to_one=False),
+    }
+    made = CLASSES[sampler](
+        **OFFICIAL,
+        timestep_spacing=spacing,
+        prediction_type=prediction,
+        rescale_betas_zero_snr=zero_snr,
+        **extra.get(sampler, {}),
+    )
     made.set_timesteps(steps)
     return made
 
@@ -45,11 +68,17 @@ def alpha_bar_at(table, t):
 def make_schedule(path):
     tensors = {"alpha_bar": alpha_bars(), "alpha_bar_zero_snr": alpha_bars(True)}
     tensors["diffusers/alpha_bar"] = scheduler("ddim", "leading", 1).alphas_cumprod
-    tensors["diffusers/alpha_bar_zero_snr"] = scheduler("ddim", "trailing", 1, zero_snr=True).alphas_cumprod
+    tensors["diffusers/alpha_bar_zero_snr"] = scheduler(
+        "ddim", "trailing", 1, zero_snr=True
+    ).alphas_cumprod
     for steps in (1, 7, 16, 20, 25, 30, 40, 50, 999, 1000):
         for spacing in SPACINGS:
-            ddpm, ddim, euler, ancestral = (scheduler(sampler, spacing, steps) for sampler in CLASSES)
-            assert torch.equal(ddim.timesteps, ddpm.timesteps) and torch.equal(euler.timesteps, ancestral.timesteps)
+            ddpm, ddim, euler, ancestral = (
+                scheduler(sampler, spacing, steps) for sampler in CLASSES
+            )
+            assert torch.equal(ddim.timesteps, ddpm.timesteps) and torch.equal(
+                euler.timesteps, ancestral.timesteps
+            )
             tensors[f"timesteps/{spacing}_{steps}"] = ddim.timesteps
             tensors[f"sigmas/{spacing}_{steps}"] = euler.sigmas
             if spacing == "linspace":
@@ -61,12 +90,16 @@ def make_schedule(path):
 
 # One step from ᾱ to ᾱ_prev on the variance-preserving x_t. z is a unit Gaussian.
 
+
 def ddim(eta):
     def step(x_t, x_0, eps, ab, ab_prev, z):
         """Song et al. 2021, eq. 12 and 16."""
         sigma = eta * ((1 - ab_prev) / (1 - ab) * (1 - ab / ab_prev)) ** 0.5
-        direction = max(1 - ab_prev - sigma**2, 0.0) ** 0.5  # rounding may fall below 0 where ᾱ = 0 and eta = 1
+        direction = (
+            max(1 - ab_prev - sigma**2, 0.0) ** 0.5
+        )  # rounding may fall below 0 where ᾱ = 0 and eta = 1
         return ab_prev**0.5 * x_0 + direction * eps + sigma * z
+
     return step
 
 

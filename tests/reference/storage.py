@@ -1,4 +1,5 @@
 """Random numbers that are the same on every machine, and safetensors files that are the same byte for byte."""
+
 import json
 import zlib
 from importlib.metadata import version
@@ -21,9 +22,17 @@ def draw(name, *shape, std=1.0):
 
 def write(path, tensors, facts):
     """Save tensors with facts (strings, or JSON) and the versions of the libraries in the header."""
-    facts = {"seed": SEED, **{p: version(p) for p in ("torch", "diffusers", "transformers", "peft")}, **facts}
-    metadata = {key: value if isinstance(value, str) else json.dumps(value) for key, value in facts.items()}
-    data = save({key: value.detach().clone().contiguous() for key, value in tensors.items()}, metadata)
+    facts = {
+        "seed": SEED,
+        **{p: version(p) for p in ("torch", "diffusers", "transformers", "peft")},
+        **facts,
+    }
+    metadata = {
+        key: value if isinstance(value, str) else json.dumps(value) for key, value in facts.items()
+    }
+    data = save(
+        {key: value.detach().clone().contiguous() for key, value in tensors.items()}, metadata
+    )
     # safetensors writes the metadata in a random order: sort it, at the same length
     length = int.from_bytes(data[:8], "little")
     header = json.loads(data[8 : 8 + length])

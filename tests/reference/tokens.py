@@ -2,6 +2,7 @@
 
 tokens.safetensors: ids_1 and ids_2, (N, 77) int32; header: `prompts` (a JSON list of N) and the libraries' versions.
 """
+
 from importlib.metadata import version
 from pathlib import Path
 

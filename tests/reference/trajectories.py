@@ -2,6 +2,7 @@
 
 `diffusers_loop`: scheduler.step of diffusers as it is, the network in float32.
 `float64_loop`: the formulas of schedules.py, the network in float64. Both get the same noise."""
+
 import contextlib
 from unittest import mock
 
@@ -15,8 +16,12 @@ from storage import draw, write
 SHAPE = (2, 4, 7, 3)
 GUIDANCE = 5.0
 ETAS = {"0": 0.0, "05": 0.5, "1": 1.0}
-STEPS = {"ddpm": schedules.ddpm, "euler": schedules.euler, "euler_ancestral": schedules.euler_ancestral,
-         **{"ddim_eta" + name: schedules.ddim(eta) for name, eta in ETAS.items()}}
+STEPS = {
+    "ddpm": schedules.ddpm,
+    "euler": schedules.euler,
+    "euler_ancestral": schedules.euler_ancestral,
+    **{"ddim_eta" + name: schedules.ddim(eta) for name, eta in ETAS.items()},
+}
 
 
 def inputs():
@@ -38,13 +43,21 @@ def guided(dtype):
     """The network with classifier-free guidance as a plain function of x_t (variance preserving) and t."""
     net = unet_a().to(dtype)
     given = {key: value.to(dtype) for key, value in inputs().items()}
-    halves = {k: torch.cat([given["uncond/" + k], given["cond/" + k]]) for k in ("context", "pooled")}
+    halves = {
+        k: torch.cat([given["uncond/" + k], given["cond/" + k]]) for k in ("context", "pooled")
+    }
     added = {"text_embeds": halves["pooled"], "time_ids": given["time_ids"].repeat(2, 1)}
 
     def predict(x_t, t):
-        out = net(torch.cat([x_t, x_t]), t, encoder_hidden_states=halves["context"], added_cond_kwargs=added).sample
+        out = net(
+            torch.cat([x_t, x_t]),
+            t,
+            encoder_hidden_states=halves["context"],
+            added_cond_kwargs=added,
+        ).sample
         uncond, cond = out.chunk(2)
         return uncond + GUIDANCE * (cond - uncond)
+
     return predict
 
 
@@ -53,14 +66,18 @@ def fed(z):
     """diffusers draws z instead of fresh noise."""
     with contextlib.ExitStack() as stack:
         for module in (scheduling_ddpm, scheduling_euler_ancestral_discrete):
-            stack.enter_context(mock.patch.object(module, "randn_tensor", lambda *args, **kwargs: z))
+            stack.enter_context(
+                mock.patch.object(module, "randn_tensor", lambda *args, **kwargs: z)
+            )
         yield
 
 
 def diffusers_loop(case, predict, given):
     """States x_t before every step and at the end, variance preserving, (steps + 1, 2, 4, 7, 3)."""
     sampler, eta = case["sampler"].partition("_eta")[::2]
-    made = schedules.scheduler(sampler, case["spacing"], case["steps"], case["prediction"], case["zero_snr"])
+    made = schedules.scheduler(
+        sampler, case["spacing"], case["steps"], case["prediction"], case["zero_snr"]
+    )
     timesteps = made.timesteps[case["t_start"] :]
     if hasattr(made, "set_begin_index"):
         made.set_begin_index(case["t_start"])
@@ -70,7 +87,11 @@ def diffusers_loop(case, predict, given):
         return (x.double() / (sigma**2 + 1) ** 0.5).float()
 
     noise, image = given["noise"], given.get("image")
-    x = made.add_noise(image, noise, timesteps[:1]) if case["from_image"] else noise * made.init_noise_sigma
+    x = (
+        made.add_noise(image, noise, timesteps[:1])
+        if case["from_image"]
+        else noise * made.init_noise_sigma
+    )
     states = [preserving(x, 0)]
     for i, t in enumerate(timesteps):
         out, z = predict(made.scale_model_input(x, t), t), given["z"][i]
@@ -85,10 +106,12 @@ def diffusers_loop(case, predict, given):
     return torch.stack(states)
 
 
-def grid(case):
+def timesteps(case):
     """The timesteps of diffusers in float64, and ᾱ before every step and at the end."""
     sampler = case["sampler"].partition("_eta")[0]
-    made = schedules.scheduler(sampler, case["spacing"], case["steps"], case["prediction"], case["zero_snr"])
+    made = schedules.scheduler(
+        sampler, case["spacing"], case["steps"], case["prediction"], case["zero_snr"]
+    )
     timesteps = made.timesteps[case["t_start"] :].double()
     table = schedules.alpha_bars(case["zero_snr"])
     if case["zero_snr"] and sampler == "euler" and not case["exact_zero"]:
@@ -100,15 +123,19 @@ def grid(case):
 def float64_loop(case, predict, given):
     """The same as diffusers_loop, without diffusers; the previous ᾱ is always that of the next grid point."""
     given = {key: value.double() for key, value in given.items()}
-    timesteps, ab = grid(case)
-    step = STEPS["ddim_eta0" if case["exact_zero"] else case["sampler"]]  # σ is infinite at ᾱ = 0; DDIM is the limit
+    timesteps_, ab = timesteps(case)
+    step = STEPS[
+        "ddim_eta0" if case["exact_zero"] else case["sampler"]
+    ]  # σ is infinite at ᾱ = 0; DDIM is the limit
     noise, image = given["noise"], given.get("image")
 
     def noised(ab):
         return ab**0.5 * image + (1 - ab) ** 0.5 * noise
 
     below_one = case["sampler"].startswith("euler") and case["spacing"] != "leading"
-    x_t = noised(ab[0]) if case["from_image"] else noise * (1 - ab[0]) ** 0.5 if below_one else noise
+    x_t = (
+        noised(ab[0]) if case["from_image"] else noise * (1 - ab[0]) ** 0.5 if below_one else noise
+    )
     states = [x_t]
     for i, t in enumerate(timesteps):
         a, b, out = ab[i] ** 0.5, (1 - ab[i]) ** 0.5, predict(x_t, t)
@@ -123,15 +150,37 @@ def float64_loop(case, predict, given):
     return torch.stack(states)
 
 
-def case(sampler, spacing, steps=30, strength=None, prediction="epsilon", zero_snr=False, exact_zero=False,
-         masked=False):
+def case(
+    sampler,
+    spacing,
+    steps=30,
+    strength=None,
+    prediction="epsilon",
+    zero_snr=False,
+    exact_zero=False,
+    masked=False,
+):
     t_start = 0 if strength is None else steps - min(int(steps * strength), steps)
     # diffusers' DDIM steps to t - 1000 // steps; elsewhere than here that is not the next t of its grid.
     # With eta 1 and zero terminal SNR its first step is nan: 1 - ᾱ_prev - σ² falls below 0 by rounding.
-    own = not sampler.startswith("ddim") or spacing == "leading" or (spacing == "trailing" and 1000 % steps == 0)
-    return dict(sampler=sampler, spacing=spacing, steps=steps, strength=strength, t_start=t_start,
-                prediction=prediction, zero_snr=zero_snr, exact_zero=exact_zero, masked=masked,
-                from_image=t_start > 0, diffusers=own and not exact_zero)
+    own = (
+        not sampler.startswith("ddim")
+        or spacing == "leading"
+        or (spacing == "trailing" and 1000 % steps == 0)
+    )
+    return dict(
+        sampler=sampler,
+        spacing=spacing,
+        steps=steps,
+        strength=strength,
+        t_start=t_start,
+        prediction=prediction,
+        zero_snr=zero_snr,
+        exact_zero=exact_zero,
+        masked=masked,
+        from_image=t_start > 0,
+        diffusers=own and not exact_zero,
+    )
 
 
 def deviation(a, b):
@@ -144,7 +193,7 @@ def make(path, cases, given):
     tensors = {"inputs/" + key: value for key, value in given.items()}
     single, double = guided(torch.float32), guided(torch.float64)
     for name, c in cases.items():
-        timesteps, levels = grid(c)
+        timesteps, levels = timesteps(c)
         tensors["timesteps/" + name] = timesteps
         tensors["alpha_bar/" + name] = torch.tensor(levels, dtype=torch.float64)
         tensors["x/" + name] = x = float64_loop(c, double, given)
@@ -171,15 +220,21 @@ def make_trajectories(path):
 
 
 def make_img2img(path):
-    cases = {f"{s}_leading_{n}_{strength}": case(s, "leading", n, strength)
-             for s in ("euler", "ddim_eta0") for n in (50, 30) for strength in (0.3, 0.8)}
+    cases = {
+        f"{s}_leading_{n}_{strength}": case(s, "leading", n, strength)
+        for s in ("euler", "ddim_eta0")
+        for n in (50, 30)
+        for strength in (0.3, 0.8)
+    }
     make(path, cases, inputs() | {"image": known()["image"]})
 
 
 def make_masked(path):
-    cases = {"euler_leading_0.8": case("euler", "leading", 30, 0.8, masked=True),
-             "ddim_eta0_leading_0.8": case("ddim_eta0", "leading", 30, 0.8, masked=True),
-             "euler_ancestral_leading_0.5": case("euler_ancestral", "leading", 30, 0.5, masked=True),
-             "euler_trailing_0.6": case("euler", "trailing", 30, 0.6, masked=True),
-             "euler_leading_1.0": case("euler", "leading", 30, 1.0, masked=True)}
+    cases = {
+        "euler_leading_0.8": case("euler", "leading", 30, 0.8, masked=True),
+        "ddim_eta0_leading_0.8": case("ddim_eta0", "leading", 30, 0.8, masked=True),
+        "euler_ancestral_leading_0.5": case("euler_ancestral", "leading", 30, 0.5, masked=True),
+        "euler_trailing_0.6": case("euler", "trailing", 30, 0.6, masked=True),
+        "euler_leading_1.0": case("euler", "leading", 30, 1.0, masked=True),
+    }
     make(path, cases, inputs() | known())

@@ -1,0 +1,1 @@
+"""Optional parts: deleting one breaks nothing but its own flags."""

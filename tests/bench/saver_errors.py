@@ -1,0 +1,31 @@
+"""What --fp8-base takes off the miniature's prediction, by timestep: ‖with − without‖ / ‖without‖, of two prompts, float32.
+
+python tests/saver_errors.py
+"""
+
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[2]
+sys.path.insert(0, str(ROOT))
+PROMPTS = ["a photo of a dog in a forest", "a photo of a cat on a beach"]
+
+
+def fp8_errors(timesteps=(1, 200, 400, 600, 800, 981)):
+    """{t: error}."""
+    import torch
+
+    import alchemy
+    from alchemy.extras import optimizations
+
+    sdxl = alchemy.load(ROOT / "weights" / "mini", "cpu", "float32")
+    x, told = alchemy.noise((2, 4, 32, 32), [0, 1]), sdxl.encode_prompt(PROMPTS).parts()
+    with torch.no_grad():
+        before = {t: sdxl.unet(x, t, *told) for t in timesteps}
+        optimizations.store_fp8(sdxl.unet)
+        return {t: float((sdxl.unet(x, t, *told) - y).norm() / y.norm()) for t, y in before.items()}
+
+
+if __name__ == "__main__":
+    for t, off in fp8_errors().items():
+        print(f"t {t:>4}: {off:.4f}")

@@ -1,0 +1,208 @@
+"""The three scripts as the tests run them: on a tiny checkpoint of random weights, in this process or in one of their own."""
+
+import contextlib
+import io
+import os
+import signal
+import subprocess
+import sys
+import warnings
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import alchemy
+from helpers import checkpoints
+import insert
+import sample
+import train
+from alchemy import cli
+from alchemy.sdxl import SDXL
+
+ROOT = Path(__file__).resolve().parents[2]
+MAIN = {"train.py": train.main, "sample.py": sample.main, "insert.py": insert.main}
+PROMPT, SCENE = "a photo of a sks dog in a park", "a photo of a dog in a park"
+MADE = {}  # what one session makes but once, though a fixture that is imported is another one in each file
+STEPS = 3  # of a picture, where a test does not say otherwise
+
+
+@dataclass
+class Run:
+    status: int
+    out: str
+    err: str
+
+    @property
+    def wrote(self):
+        """The files that the last line names."""
+        first, *paths = self.out.splitlines()[-1].split()
+        assert first == "wrote"
+        return [Path(p) for p in paths]
+
+
+def call(script, *argv):
+    """Run a script's main in this process, as the script does."""
+    out, err = io.StringIO(), io.StringIO()
+    with (
+        contextlib.redirect_stdout(out),
+        contextlib.redirect_stderr(err),
+        warnings.catch_warnings(),
+    ):
+        try:
+            cli.run(lambda: MAIN[script]([str(a) for a in argv]))
+            status = 0
+        except SystemExit as end:
+            status = end.code or 0
+    return Run(status, out.getvalue(), err.getvalue())
+
+
+def process(*argv, before="", **options):
+    """Run a script as a process, on one thread as the tests are; before: Python that comes first."""
+    code = f"import runpy, sys; sys.path.insert(0, {str(ROOT)!r}); sys.argv = sys.argv[1:]\n{before}\nrunpy.run_path(sys.argv[0], run_name='__main__')"
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(ROOT / argv[0]), *map(str, argv[1:])],
+        capture_output=True,
+        text=True,
+        timeout=300,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        **options,
+    )
+    return Run(done.returncode, done.stdout, done.stderr)
+
+
+def good(run):
+    assert run.status == 0 and "error:" not in run.err, run.err
+    return run
+
+
+def refused(run, *words):
+    """The run ended as bad input has to: status 2 and one line, which holds these words; returns the line."""
+    lines = [line for line in run.err.splitlines() if line.startswith("error:")]
+    assert run.status == 2 and len(lines) == 1 and "Traceback" not in run.err and not run.out, (
+        run.status,
+        run.err,
+    )
+    assert run.err.splitlines()[-1] == lines[0] and len(lines[0]) < 400
+    for word in words:
+        assert str(word) in lines[0], f"{word!r} is not in: {lines[0]}"
+    return lines[0]
+
+
+def contents(folder):
+    """{path: bytes} of all files below a folder, hidden ones too."""
+    return {
+        p.relative_to(folder).as_posix(): p.read_bytes()
+        for p in Path(folder).rglob("*")
+        if p.is_file()
+    }
+
+
+def picture(height, width, seed=0):
+    """Smooth colours, different at each place."""
+    small = np.random.default_rng(seed).integers(0, 256, (4, 4, 3), dtype=np.uint8)
+    return Image.fromarray(small).resize((width, height), Image.BICUBIC)
+
+
+def photos(folder, count=3):
+    """A folder of a few small photos; returns it."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for i in range(count):
+        picture(24 + 4 * i, 20, i).save(folder / f"{i}.png")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tiny(tmp_path_factory):
+    """A checkpoint folder of random weights: 32 x 32 pixels, VAE factor 4."""
+    if "tiny" not in MADE:
+        MADE["tiny"] = checkpoints.write_folder(tmp_path_factory.mktemp("tiny") / "tiny")
+    return MADE["tiny"]
+
+
+@pytest.fixture(autouse=True)
+def quick(monkeypatch, tmp_path):
+    """Pictures of few steps, a folder of its own to run in, and interrupts as at a terminal (in the background they may be ignored)."""
+    whole, before = SDXL.defaults.fget, signal.signal(signal.SIGINT, signal.default_int_handler)
+    monkeypatch.setattr(SDXL, "defaults", property(lambda self: whole(self) | {"steps": STEPS}))
+    monkeypatch.chdir(tmp_path)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.fixture(scope="session")
+def lora_file(tiny, tmp_path_factory):
+    """A LoRA file that changes pictures visibly."""
+    if "lora" in MADE:
+        return MADE["lora"]
+    sdxl = alchemy.load(tiny, "cpu")
+    alchemy.add_lora(sdxl, 2)
+    for i, p in enumerate(p for name, p in sdxl.unet.named_parameters() if ".lora." in name):
+        p.data = 0.3 * torch.randn(p.shape, generator=torch.Generator().manual_seed(i))
+    MADE["lora"] = tmp_path_factory.mktemp("lora") / "subject.safetensors"
+    alchemy.save_lora(sdxl, MADE["lora"])
+    return MADE["lora"]
+
+
+@pytest.fixture
+def taught(tiny, tmp_path):
+    """taught(flags): train.py on good photos."""
+    folder = photos(tmp_path / "photos")
+    return lambda *argv: call(
+        "train.py",
+        folder,
+        "--class-word",
+        "dog",
+        "--weights",
+        tiny,
+        "--steps",
+        1,
+        "--preview-every",
+        0,
+        *(() if "--method" in argv else ("--rank", 2)),
+        *argv,
+    )
+
+
+@pytest.fixture
+def drawn(tiny):
+    return lambda *argv: call("sample.py", "a dog", "--weights", tiny, *argv)
+
+
+@pytest.fixture
+def inserted(tiny, lora_file):
+    return lambda *argv: call(
+        "insert.py", SCENE, "--class-word", "dog", "--weights", tiny, "--lora", lora_file, *argv
+    )
+
+
+@pytest.fixture
+def pictures(tiny):
+    """pictures(prompt, flags): the pixels of each picture that sample.py draws."""
+
+    def draw(*argv):
+        run = good(call("sample.py", *argv, "--weights", tiny))
+        return [pixels(line.split(" ", 1)[1]) for line in run.out.splitlines()]
+
+    return draw
+
+
+def nothing_written(folder="."):
+    """No file anywhere below, but those of the test's own making."""
+    return not [
+        name
+        for name in contents(folder)
+        if name.startswith("out/") or "/." in name or name.startswith(".")
+    ]
+
+
+def pixels(path):
+    with Image.open(path) as image:
+        return np.asarray(image.convert("RGB")).copy()
+
+
+def same(a, b):
+    return a.shape == b.shape and (a == b).all()
