@@ -1,15 +1,16 @@
-"""Do the tests notice? One-line faults are put into a copy of the package, one at a time; each must turn a test red.
+"""Break the code on purpose, one line at a time: every fault must turn a test red.
 
-    python tests/mutations.py [-k WORD]        # all of them, two at a time
-    python tests/mutations.py --green          # where the tests have just been run: they are not run once more without a fault
+    python tests/mutations.py [-k WORD]    all faults, two at a time
+    python tests/mutations.py --no-green   skip the first run without a fault (CI has just run it)
 
-The faults stand in faults.py. The exit status is 1 if a fault is survived, or if an old text is not found exactly once (the code has
-changed: change the fault with it).
-Needs fork (Linux, macOS): torch is imported once, not for each fault.
+The faults are in tests/faults/, one file per area. Exit status 1 if a fault is not caught, or if
+its old text is not found exactly once (the code has changed: change the fault with it).
+Needs fork (Linux, macOS), so that torch is imported once and not for each fault.
 """
 
 import argparse
 import contextlib
+import importlib
 import io
 import multiprocessing
 import os
@@ -17,122 +18,151 @@ import shutil
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
-from faults import FAULTS
-
 ROOT = Path(__file__).resolve().parents[1]
+AT_ONCE = 2
+TIMEOUT = 150  # seconds; a fault that makes the code hang counts as caught
 
 
-def copy(to):
-    """What the tests need: the package and the tests as copies, the large files as links."""
-    (to / "repo").mkdir()
-    shutil.copytree(
-        ROOT / "alchemy", to / "repo" / "alchemy", ignore=shutil.ignore_patterns("__pycache__")
-    )
+@dataclass(frozen=True)
+class Fault:
+    """Replace `old`, which occurs once in alchemy/`module`.py, by `new`; one of `tests` must fail."""
+
+    module: str  # "schedule", "formats/lora"; "../train" is the script
+    tests: tuple[str, ...]  # "core/schedule" is tests/core/test_schedule.py
+    what: str
+    old: str
+    new: str
+
+
+def read_faults() -> list[Fault]:
+    """All faults of tests/faults/*.py, in the order of their files."""
+    sys.path.insert(0, str(ROOT / "tests"))
+    faults = []
+    for path in sorted((ROOT / "tests" / "faults").glob("[a-z]*.py")):
+        table = importlib.import_module(f"faults.{path.stem}").FAULTS
+        for (module, tests), rows in table.items():
+            faults += [Fault(module, tuple(tests.split()), *row) for row in rows]
+    return faults
+
+
+def copy_repository(folder: Path) -> Path:
+    """Copy the code and the tests into `folder`; link what is large and never changed."""
+    repo = folder.resolve() / "repo"
+    ignore = shutil.ignore_patterns("__pycache__", "reference")
+    for name in ("alchemy", "tests"):
+        shutil.copytree(ROOT / name, repo / name, ignore=ignore)
     for script in ("train.py", "sample.py", "insert.py"):
-        shutil.copy(ROOT / script, to / "repo")
-    (to / "repo" / "tests").mkdir()
-    for file in (ROOT / "tests").glob("*.py"):
-        shutil.copy(file, to / "repo" / "tests")
-    (to / "repo" / "tests" / "reference").symlink_to(ROOT / "tests" / "reference")
-    (to / "repo" / "weights").symlink_to(ROOT / "weights")
-    if (ROOT.parent / "shared").exists():
-        (to / "shared").symlink_to(ROOT.parent / "shared")
-    return to / "repo"
+        shutil.copy(ROOT / script, repo)
+    (repo / "tests" / "reference").symlink_to(ROOT / "tests" / "reference")
+    for name in ("weights", "README.md"):
+        (repo / name).symlink_to(ROOT / name)
+    shared = ROOT.parent / "shared"
+    if shared.exists():
+        (repo.parent / "shared").symlink_to(shared)
+    return repo
 
 
-def test(repo, tests):
-    """Run test files of a copy, in a process of its own: pytest's exit status, and what it said."""
+def run_tests(repo: Path, tests: list[str]) -> tuple[int, str]:
+    """Run test files of the copy in this (forked) process: pytest's exit status and its output."""
     import pytest
 
     os.chdir(repo)
-    sys.path.insert(0, str(repo))
-    with contextlib.redirect_stdout(io.StringIO()) as out:
-        status = pytest.main(["-x", "-q", "-p", "no:cacheprovider", *tests])
-    assert Path(sys.modules["alchemy"].__file__).is_relative_to(repo)
-    return int(status), out.getvalue()
-
-
-def attempt(answer, folder, fault):
-    """Make the copy in folder, put the fault in, run its tests, and answer (what came of it, the test that noticed)."""
-    module, names, _, old, new = fault
-    repo, tests = copy(Path(folder).resolve()), [f"tests/test_{name}.py" for name in names]
-    if not module:  # the tests must be green to begin with: otherwise a fault would prove nothing
-        status, out = test(repo, [*tests, "-k", "not trajectory"])
-        return answer.to_device(("green" if status == 0 else "RED", out))
-    file = repo / "alchemy" / f"{module}.py"
-    text = file.read_text(encoding="utf-8")
-    if text.count(old) != 1:
-        return answer.to_device((f"old text found {text.count(old)} times", ""))
-    file.write_text(text.replace(old, new), encoding="utf-8")
-    status, out = test(repo, tests)
-    red = next(
-        (
-            line.split("::")[-1].split(" - ")[0]
-            for line in out.splitlines()
-            if line.startswith("FAILED")
-        ),
-        "",
-    )
-    answer.to_device(
-        ("caught" if red else "NOT CAUGHT" if status == 0 else f"pytest ended with {status}", red)
-    )
-
-
-def results(faults, at_once=2):
-    """Yield (fault, what came of it, the test) in order, a forked process for each, two at a time."""
-    fork, running = multiprocessing.get_context("fork"), []
-    for fault in [*faults, *[None] * at_once]:
-        if len(running) == at_once or fault is None and running:
-            earlier, process, folder, answer = running.pop(0)
-            yield (
-                earlier,
-                *(answer.recv() if answer.poll(120) else ("caught", "no end within two minutes")),
-            )
-            process.kill(), process.join(), folder.cleanup()
-        if fault:
-            (answer, end), folder = fork.Pipe(duplex=False), tempfile.TemporaryDirectory()
-            process = fork.Process(target=attempt, args=(end, folder.name, fault))
-            process.start(), end.close()
-            running.append((fault, process, folder, answer))
-
-
-def main(argv=None):
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument(
-        "-k",
-        metavar="WORD",
-        default="",
-        help="only the faults whose file or description has this in it",
-    )
-    parser.add_argument(
-        "--green", action="store_true", help="the tests are known to be green without a fault"
-    )
-    args = parser.parse_args(argv)
-    faults = [
-        (module, names.split(), *fault)
-        for (module, names), group in FAULTS.items()
-        for fault in group
-        if args.k in f"{module}: {fault[0]}"
+    sys.path[:] = [str(repo)] + [p for p in sys.path if not p.startswith(str(ROOT))]
+    files = [
+        str(Path("tests", *name.split("/")[:-1], f"test_{Path(name).name}.py")) for name in tests
     ]
+    with contextlib.redirect_stdout(io.StringIO()) as output:
+        status = pytest.main(["-x", "-q", "-p", "no:cacheprovider", *files])
+    return int(status), output.getvalue()
+
+
+def apply_and_test(send, folder: str, fault: Fault) -> None:
+    """In a forked process: put the fault into a copy, run its tests, send (result, failed test)."""
+    repo = copy_repository(Path(folder))
+    file = repo / "alchemy" / f"{fault.module}.py"
+    text = file.read_text(encoding="utf-8") if file.exists() else ""
+    if text.count(fault.old) != 1:
+        send.send((f"old text found {text.count(fault.old)} times", ""))
+        return
+    file.write_text(text.replace(fault.old, fault.new), encoding="utf-8")
+    status, output = run_tests(repo, list(fault.tests))
+    failed = [line for line in output.splitlines() if line.startswith(("FAILED", "ERROR"))]
+    if status == 1 and failed:
+        send.send(("caught", failed[0].split("::")[-1].split(" - ")[0]))
+    elif status == 0:
+        send.send(("NOT CAUGHT", ""))
+    else:
+        send.send(("caught" if failed else f"pytest ended with status {status}", "import"))
+
+
+def results(faults: list[Fault]) -> Iterator[tuple[Fault, str, str]]:
+    """Yield (fault, result, failed test) in order; each runs in a forked process, two at a time."""
+    fork = multiprocessing.get_context("fork")
+    waiting, running = list(faults), []
+    while waiting or running:
+        while waiting and len(running) < AT_ONCE:
+            receive, send = fork.Pipe(duplex=False)
+            folder = tempfile.TemporaryDirectory()
+            process = fork.Process(target=apply_and_test, args=(send, folder.name, waiting[0]))
+            process.start()
+            send.close()
+            running.append((waiting.pop(0), process, receive, folder))
+        fault, process, receive, folder = running.pop(0)
+        try:
+            result, test = receive.recv() if receive.poll(TIMEOUT) else ("caught", "no end")
+        except EOFError:  # the process died without an answer
+            result, test = "caught", "the process died"
+        process.kill()
+        process.join()
+        folder.cleanup()
+        yield fault, result, test
+
+
+def check_green(faults: list[Fault]) -> None:
+    """Without a fault the tests must pass, or a failure would prove nothing."""
+    tests = sorted({name for fault in faults for name in fault.tests})
+    with tempfile.TemporaryDirectory() as folder:
+        process_results = multiprocessing.get_context("fork").Queue()
+
+        def run() -> None:
+            process_results.put(run_tests(copy_repository(Path(folder)), tests))
+
+        process = multiprocessing.get_context("fork").Process(target=run)
+        process.start()
+        status, output = process_results.get()
+        process.join()
+    if status:
+        sys.exit(f"{output}\nthe tests fail before any fault is made")
+
+
+def main(argv: list[str] | None = None) -> int:
+    formatter = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=formatter)
+    parser.add_argument(
+        "-k", metavar="WORD", default="", help="only faults with this in their name"
+    )
+    parser.add_argument("--no-green", action="store_true", help="skip the run without a fault")
+    args = parser.parse_args(argv)
+    faults = [f for f in read_faults() if args.k in f"{f.module}: {f.what}"]
+
     import torch
 
     torch.set_num_threads(1)
-    sys.dont_write_bytecode, start, caught = True, time.time(), 0
-    unchanged = (None, sorted({name for fault in faults for name in fault[1]}), "", "", "")
-    for (module, _, name, *_), result, said in results(
-        faults if args.green else [unchanged, *faults]
-    ):
-        if result == "RED":
-            sys.exit(f"{said}\nthe tests fail before any fault is made")
-        if module:
-            caught += result == "caught"
-            print(f"{result:<12} {module}: {name}" + (f"   ({said})" if said else ""), flush=True)
-    print(f"{caught} of {len(faults)} faults are caught, in {time.time() - start:.0f} s")
-    return caught < len(faults)
+    sys.dont_write_bytecode = True
+    start = time.time()
+    if not args.no_green:
+        check_green(faults)
+    missed = 0
+    for fault, result, test in results(faults):
+        missed += result != "caught"
+        print(f"{result:<12} {fault.module}: {fault.what}   {test}", flush=True)
+    seconds = time.time() - start
+    print(f"{len(faults) - missed} of {len(faults)} faults are caught, in {seconds:.0f} s")
+    return int(missed > 0)
 
 
 if __name__ == "__main__":

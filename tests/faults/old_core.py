@@ -3,10 +3,8 @@
 (file in alchemy/, the test files to run): (what it is, the exact old text, the new text), ...
 """
 
-from faults_rooms import ROOMS
-
 FAULTS = {
-    ("schedule", "schedule"): (
+    ("schedule", "core/schedule"): (
         ("beta grows evenly, not its root", "power = 2 if", "power = 1 if"),
         (
             "zero SNR shifts without scaling",
@@ -56,7 +54,7 @@ FAULTS = {
         ),
         ("SNR upside down", "return ab / (1 - ab)", "return (1 - ab) / ab"),
     ),
-    ("samplers", "samplers"): (
+    ("samplers", "core/samplers"): (
         (
             "Euler's start is not scaled",
             'if self.scaled_start and spacing != "leading" else z',
@@ -97,7 +95,7 @@ FAULTS = {
             "(1 - alpha_bar_prev - sigma ** 2)",
         ),
     ),
-    ("loop", "loop"): (
+    ("sampling", "core/sampling"): (
         (
             "alpha_bar of the wrong end",
             "schedule.alpha_bar_at(t)\n",
@@ -172,7 +170,7 @@ FAULTS = {
             "step.x_prev",
         ),
     ),
-    ("text", "text"): (
+    ("clip", "core/clip"): (
         ("quick_gelu's constant", "1.702 * x", "1.7 * x"),
         ("gelu by tanh", '"gelu": F.gelu', '"gelu": lambda x: F.gelu(x, approximate="tanh")'),
         (
@@ -210,7 +208,7 @@ FAULTS = {
             "(p(x).unflatten(-1, (-1, self.heads)).permute(0, 3, 1, 2)",
         ),
     ),
-    ("sdxl", "text"): (
+    ("sdxl", "core/clip"): (
         (
             "time ids: sizes swapped",
             "[*(original or size), *crop, *size]",
@@ -228,7 +226,7 @@ FAULTS = {
             "torch.cat([second, first], dim=-1)",
         ),
     ),
-    ("vae", "vae"): (
+    ("vae", "core/vae"): (
         ("GroupNorm eps of the UNet", "EPS = 1e-6", "EPS = 1e-5"),
         (
             "the encoder pads all sides",
@@ -255,7 +253,7 @@ FAULTS = {
         ("log variance unclamped above", ".clamp(-30, 20)", ".clamp(-30, 30)"),
         ("std is the variance", "torch.exp(0.5 * ", "torch.exp("),
     ),
-    ("blocks", "vae"): (
+    ("blocks", "core/vae"): (
         ("the encoder pads left and top", "F.pad(x, (0, 1, 0, 1))", "F.pad(x, (1, 0, 1, 0))"),
         (
             "the encoder pads by repeating",
@@ -264,11 +262,11 @@ FAULTS = {
         ),
         ("upsampling smooths", 'mode="nearest"', 'mode="bilinear"'),
     ),
-    ("blocks", "unet"): (
+    ("blocks", "core/unet"): (
         ("the timestep without SiLU", "self.time_emb_proj(F.silu(emb))", "self.time_emb_proj(emb)"),
         ("upsampling only doubles", "size = size or (", "size = ("),
     ),
-    ("unet", "unet"): (
+    ("unet", "core/unet"): (
         (
             "sines first",
             "torch.cat([angle.cos(), angle.sin()]",
@@ -317,7 +315,7 @@ FAULTS = {
         ),
         ("UNet pads right and bottom only", "Downsample(c, padding=1)", "Downsample(c, padding=0)"),
     ),
-    ("attention", "attention"): (
+    ("attention", "core/attention"): (
         ("transformer GroupNorm eps", "eps=1e-6)", "eps=1e-5)"),
         ("the gate is the first half", "h, gate = self.proj", "gate, h = self.proj"),
         ("the gate's gelu by tanh", "F.gelu(gate)", 'F.gelu(gate, approximate="tanh")'),
@@ -345,7 +343,7 @@ FAULTS = {
             "self.attn2(self.norm1(x), told)",
         ),
     ),
-    ("lora", "lora lora_files"): (
+    ("lora", "core/lora formats/lora_files"): (
         (
             "alpha without rank",
             "self.scale * self.alpha / len(self.down)",
@@ -392,7 +390,7 @@ FAULTS = {
             "y = adapter.add_to(super().forward(x), x, self)",
         ),
     ),
-    ("tokenizer", "tokenizer"): (
+    ("tokenizer", "core/tokenizer"): (
         (
             "a long prompt loses EOS",
             "*ids, self.vocab[EOS]] + [self.pad]",
@@ -408,7 +406,7 @@ FAULTS = {
         ),
         ("digits together", "|L+|N|", "|L+|N+|"),
     ),
-    ("segmentation", "segmentation masks"): (
+    ("segmentation", "core/segmentation extras/masks"): (
         ("the unconditional half", "probabilities[-1].mean(0)", "probabilities[0].mean(0)"),
         ("one head for all", "probabilities[-1].mean(0)", "probabilities[-1][0]"),
         ("the window is ignored", "if self.window[0] <= t <= self.window[1]:", "if True:"),
@@ -416,7 +414,7 @@ FAULTS = {
         ("the threshold is strict", "mask = soft >= threshold", "mask = soft > threshold"),
         ("holes stay", " | to_full(within)", ""),
     ),
-    ("insertion", "insertion masks"): (
+    ("insertion", "core/insertion extras/masks"): (
         (
             "the LoRA draws the scene",
             "with lora.lora_scale(sdxl, 0):",
@@ -439,7 +437,7 @@ FAULTS = {
             "image.crop((top, left, top + width, left + height))",
         ),
     ),
-    ("train", "train loss"): (
+    ("training", "core/training core/loss"): (
         (
             "min-SNR of v without the one",
             '(snr if schedule.prediction == "epsilon" else snr + 1)',
@@ -458,26 +456,26 @@ FAULTS = {
         ("accumulated, not averaged", "loss_of(step, part) / accumulation", "loss_of(step, part)"),
         ("a step of NaN is applied", "if state.late or total.isfinite():", "if True:"),
     ),
-    ("train", "waiting"): (
+    ("training", "cli/waiting"): (
         ("read late, a step of NaN is applied", "total.isnan().float()", "torch.zeros_like(total)"),
         ("the loss is waited for", "but=int(state.late and state.step not in (1, steps))", "but=0"),
         ("the last loss is not read", "state.step not in (1, steps)", "state.step != 1"),
         ("a run that is lost goes on", "if len(last) > MAX_BAD_STEPS and", "if False and"),
     ),
-    ("unet", "waiting"): (
+    ("unet", "cli/waiting"): (
         (
             "a timestep waits for the device",
             "torch.full((), t, device=latents.device)",
             "torch.tensor(t).to(latents.device)",
         ),
     ),
-    ("sdxl", "finite"): (
+    ("sdxl", "core/finite"): (
         ("a prompt of NaN is drawn", "if not x.requires_grad and not", "if False and not"),
     ),
-    ("vae", "finite"): (
+    ("vae", "core/finite"): (
         ("a photo of NaN is taught", "if not moments.isfinite().all():", "if False:"),
     ),
-    ("data", "data captions"): (
+    ("dataset", "core/dataset extras/captions"): (
         ("a crop's left is its top", "top * factor, left * factor", "top * factor, top * factor"),
         (
             "the same noise at every step",
@@ -491,7 +489,7 @@ FAULTS = {
         ),
         ("the mean, never a sample", "mean + std * torch.randn(mean.shape, generator=rng)", "mean"),
     ),
-    ("data", "ranks"): (
+    ("dataset", "extras/distributed"): (
         ("every rank draws the same samples", "* world + rank) * count", "* world) * count"),
         (
             "a part of all ranks begins where one rank's would",
@@ -499,4 +497,4 @@ FAULTS = {
             "(step * accumulation + part + rank)",
         ),
     ),
-} | ROOMS
+}

@@ -1,14 +1,14 @@
 """The faults of faults.py in the rooms around the core."""
 
-ROOMS = {
-    ("formats/layout", "manifest"): (
+FAULTS = {
+    ("formats/layout", "formats/manifest"): (
         ("thirds of in_proj", '"qkv".index', '"kqv".index'),
         ("text_projection as stored", "tensor.T.contiguous()", "tensor"),
         ("the VAE's levels from the coarsest", "levels - 1 - int(m[1])", "int(m[1])"),
         ("upsampler at index 1", "+ layers}.2", "+ layers}.1"),
         ("middle resnets", "2 * int(m[2])", "int(m[2])"),
     ),
-    ("formats/lora", "lora_files lora_writing"): (
+    ("formats/lora", "formats/lora_files formats/lora_writing"): (
         (
             "alpha is not read",
             "told(layer, len(down)) if alpha is None else alpha) for",
@@ -37,7 +37,7 @@ ROOMS = {
         ),
         ("NaN is put on", "if wild:", "if False:"),
     ),
-    ("savers/__init__", "savers"): (
+    ("extras/optimizations", "extras/optimizations"): (
         ("triton is to read e4m3 on any card", "< (8, 9)", "< (0, 0)"),
         (
             "a network that is read again is not stored",
@@ -45,7 +45,7 @@ ROOMS = {
             "pass",
         ),
     ),
-    ("savers/fp8", "savers"): (
+    ("extras/fp8", "extras/optimizations"): (
         (
             "one scale for all rows",
             "weight.abs().amax(1, keepdim=True)",
@@ -70,7 +70,7 @@ ROOMS = {
         ("merged weights are stored", "if layer.base_weight is not None:", "if False:"),
         ("a LoRA is merged into 8 bits", 'raise ValueError("a base', 'str("a base'),
     ),
-    ("savers/memo", "memo"): (
+    ("extras/prompt_cache", "extras/prompt_cache"): (
         (
             "another scale is the same answer",
             "[(a.scale, a.alpha) for a in layer.lora.values()]",
@@ -85,7 +85,7 @@ ROOMS = {
         ("gradients end at what is kept", "if torch.is_grad_enabled():", "if False:"),
         ("it stays", "            del layer.told\n", "            pass\n"),
     ),
-    ("savers/regional", "regional"): (
+    ("extras/compile", "extras/compile"): (
         ("a watched block runs compiled", "if any(layer.watch for layer in layers)", "if False"),
         (
             "resnets stay as they are",
@@ -98,11 +98,11 @@ ROOMS = {
             "{seconds[0]:.0f}",
         ),
     ),
-    ("command/states", "waiting"): (
+    ("command/states", "cli/waiting"): (
         ("a loss under way is not saved", "    state.read()\n", "    pass\n"),
         ("it goes on from the first step", "state.losses, state.step = ", "state.losses, _ = "),
     ),
-    ("methods/prior", "prior"): (
+    ("methods/prior", "core/prior"): (
         (
             "the prior is a mean over both",
             "subject.mean() + prior_weight * prior.mean()",
@@ -111,17 +111,17 @@ ROOMS = {
         ("every class picture is the same", "FIRST_SEED + k}", "FIRST_SEED}"),
         ("of whatever settings", "png.check(path, facts)", "pass"),
     ),
-    ("command/lessons", "prior"): (
+    ("command/lessons", "core/prior"): (
         ("class pictures are drawn again", "pictures if not picture[0].exists()]", "pictures]"),
     ),
-    ("methods/dreambooth", "dreambooth"): (
+    ("methods/dreambooth", "extras/dreambooth"): (
         (
             "text encoders stay as they were",
             "sdxl.read(name, torch.float32).requires_grad_(True)",
             'sdxl.read(name, torch.float32).requires_grad_(name == "unet")',
         ),
     ),
-    ("methods/textual_inversion", "textual_inversion"): (
+    ("methods/textual_inversion", "extras/textual_inversion"): (
         (
             "the table learns",
             "self.weight, self.first = table.weight, first",
@@ -134,11 +134,11 @@ ROOMS = {
         ),
         ("a word's first piece alone", "ids[k % len(ids)]", "ids[0]"),
     ),
-    ("formats/embeddings", "textual_inversion converting"): (
+    ("formats/embeddings", "extras/textual_inversion cli/converting"): (
         ("the two encoders' rows swapped", "dict(zip(KEYS, rows))", "dict(zip(KEYS, rows[::-1]))"),
         ("clip_g is read as clip_l", "sorted(file.keys(), reverse=True)", "sorted(file.keys())"),
     ),
-    ("formats/folder", "converting"): (
+    ("formats/folder", "cli/converting"): (
         (
             "the originals of merged weights are kept",
             "layer.base_weight, layer.lora = None, torch",
@@ -146,7 +146,7 @@ ROOMS = {
         ),
         ("a LoRA is written beside its weight", "        layer.merge()\n", "        pass\n"),
     ),
-    ("formats/checkpoint", "converting"): (
+    ("formats/checkpoint", "cli/converting"): (
         (
             "the old VAE's configuration is written",
             '"config.json") or configs["vae"]',
@@ -158,7 +158,7 @@ ROOMS = {
             '"scheduler/scheduler_config.json": config_of(folder, "scheduler/scheduler_config.json"),',
         ),
     ),
-    ("methods/captions", "captions"): (
+    ("methods/captions", "extras/captions"): (
         ("no caption is dropped", "None if lot < dropout else prompt", "prompt"),
         (
             "buckets upside down",
@@ -181,7 +181,7 @@ ROOMS = {
             "range(1, most // h + 1)",
         ),
     ),
-    ("command/ranks", "ranks"): (
+    ("extras/distributed", "extras/distributed"): (
         ("the loss of one rank alone", "return value + (mean - value).detach()", "return value"),
         (
             "gradients are averaged twice",
@@ -194,7 +194,7 @@ ROOMS = {
             "if part == 0 else",
         ),
     ),
-    ("command/ranks", "ranks_apart"): (
+    ("extras/distributed", "extras/distributed_apart"): (
         ("every rank draws all", "slice(rank(), None, world())", "slice(None)"),
         ("every rank speaks", "io.StringIO() if rank() else sys.stderr", "sys.stderr"),
         ("an error of one rank is not said", "if end.code and is_mine() and rank()", "if False"),
@@ -204,27 +204,27 @@ ROOMS = {
             'return said.add("said", 1) > 0',
         ),
     ),
-    ("command/training", "ranks"): (
+    ("command/training", "extras/distributed"): (
         (
             "every rank writes the state",
             "        if not distributed.rank():\n            save_state",
             "        if True:\n            save_state",
         ),
     ),
-    ("methods/captions", "ranks"): (
+    ("methods/captions", "extras/distributed"): (
         ("every rank drops the first's captions", ".tolist()[rank * count:]", ".tolist()"),
     ),
-    ("methods/textual_inversion", "ranks"): (
+    ("methods/textual_inversion", "extras/distributed"): (
         ("every rank takes the first's templates", "[rank * count:][:count]", "[:count]"),
     ),
-    ("report/preflight", "check"): (
+    ("extras/inspect/preflight", "cli/check"): (
         (
             "the sheet darkens what is learned",
             "Image.composite(picture, picture.point(lambda value: value // 4), mask)",
             "Image.composite(picture.point(lambda value: value // 4), picture, mask)",
         ),
     ),
-    ("report/pictures", "inspect"): (
+    ("extras/inspect/pictures", "extras/inspect"): (
         ("the map to colours has no constant", "(0, 1), value=1.0)", "(0, 1), value=0.0)"),
         (
             "a film is cut into columns of its height",
@@ -233,7 +233,7 @@ ROOMS = {
         ),
         ("a long run loses its last step", "(count - 1) / max(", "(count - 2) / max("),
     ),
-    ("report/record", "inspect"): (
+    ("extras/inspect/record", "extras/inspect"): (
         (
             "attention of the half that is told nothing",
             "probabilities[-1].mean(0)",
@@ -249,7 +249,7 @@ ROOMS = {
         ("sigma of a sampler whose noise is all fresh", "self.eta, self.row.fresh)", "self.eta)"),
         ("levels are rounded down", "-(-side // 2 ** level)", "side // 2 ** level"),
     ),
-    ("report/stage", "inspect"): (
+    ("extras/inspect/stage", "extras/inspect"): (
         (
             "told and untold change places",
             'recorder.stacked(f"eps_{name}")',
@@ -257,7 +257,7 @@ ROOMS = {
         ),
         ("a level counts by its size", "m / m.mean((2, 3), keepdim=True).clamp(min=1e-9)", "m"),
     ),
-    ("report/record", "inspect_more"): (
+    ("extras/inspect/record", "extras/inspect_more"): (
         ("a hook stays on the network", "watched.callback(called.remove)", "pass"),
         (
             "self-attention from the second step on",
@@ -265,7 +265,7 @@ ROOMS = {
             "(k + 1 for k in spread(total - 1, LOOKS))",
         ),
     ),
-    ("report/stage", "inspect_size"): (
+    ("extras/inspect/stage", "extras/inspect_size"): (
         ("every map of a long prompt", "max(10, MAPS // level.shape[1])", "len(level)"),
         (
             "the mean of the maps that are shown",
@@ -273,27 +273,27 @@ ROOMS = {
             "level[at].mean(0, keepdim=True)])",
         ),
     ),
-    ("report/placing", "inspect_size"): (
+    ("extras/inspect/placing", "extras/inspect_size"): (
         (
             "a crop that is the scene is told again",
             "if made.crop != made.scene else {}",
             "if made.crop else {}",
         ),
     ),
-    ("command/results", "sample"): (
+    ("command/results", "cli/sample"): (
         ("a picture tells where it was written", "if k not in PLACES}", "}"),
     ),
-    ("command/inspecting", "inspect_more"): (
+    ("command/inspecting", "extras/inspect_more"): (
         (
             "a name that is too long is no bad input",
             "except OSError as error:  # a name",
             "except KeyError as error:  # a name",
         ),
     ),
-    ("command/training", "inspect_more"): (
+    ("command/training", "extras/inspect_more"): (
         ("no preview of before", "if args.preview_every and not state.step:", "if False:"),
     ),
-    ("report/stage", "inspect_more"): (
+    ("extras/inspect/stage", "extras/inspect_more"): (
         (
             "a level counts once, however many layers it has",
             "layers[n] * p.float().mean(0)",
@@ -301,10 +301,10 @@ ROOMS = {
         ),
         ("a run that diverges ends at its page", "except FloatingPointError", "except KeyError"),
     ),
-    ("report/page", "inspect"): (
+    ("extras/inspect/page", "extras/inspect"): (
         ("a prompt can end the script", '.replace("<", "\\\\u003c")', ""),
     ),
-    ("report/placing", "inspect_more"): (
+    ("extras/inspect/placing", "extras/inspect_more"): (
         ("raw attention is sharpened already", "watcher.maps.heat(0)", "watcher.maps.heat(power)"),
         (
             "the latents' mask is of the whole picture",
@@ -318,7 +318,7 @@ ROOMS = {
             "made.feathered.cpu().numpy() > 0",
         ),
     ),
-    ("report/teaching", "inspect_more"): (
+    ("extras/inspect/teaching", "extras/inspect_more"): (
         (
             "the norm is not by the weights'",
             "adapter.delta().norm() / weight_of(layer).norm()",
@@ -330,10 +330,10 @@ ROOMS = {
             "else (0.95 * total, 0.95 * weight + 1)",
         ),
     ),
-    ("command/lessons", "inspect_more"): (
+    ("command/lessons", "extras/inspect_more"): (
         ("the error at the batch's own timesteps", "t=batch.t * 0 + t", "t=batch.t"),
     ),
-    ("savers/counting", "memory"): (
+    ("extras/counting", "extras/memory"): (
         ("what is freed counts on", "self.now -= self.known.pop(key)", "self.known.pop(key)"),
         ("weights count as made", "self.note(x.untyped_storage(), 0)", "pass"),
         (
@@ -343,7 +343,7 @@ ROOMS = {
         ),
         ("norms stay half under autocast", "F.layer_norm: torch.float32", "F.layer_norm: lower"),
     ),
-    ("savers/memory", "memory"): (
+    ("extras/memory", "extras/memory"): (
         ("one moment is forgotten", "for n in (3, 1))", "for n in (2, 1))"),
         (
             "checkpointing is not asked for",
@@ -351,7 +351,7 @@ ROOMS = {
             "sdxl.unet.checkpointing = False",
         ),
     ),
-    ("command/fitting", "memory"): (
+    ("command/fitting", "extras/memory"): (
         ("nothing to spare", "ROOM = 0.9", "ROOM = 1.0"),
         (
             "a flag is overruled",
@@ -370,10 +370,10 @@ ROOMS = {
             "names = [flag for flag, _ in some]",
         ),
     ),
-    ("methods/masks", "captions"): (
+    ("methods/masks", "extras/captions"): (
         ("a mask is not turned", "ImageOps.exif_transpose(opened)", "opened"),
     ),
-    ("report/samplers", "samplers_sheet"): (
+    ("extras/inspect/samplers", "extras/samplers_sheet"): (
         (
             "Euler steps in the level itself",
             "(level(ab_prev) - level(ab)) * step.eps",
