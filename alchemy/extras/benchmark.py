@@ -1,0 +1,181 @@
+"""The DreamBooth benchmark (Ruiz et al. 2023, sections 4.1 and 4.2): evaluate --benchmark FOLDER.
+
+FOLDER is the `dataset` folder of github.com/google/dreambooth, or a part of it: a folder of photos
+per subject and prompts_and_classes.txt. Each subject is trained; for each of its 25 prompts and 4
+seeds, one image is generated in one stage (text to image) and one in two (Image-Alchemy); both sets
+are scored. A training run that was stopped is resumed, and an image that is there is kept. With
+torchrun, each rank takes its share of the subjects.
+"""
+
+import argparse
+import os
+import re
+import shlex
+import subprocess
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from PIL import Image
+
+import alchemy
+
+from .. import cli, insertion, lora, pipeline
+from ..files import save_json
+from ..formats import png
+from ..formats.text import read_text
+from . import distributed, evaluate
+from .encoders import Clip, Encoder, load_clip, load_dino
+
+FIGURES = ("DINO", "CLIP-I", "CLIP-T")
+PUBLISHED = (
+    {"subject": "Image-Alchemy on SDXL (arXiv 2505.10743, abstract)", "DINO": 0.789},
+    {
+        "subject": "DreamBooth on Stable Diffusion (arXiv 2208.12242, table 1)",
+        "DINO": 0.668,
+        "CLIP-I": 0.803,
+        "CLIP-T": 0.305,
+    },
+    {
+        "subject": "DreamBooth on Imagen (arXiv 2208.12242, table 1)",
+        "DINO": 0.696,
+        "CLIP-I": 0.812,
+        "CLIP-T": 0.306,
+    },
+)
+LIVE = ("cat", "dog")  # classes with the prompts of live subjects; all others are objects
+
+
+def read_benchmark(folder: Path) -> tuple[dict[str, str], dict[bool, list[str]]]:
+    """{subject with a folder: class} and {is it alive: prompts, {0} the token and {1} the class}.
+
+    Raises ValueError where the table or the folders are missing.
+    """
+    table = folder / "prompts_and_classes.txt"
+    text = read_text(table)
+    classes = dict(re.findall(r"^(\w+),([\w ]+)$", text, re.MULTILINE))
+    classes = {name: word for name, word in classes.items() if (folder / name).is_dir()}
+    objects, _, live = text.partition("Live Subject Prompts")
+    prompts = {
+        False: re.findall(r"'([^']*\{1\}[^']*)'", objects),
+        True: re.findall(r"'([^']*\{1\}[^']*)'", live),
+    }
+    if not classes or not all(prompts.values()):
+        raise ValueError(f"{table}: no class of a folder beside it, or no prompts; see --help")
+    return classes, prompts
+
+
+@dataclass(frozen=True)
+class Job:
+    """An image of the benchmark."""
+
+    stage: str  # "one" or "two"
+    scene: str  # the prompt with the class word alone
+    prompt: str  # with the token before it
+    seed: int
+    path: Path
+
+
+def jobs(out: Path, prompts: list[str], token: str, class_word: str, seeds: int) -> Iterator[Job]:
+    for stage in ("one", "two"):
+        for number, template in enumerate(prompts):
+            scene = " ".join(template.format("", class_word).split())
+            prompt = template.format(token, class_word)
+            for seed in range(seeds):
+                path = out / stage / f"{number:02d}-{seed}.png"
+                yield Job(stage, scene, prompt, seed, path)
+
+
+def train_subject(args: argparse.Namespace, photos: Path, class_word: str, out: Path) -> None:
+    """Run train.py in a process of its own, unless its LoRA is there."""
+    if (out / "lora.safetensors").exists():
+        return
+    command = [sys.executable, str(cli.ROOT / "train.py"), str(photos), "--out", str(out)]
+    if (out / "settings.json").exists():
+        command.append("--resume")
+    command += ["--class-word", class_word, "--token", args.token]
+    for name in ("weights", "vae", "config", "revision", "device", "dtype"):
+        if getattr(args, name):
+            command += [f"--{name}", str(getattr(args, name))]
+    # The rank trains alone, on its own GPU.
+    environment = dict(os.environ)
+    if distributed.launched():
+        for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE"):
+            environment.pop(name, None)
+        visible = os.environ.get("CUDA_VISIBLE_DEVICES", "")
+        gpus = visible.split(",") if visible else [str(k) for k in range(distributed.world())]
+        environment["CUDA_VISIBLE_DEVICES"] = gpus[int(os.environ.get("LOCAL_RANK", 0)) % len(gpus)]
+    status = subprocess.run([*command, *shlex.split(args.train)], env=environment).returncode
+    if status:
+        raise ValueError(f"{photos}: train.py ended with status {status}; its message is above")
+
+
+def generate(sdxl: object, job: Job, class_word: str, token: str, steps: int | None) -> Image.Image:
+    """The image of a job, the subject's LoRA being on sdxl."""
+    if job.stage == "one":
+        return pipeline.text_to_image(sdxl, job.prompt, seed=job.seed, steps=steps)
+    try:
+        made = insertion.insert(sdxl, job.scene, class_word, token, seed=job.seed, steps=steps)
+        return made.result
+    except ValueError as error:  # the class was not found in the scene: it stays as it is
+        cli.say(f"{job.path}: {error}")
+        with lora.lora_scale(sdxl, 0):
+            return pipeline.text_to_image(sdxl, job.scene, seed=job.seed, steps=steps)
+
+
+def run_subject(args: argparse.Namespace, subject: str, class_word: str, prompts: list) -> None:
+    """Train the subject and generate what is missing of its images."""
+    out = cli.folder(Path(args.out) / subject)
+    train_subject(args, Path(args.benchmark) / subject, class_word, out)
+    wanted = list(jobs(out, prompts, args.token, class_word, args.seeds))
+    missing = [job for job in wanted if not job.path.exists()]
+    if not missing:
+        return
+    sdxl = cli.load(args)
+    alchemy.load_lora(sdxl, out / "lora.safetensors")
+    for job in cli.progress(missing, len(missing), subject):
+        job.path.parent.mkdir(exist_ok=True)
+        image = generate(sdxl, job, class_word, args.token, args.steps)
+        facts = {"prompt": job.prompt, "seed": job.seed, "stages": job.stage, "subject": subject}
+        png.save(image, job.path, facts)
+
+
+def score_subject(args: argparse.Namespace, subject: str, dino: Encoder, clip: Clip) -> list[dict]:
+    """The mean figures of the subject's images in one stage and in two."""
+    _, photos = evaluate.read_images(Path(args.benchmark) / subject)
+    found = []
+    for stage in ("one", "two"):
+        folder = Path(args.out) / subject / stage
+        paths, generated = evaluate.read_images(folder)
+        prompts = evaluate.find_prompts(paths, None, args.token)
+        rows = evaluate.score(generated, photos, dino, clip, prompts)
+        summary = evaluate.summarize(rows)
+        evaluate.write_scores(rows, summary, generated, folder)
+        found.append({"subject": subject, "stages": stage, "images": len(rows), **summary})
+    return found
+
+
+def run(args: argparse.Namespace) -> None:
+    """All of the benchmark; ends in a table beside the published figures."""
+    out = cli.folder(args.out)
+    classes, prompts = read_benchmark(Path(args.benchmark))
+    dino, clip = load_dino(args.dino), load_clip(args.clip)
+    for subject in sorted(classes)[distributed.share()]:
+        word = classes[subject]
+        run_subject(args, subject, word, prompts[word in LIVE][: args.prompt_count])
+    distributed.meet()
+    if distributed.rank():
+        return
+    rows = []
+    for subject in cli.progress(sorted(classes), len(classes), "scoring"):
+        rows += score_subject(args, subject, dino, clip)
+    for stage in ("one", "two"):
+        chosen = [row for row in rows if row["stages"] == stage]
+        summary = {name: evaluate.mean(row[name] for row in chosen) for name in FIGURES}
+        total = sum(row["images"] for row in chosen)
+        rows.append({"subject": "all", "stages": stage, "images": total, **summary})
+    rows += PUBLISHED
+    print(evaluate.format_table(rows, ("subject", "stages", "images", *FIGURES)))
+    save_json(rows, out / "benchmark.json")
+    cli.wrote(out / "benchmark.json")

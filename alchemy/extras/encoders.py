@@ -1,0 +1,164 @@
+"""What likeness is measured with: DINO and CLIP, each with its preprocessing, as published."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Callable, Iterable
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from torch import Tensor, nn
+
+from ..clip import TextConfig, TextEncoder
+from ..formats.checkpoint import VOCABULARY, Blank
+from ..formats.hub import config_of, find, weight_files
+from ..formats.layout import EXTRAS
+from ..formats.tensors import names_in
+from ..tokenizer import Tokenizer
+from .vision import VisionConfig, VisionTransformer, dino_name
+
+# Neither repository has safetensors on its main branch; these revisions add them.
+DINO = "facebook/dino-vits16@refs/pr/1"
+CLIP = "openai/clip-vit-base-patch32@refs/pr/15"
+
+
+def preprocess(image: Image.Image, resize: int, crop: int, mean: tuple, std: tuple) -> Tensor:
+    """An RGB image to normalised pixels (3, crop, crop) float32.
+
+    Bit-equal to transformers' PIL processors: the shorter side becomes `resize` (bicubic; the
+    longer side is rounded down), then the centre is cut out. Rescaling is float64, then rounded to
+    float32; normalisation is float32.
+    """
+    width, height = image.size
+    if width <= height:
+        size = (resize, int(resize * height / width))
+    else:
+        size = (int(resize * width / height), resize)
+    image = image.resize(size, Image.BICUBIC)
+    left, top = (size[0] - crop) // 2, (size[1] - crop) // 2
+    pixels = np.asarray(image.crop((left, top, left + crop, top + crop)))
+    pixels = (pixels.astype(np.float64) * (1 / 255)).astype(np.float32)
+    pixels = (pixels - np.array(mean, dtype=np.float32)) / np.array(std, dtype=np.float32)
+    return torch.from_numpy(pixels).permute(2, 0, 1)
+
+
+@dataclass(frozen=True)
+class Encoder:
+    """RGB PIL images to features (N, D) of length 1, float32 on the CPU."""
+
+    network: VisionTransformer
+    resize: int  # pixels of the shorter side, before the centre of config.image_size is cut out
+    mean: tuple
+    std: tuple
+
+    @torch.no_grad()
+    def __call__(self, pictures: Iterable[Image.Image]) -> Tensor:
+        crop = self.network.config.image_size
+        device = next(self.network.parameters()).device
+        features = []
+        for image in pictures:
+            pixels = preprocess(image, self.resize, crop, self.mean, self.std)
+            features.append(self.network(pixels[None].to(device)).cpu())
+        return F.normalize(torch.cat(features), dim=-1)
+
+
+@dataclass(frozen=True)
+class Clip:
+    """Both halves of CLIP: images(...) and texts(...) give features (N, P) of length 1."""
+
+    images: Encoder
+    text_encoder: TextEncoder
+    tokenizer: Tokenizer
+
+    @torch.no_grad()
+    def texts(self, prompts: list[str]) -> Tensor:
+        device = next(self.text_encoder.parameters()).device
+        ids = torch.tensor([self.tokenizer(prompt) for prompt in prompts])
+        _, pooled = self.text_encoder(ids.to(device))
+        return F.normalize(pooled.cpu(), dim=-1)
+
+
+def load_weights(
+    network: nn.Module,
+    files: list[Path],
+    device: torch.device,
+    name_of: Callable[[str], str] = str,
+    ignored: tuple = (),
+) -> None:
+    """Give each parameter of a network on the meta device its tensor, as float32.
+
+    name_of: a parameter's name to its tensor's; ignored: how the names of tensors begin that are
+    not used. Strict: one missing, left over or of another shape is a ValueError.
+    """
+    tensors = names_in(files)
+    parameters = network.state_dict()
+    stored = {key: name_of(key) for key in parameters}
+    missing = [name for name in stored.values() if name not in tensors]
+    used = set(stored.values())
+    extra = [name for name in tensors if name not in used and not name.startswith(ignored)]
+    extra = [name for name in extra if not EXTRAS.search(name)]
+    if missing or extra:
+        first = ", ".join((missing + extra)[:3])
+        raise ValueError(
+            f"{files[0]}: {len(missing)} tensors missing, {len(extra)} left over: {first}"
+        )
+    for key, name in stored.items():
+        tensor, wanted = tensors[name].get_tensor(name), parameters[key].shape
+        while tensor.ndim > len(wanted) and len(tensor) == 1:  # DINO's are batches of one
+            tensor = tensor[0]
+        if tensor.shape != wanted:
+            raise ValueError(
+                f"{files[0]}: {name} is {tuple(tensor.shape)}, by config.json {tuple(wanted)}"
+            )
+        parameters[key] = tensor.to(device, torch.float32)
+    network.load_state_dict(parameters, assign=True)
+    network.eval().requires_grad_(False)
+
+
+def load_dino(source: str = DINO, device: str = "cpu") -> Encoder:
+    """DINO from a folder or a Hub id (ID or ID@REVISION). Raises ValueError for anything else."""
+    config, files = locate(source, ("vit",))
+    with torch.device("meta"), Blank():
+        network = VisionTransformer(VisionConfig.from_config(config))
+    load_weights(network, files, device, dino_name, ignored=("pooler.",))
+    # As in DINO's own evaluation (eval_knn.py): resized to 256, of which 224 are cut out.
+    resize = round(network.config.image_size * 256 / 224)
+    return Encoder(network, resize, mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225))
+
+
+def load_clip(source: str = CLIP, device: str = "cpu") -> Clip:
+    """CLIP from a folder or a Hub id (ID or ID@REVISION). Raises ValueError for anything else."""
+    config, files = locate(source, ("clip",))
+    text_config = config.get("text_config", {}) | {
+        "projection_dim": config.get("projection_dim", 512)
+    }
+    with torch.device("meta"), Blank():
+        network = VisionTransformer(VisionConfig.from_config(config))
+        text_encoder = TextEncoder(TextConfig.from_config(text_config), projection=True)
+    load_weights(network, files, device, ignored=("text_",))
+    load_weights(text_encoder, files, device, ignored=("vision_", "visual_"))
+    # OpenAI's preprocessing (clip.py), also in the checkpoint's preprocessor_config.json.
+    mean, std = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
+    encoder = Encoder(network, network.config.image_size, mean, std)
+    return Clip(encoder, text_encoder, Tokenizer.from_folder(VOCABULARY / "tokenizer"))
+
+
+def locate(source: str, kinds: tuple) -> tuple[dict, list[Path]]:
+    """The config.json of a folder or Hub id and the safetensors files beside it."""
+    name, revision = source, None
+    if "@" in source and not Path(source).exists():
+        name, _, revision = source.partition("@")
+    folder = find(name, [""], revision=revision)
+    if folder.is_file():
+        raise ValueError(
+            f"{source}: a file; give its folder, with config.json and model.safetensors"
+        )
+    config = config_of(folder, "config.json")
+    if config.get("model_type") not in kinds:
+        found = config.get("model_type")
+        raise ValueError(f"{folder}/config.json: model_type is {found!r}, expected {kinds[0]!r}")
+    try:
+        return config, weight_files(folder, "")
+    except ValueError as error:
+        raise ValueError(f"{error}; a Hub id can name a revision that has them: {DINO}") from None
