@@ -21,6 +21,10 @@ from .vision import VisionConfig, VisionTransformer, dino_name
 # Neither repository has safetensors on its main branch; these revisions add them.
 DINO = "facebook/dino-vits16@refs/pr/1"
 CLIP = "openai/clip-vit-base-patch32@refs/pr/15"
+STATISTICS = {  # mean and standard deviation of R, G and B: ImageNet's, and those of CLIP's data
+    "dino": ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
+    "clip": ((0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)),
+}
 
 
 def preprocess(image: Image.Image, resize: int, crop: int, mean: tuple, std: tuple) -> Tensor:
@@ -124,7 +128,7 @@ def load_dino(source: str = DINO, device: str = "cpu") -> Encoder:
     load_weights(network, files, device, dino_name, ignored=("pooler.",))
     # As in DINO's own evaluation (eval_knn.py): resized to 256, of which 224 are cut out.
     resize = round(network.config.image_size * 256 / 224)
-    return Encoder(network, resize, mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225))
+    return Encoder(network, resize, *STATISTICS["dino"])
 
 
 def load_clip(source: str = CLIP, device: str = "cpu") -> Clip:
@@ -138,9 +142,7 @@ def load_clip(source: str = CLIP, device: str = "cpu") -> Clip:
         text_encoder = TextEncoder(TextConfig.from_config(text_config), projection=True)
     load_weights(network, files, device, ignored=("text_",))
     load_weights(text_encoder, files, device, ignored=("vision_", "visual_"))
-    # OpenAI's preprocessing (clip.py), also in the checkpoint's preprocessor_config.json.
-    mean, std = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
-    encoder = Encoder(network, network.config.image_size, mean, std)
+    encoder = Encoder(network, network.config.image_size, *STATISTICS["clip"])
     return Clip(encoder, text_encoder, Tokenizer.from_folder(VOCABULARY / "tokenizer"))
 
 
@@ -159,6 +161,6 @@ def locate(source: str, kinds: tuple) -> tuple[dict, list[Path]]:
         found = config.get("model_type")
         raise ValueError(f"{folder}/config.json: model_type is {found!r}, expected {kinds[0]!r}")
     try:
-        return config, weight_files(folder, "")
+        return config, weight_files(folder, "", half=False)
     except ValueError as error:
         raise ValueError(f"{error}; a Hub id can name a revision that has them: {DINO}") from None

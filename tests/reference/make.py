@@ -78,6 +78,12 @@ img2img: {euler, ddim_eta0}_leading_{50, 30}_{0.3, 0.8} (steps, strength), start
 masked: euler_leading_0.8, ddim_eta0_leading_0.8, euler_ancestral_leading_0.5, euler_trailing_0.6 (strength; 30 steps),
   euler_leading_1.0 (starts from noise alone). The blend: the known latents at the level just reached, clean at the end
 tokens: see tokens.py
+dino, clip_vision (width 12, 2 layers, 3 heads, 3 x 3 patches of 8; clip_vision: projection to 10; eps 0.1 in both)
+  inputs/square, wide        (2, 3, 24, 24), (1, 3, 16, 40): normalised pixels; wide takes interpolated positions
+  outputs/square, wide       dino: CLS after the last LayerNorm (B, 12); clip_vision: image_embeds (B, 10)
+  pictures/tall, wide, square        clip_vision only: (H, W, 3) uint8
+  pixels/clip/*, dino/*      (3, 24, 24) float32 by CLIPImageProcessorPil: shorter side 24 (dino: 27, and ImageNet's
+                             mean and deviation), of which the centre is cut out
 """
 
 import argparse
@@ -85,7 +91,8 @@ import os
 from pathlib import Path
 
 NETWORKS = ("text_1", "text_2", "vae", "vae_8", "unet_a", "unet_b", "lora")
-NAMES = (*NETWORKS, "schedule", "trajectories", "img2img", "masked", "tokens")
+VISION = ("dino", "clip_vision")
+NAMES = (*NETWORKS, *VISION, "schedule", "trajectories", "img2img", "masked", "tokens")
 
 
 def make(name, out):
@@ -93,6 +100,10 @@ def make(name, out):
         from tokens import make_tokens
 
         return make_tokens(out / "tokens.safetensors")
+    if name in VISION:
+        import vision
+
+        return getattr(vision, "make_" + name)(out / f"{name}.safetensors")
     import networks
     import schedules
     import trajectories

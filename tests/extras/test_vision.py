@@ -1,0 +1,112 @@
+"""DINO and the vision half of CLIP against transformers, by tensors in tests/reference."""
+
+import json
+
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import save_file
+
+from alchemy.extras import encoders
+from alchemy.extras.vision import VisionConfig, VisionTransformer, dino_name
+
+NAMES = ("dino", "clip_vision")
+
+
+def network(stored, name, dtype=torch.float64):
+    model = VisionTransformer(VisionConfig.from_config(stored.facts["config"]))
+    weights = {}
+    for key, parameter in model.state_dict().items():
+        tensor = stored["weights/" + (dino_name(key) if name == "dino" else key)]
+        weights[key] = tensor.reshape(parameter.shape)
+    model.load_state_dict(weights)
+    return model.to(dtype).eval().requires_grad_(False)
+
+
+def saved(folder, stored, **changes):
+    """The reference's model as a checkpoint folder."""
+    folder.mkdir(exist_ok=True)
+    (folder / "config.json").write_text(json.dumps(stored.facts["config"] | changes))
+    save_file(stored.group("weights/"), folder / "model.safetensors")
+    return folder
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("shape", ["square", "wide"])
+def test_features_are_those_of_transformers_in_float64(name, shape, reference, close):
+    stored = reference(name)
+    features = network(stored, name)(stored[f"inputs/{shape}"].double())
+    close(features, stored[f"outputs/{shape}"], 1e-9)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_float32_features_agree_to_3e_6(name, reference, close):
+    stored = reference(name)
+    model = network(stored, name, torch.float32)
+    close(model(stored["inputs/wide"]), stored["outputs/wide"], 3e-6)
+
+
+def test_parameters_carry_the_names_of_the_hubs_files(reference):
+    for name in NAMES:
+        stored = reference(name)
+        ours = network(stored, name).state_dict()
+        renamed = {dino_name(key) if name == "dino" else key for key in ours}
+        assert renamed == set(stored.group("weights/"))
+
+
+@pytest.mark.parametrize("encoder", ["clip", "dino"])
+@pytest.mark.parametrize("picture", ["tall", "wide", "square"])
+def test_preprocessing_is_bit_equal_to_transformers(encoder, picture, reference):
+    stored = reference("clip_vision")
+    mean, std = encoders.STATISTICS[encoder]
+    image = Image.fromarray(stored[f"pictures/{picture}"].numpy())
+    resize = {"clip": 24, "dino": 27}[encoder]
+    pixels = encoders.preprocess(image, resize, 24, mean, std)
+    assert torch.equal(pixels, stored[f"pixels/{encoder}/{picture}"])
+
+
+def test_dino_is_loaded_from_a_folder_and_gives_unit_features(tmp_path, reference, close):
+    stored = reference("dino")
+    encode = encoders.load_dino(str(saved(tmp_path / "dino", stored)))
+    pictures = [Image.new("RGB", (40, 30), "red"), Image.new("RGB", (30, 30), "blue")]
+    features = encode(pictures)
+    assert encode.resize == 27 and features.shape == (2, 12)
+    pixels = encoders.preprocess(pictures[0], 27, 24, *encoders.STATISTICS["dino"])
+    expected = network(stored, "dino")(pixels[None].double())[0]
+    close(features[0], expected / expected.norm(), 3e-6)
+
+
+BAD = {
+    "another model": ({"model_type": "bert"}, None, "model_type is 'bert', expected 'vit'"),
+    "a pickle alone": ({}, "pytorch_model.bin", "never read"),
+    "another size": ({"hidden_size": 24}, None, "is (12,), by config.json (24,)"),
+    "more layers": ({"num_hidden_layers": 3}, None, "16 tensors missing, 0 left over"),
+    "fewer layers": ({"num_hidden_layers": 1}, None, "0 tensors missing, 16 left over"),
+}
+
+
+@pytest.mark.parametrize("changes, rename, message", BAD.values(), ids=BAD)
+def test_a_folder_that_is_not_dino_is_refused(changes, rename, message, tmp_path, reference):
+    folder = saved(tmp_path, reference("dino"), **changes)
+    if rename:
+        (folder / "model.safetensors").rename(folder / rename)
+    with pytest.raises(ValueError) as caught:
+        encoders.load_dino(str(folder))
+    assert message in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_a_weight_file_in_the_place_of_a_folder_is_refused(tmp_path):
+    file = tmp_path / "pytorch_model.bin"
+    file.write_bytes(b"PK")
+    with pytest.raises(ValueError, match="give its folder, with config.json and model.safetensors"):
+        encoders.load_clip(str(file))
+
+
+def test_a_hub_id_can_name_its_revision(monkeypatch):
+    asked = []
+    monkeypatch.setattr(
+        encoders, "find", lambda *args, **kwargs: asked.append((args, kwargs)) or 1 / 0
+    )
+    with pytest.raises(ZeroDivisionError):
+        encoders.locate("facebook/dino-vits16@refs/pr/1", ("vit",))
+    assert asked == [(("facebook/dino-vits16", [""]), {"revision": "refs/pr/1"})]
