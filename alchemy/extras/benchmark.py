@@ -24,25 +24,16 @@ import alchemy
 from .. import cli, insertion, lora, pipeline
 from ..files import save_json
 from ..formats import png
+from ..formats.checkpoint import choose_device
 from ..formats.text import read_text
 from . import distributed, evaluate
 from .encoders import Clip, Encoder, load_clip, load_dino
 
 FIGURES = ("DINO", "CLIP-I", "CLIP-T")
-PUBLISHED = (
-    {"subject": "Image-Alchemy on SDXL (arXiv 2505.10743, abstract)", "DINO": 0.789},
-    {
-        "subject": "DreamBooth on Stable Diffusion (arXiv 2208.12242, table 1)",
-        "DINO": 0.668,
-        "CLIP-I": 0.803,
-        "CLIP-T": 0.305,
-    },
-    {
-        "subject": "DreamBooth on Imagen (arXiv 2208.12242, table 1)",
-        "DINO": 0.696,
-        "CLIP-I": 0.812,
-        "CLIP-T": 0.306,
-    },
+PUBLISHED = (  # DINO, CLIP-I, CLIP-T
+    ("Image-Alchemy on SDXL (arXiv 2505.10743, abstract)", 0.789, None, None),
+    ("DreamBooth on Stable Diffusion (arXiv 2208.12242, table 1)", 0.668, 0.803, 0.305),
+    ("DreamBooth on Imagen (arXiv 2208.12242, table 1)", 0.696, 0.812, 0.306),
 )
 LIVE = ("cat", "dog")  # classes with the prompts of live subjects; all others are objects
 
@@ -98,6 +89,8 @@ def train_subject(args: argparse.Namespace, photos: Path, class_word: str, out: 
     for name in ("weights", "vae", "config", "revision", "device", "dtype"):
         if getattr(args, name):
             command += [f"--{name}", str(getattr(args, name))]
+    if args.size:
+        command += ["--size", f"{args.size[1]}x{args.size[0]}"]
     # The rank trains alone, on its own GPU.
     environment = dict(os.environ)
     if distributed.launched():
@@ -106,39 +99,48 @@ def train_subject(args: argparse.Namespace, photos: Path, class_word: str, out: 
         visible = os.environ.get("CUDA_VISIBLE_DEVICES", "")
         gpus = visible.split(",") if visible else [str(k) for k in range(distributed.world())]
         environment["CUDA_VISIBLE_DEVICES"] = gpus[int(os.environ.get("LOCAL_RANK", 0)) % len(gpus)]
-    status = subprocess.run([*command, *shlex.split(args.train)], env=environment).returncode
+    command += shlex.split(args.train)
+    status = subprocess.run(command, env=environment, stdout=subprocess.DEVNULL).returncode
     if status:
         raise ValueError(f"{photos}: train.py ended with status {status}; its message is above")
 
 
-def generate(sdxl: object, job: Job, class_word: str, token: str, steps: int | None) -> Image.Image:
+def generate(sdxl: object, job: Job, args: argparse.Namespace, class_word: str) -> Image.Image:
     """The image of a job, the subject's LoRA being on sdxl."""
+    options = {"seed": job.seed, "size": args.size, "steps": args.steps}
     if job.stage == "one":
-        return pipeline.text_to_image(sdxl, job.prompt, seed=job.seed, steps=steps)
+        return pipeline.text_to_image(sdxl, job.prompt, **options)
     try:
-        made = insertion.insert(sdxl, job.scene, class_word, token, seed=job.seed, steps=steps)
-        return made.result
-    except ValueError as error:  # the class was not found in the scene: it stays as it is
+        return insertion.insert(sdxl, job.scene, class_word, args.token, **options).result
+    except ValueError as error:  # the class was not found in the scene, which stays as it is
         cli.say(f"{job.path}: {error}")
         with lora.lora_scale(sdxl, 0):
-            return pipeline.text_to_image(sdxl, job.scene, seed=job.seed, steps=steps)
+            return pipeline.text_to_image(sdxl, job.scene, **options)
+
+
+def facts_of(job: Job, args: argparse.Namespace) -> dict:
+    """The metadata of an image, by which a later run knows it."""
+    return {"prompt": job.prompt, "seed": job.seed, "stages": job.stage, "steps": args.steps}
 
 
 def run_subject(args: argparse.Namespace, subject: str, class_word: str, prompts: list) -> None:
     """Train the subject and generate what is missing of its images."""
     out = cli.folder(Path(args.out) / subject)
     train_subject(args, Path(args.benchmark) / subject, class_word, out)
-    wanted = list(jobs(out, prompts, args.token, class_word, args.seeds))
-    missing = [job for job in wanted if not job.path.exists()]
+    missing = []
+    for job in jobs(out, prompts, args.token, class_word, args.seeds):
+        if job.path.exists():
+            png.check(job.path, facts_of(job, args))
+        else:
+            missing.append(job)
     if not missing:
         return
     sdxl = cli.load(args)
     alchemy.load_lora(sdxl, out / "lora.safetensors")
     for job in cli.progress(missing, len(missing), subject):
         job.path.parent.mkdir(exist_ok=True)
-        image = generate(sdxl, job, class_word, args.token, args.steps)
-        facts = {"prompt": job.prompt, "seed": job.seed, "stages": job.stage, "subject": subject}
-        png.save(image, job.path, facts)
+        image = generate(sdxl, job, args, class_word)
+        png.save(image, job.path, facts_of(job, args))
 
 
 def score_subject(args: argparse.Namespace, subject: str, dino: Encoder, clip: Clip) -> list[dict]:
@@ -149,10 +151,10 @@ def score_subject(args: argparse.Namespace, subject: str, dino: Encoder, clip: C
         folder = Path(args.out) / subject / stage
         paths, generated = evaluate.read_images(folder)
         prompts = evaluate.find_prompts(paths, None, args.token)
-        rows = evaluate.score(generated, photos, dino, clip, prompts)
-        summary = evaluate.summarize(rows)
-        evaluate.write_scores(rows, summary, generated, folder)
-        found.append({"subject": subject, "stages": stage, "images": len(rows), **summary})
+        rows, summary = evaluate.score(generated, photos, dino, clip, prompts)
+        evaluate.write_scores(rows, summary, generated, cli.folder(f"{folder}-scores"))
+        figures = {name: summary[name] for name in FIGURES}
+        found.append({"subject": subject, "stages": stage, "images": len(rows), **figures})
     return found
 
 
@@ -160,7 +162,8 @@ def run(args: argparse.Namespace) -> None:
     """All of the benchmark; ends in a table beside the published figures."""
     out = cli.folder(args.out)
     classes, prompts = read_benchmark(Path(args.benchmark))
-    dino, clip = load_dino(args.dino), load_clip(args.clip)
+    device, _ = choose_device(args.device, args.dtype)
+    dino, clip = load_dino(args.dino, device), load_clip(args.clip, device)
     for subject in sorted(classes)[distributed.share()]:
         word = classes[subject]
         run_subject(args, subject, word, prompts[word in LIVE][: args.prompt_count])
@@ -175,7 +178,8 @@ def run(args: argparse.Namespace) -> None:
         summary = {name: evaluate.mean(row[name] for row in chosen) for name in FIGURES}
         total = sum(row["images"] for row in chosen)
         rows.append({"subject": "all", "stages": stage, "images": total, **summary})
-    rows += PUBLISHED
+    for name, *figures in PUBLISHED:
+        rows.append({"subject": name} | dict(zip(FIGURES, figures, strict=True)))
     print(evaluate.format_table(rows, ("subject", "stages", "images", *FIGURES)))
     save_json(rows, out / "benchmark.json")
     cli.wrote(out / "benchmark.json")

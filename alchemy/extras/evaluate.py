@@ -5,17 +5,19 @@ python -m alchemy.extras.evaluate out/samples photos/ --class-word dog --mask se
 python -m alchemy.extras.evaluate out/samples photos/ --prior out/class-samples
 python -m alchemy.extras.evaluate --benchmark dreambooth/dataset --out out/benchmark
 
-DINO     mean cosine over all pairs of a generated image and a photo, of DINO ViT-S/16 CLS features
-CLIP-I   the same with CLIP ViT-B/32 image embeddings
-CLIP-T   cosine of a generated image's and its prompt's CLIP embeddings (--token is left out)
-subject  DINO of the subject's region alone, on the mean colour (--mask)
-leakage  DINO of the backgrounds, the subject painted over: the most similar photo (--mask)
-PRES     mean cosine over all pairs of a class image and a photo; high is a lost class (--prior)
-DIV      mean of 1 - cosine over pairs of class images of one prompt; low is a lost class (--prior)
+DINO          mean cosine over all pairs of a generated image and a photo (DINO ViT-S/16, CLS)
+CLIP-I        the same with the image embeddings of CLIP ViT-B/32
+CLIP-T        mean cosine of an image's and its prompt's CLIP embeddings; --token is left out
+DINO-subject  DINO of the subject's region alone, on the mean colour (--mask)
+leakage       DINO of the backgrounds, the subject painted over; of the photos, the most similar
+              one counts (--mask)
+DIV           mean of 1 - cosine over the pairs of generated images of one prompt
+PRES          mean cosine over all pairs of a class image and a photo; high is a lost class (--prior)
+DIV-prior     DIV of the class images (--prior)
 
-DINO, CLIP-I and CLIP-T are DreamBooth's (Ruiz et al. 2023, section 4.2), PRES and DIV those of its
-section 4.3, with one difference: the paper's DIV is an LPIPS distance, whose weights are published
-only as a pickle, so that DIV here takes DINO features and does not compare with the paper's values.
+DINO, CLIP-I and CLIP-T are DreamBooth's (Ruiz et al. 2023, section 4.1), PRES and DIV those of its
+section 4.3, with one difference: the paper's DIV is by LPIPS, whose weights are published only as a
+pickle. DIV here is by DINO features, and does not compare with the paper's values.
 """
 
 import contextlib
@@ -23,6 +25,7 @@ import csv
 import io
 import itertools
 import math
+import re
 from pathlib import Path
 from typing import Callable, Iterable
 
@@ -33,6 +36,7 @@ from torch import Tensor
 from .. import cli, images
 from ..files import replace, save_json
 from ..formats import png
+from ..formats.checkpoint import choose_device
 from ..formats.text import read_text
 from ..methods import captions
 from ..methods.captions import find_photos
@@ -41,7 +45,7 @@ from .encoders import CLIP, DINO, Clip, Encoder, load_clip, load_dino
 from .inspect import sheets
 
 MEAN_COLOUR = (124, 116, 104)  # ImageNet's: 0 after DINO's normalisation
-COLUMNS = ("DINO", "CLIP-I", "CLIP-T", "subject", "leakage")
+COLUMNS = ("DINO", "CLIP-I", "CLIP-T", "DINO-subject", "leakage")
 
 
 # The figures.
@@ -56,7 +60,7 @@ def diversity(features: Tensor, prompts: list) -> float:
     """The mean of 1 - cosine over all pairs of images (N, D) that have the same prompt."""
     distances = []
     for i, j in itertools.combinations(range(len(prompts)), 2):
-        if prompts[i] == prompts[j]:
+        if prompts[i] and prompts[i] == prompts[j]:
             distances.append(1 - float(features[i] @ features[j]))
     return mean(distances)
 
@@ -91,44 +95,43 @@ def score(
     prompts: dict[str, str] | None = None,
     masks: dict[str, Image.Image | None] | None = None,
     photo_masks: dict[str, Image.Image] | None = None,
-) -> list[dict]:
-    """One row of figures per generated image: {"image": its name, "DINO": ..., ...}.
+) -> tuple[list[dict], dict]:
+    """A row of figures per generated image, and their means with DIV.
 
-    The keys of prompts and masks are names of images. A figure whose input is missing is None.
+    prompts and masks: by the names of the images. A figure whose input is missing is None.
     """
-    rows = [dict.fromkeys(("image", "prompt", *COLUMNS)) | {"image": name} for name in generated]
+    prompts, names, figures = prompts or {}, list(generated), {}
 
-    def fill(column: str, names: list[str], values: Tensor) -> None:
-        known = dict(zip(names, values.tolist(), strict=True))
-        for row in rows:
-            row[column] = known.get(row["image"])
+    def put(column: str, chosen: list[str], values: Tensor) -> None:
+        figures[column] = dict(zip(chosen, values.tolist(), strict=True))
 
-    fill("DINO", list(generated), fidelity(dino(generated.values()), dino(photos.values())))
+    # The whole image.
+    features = dino(generated.values())
+    put("DINO", names, fidelity(features, dino(photos.values())))
     if clip:
-        features = clip.images(generated.values())
-        fill("CLIP-I", list(generated), fidelity(features, clip.images(photos.values())))
-        of_image = dict(zip(generated, features, strict=True))
-    named = [name for name in generated if prompts and prompts.get(name)]
-    if clip and named:
-        texts = clip.texts([prompts[name] for name in named])
-        features = torch.stack([of_image[name] for name in named])
-        fill("CLIP-T", named, (features * texts).sum(1))
-        for row in rows:
-            row["prompt"] = prompts.get(row["image"])
-    masked = [name for name in generated if masks and masks.get(name)]
-    if masked and photo_masks:
-        for column, cut in (("subject", subject_only), ("leakage", background_only)):
+        embeddings = clip.images(generated.values())
+        put("CLIP-I", names, fidelity(embeddings, clip.images(photos.values())))
+        told = [name for name in names if prompts.get(name)]
+        if told:
+            texts = clip.texts([prompts[name] for name in told])
+            put("CLIP-T", told, (embeddings[[name in told for name in names]] * texts).sum(1))
+
+    # Subject and background.
+    masked = [name for name in names if masks and masks.get(name)]
+    for column, cut in (("DINO-subject", subject_only), ("leakage", background_only)):
+        if masked and photo_masks:
             ours = dino(cut(generated[name], masks[name]) for name in masked)
             theirs = dino(cut(photo, photo_masks[name]) for name, photo in photos.items())
-            # A background is taken from one photo, so that the most similar one tells.
-            by_photo = ours @ theirs.T
-            fill(column, masked, by_photo.mean(1) if cut is subject_only else by_photo.amax(1))
-    return rows
+            # A background comes from one photo, so that the most similar one tells.
+            cosines = ours @ theirs.T
+            put(column, masked, cosines.mean(1) if cut is subject_only else cosines.amax(1))
 
-
-def summarize(rows: list[dict]) -> dict:
-    """The mean of each figure over the images that have it."""
-    return {column: mean(row[column] for row in rows) for column in COLUMNS}
+    rows = []
+    for name in names:
+        found = {column: figures.get(column, {}).get(name) for column in COLUMNS}
+        rows.append({"image": name, "prompt": prompts.get(name)} | found)
+    summary = {column: mean(row[column] for row in rows) for column in COLUMNS}
+    return rows, summary | {"DIV": diversity(features, [prompts.get(name) for name in names])}
 
 
 def validation_scores(
@@ -168,9 +171,8 @@ def find_prompts(paths: list[Path], file: str | None, token: str) -> dict[str, s
         for path in paths:
             with contextlib.suppress(ValueError):
                 prompts[path.name] = png.facts_of(path).get("prompt")
-    return {
-        name: " ".join(text.replace(token, " ").split()) for name, text in prompts.items() if text
-    }
+    word = re.compile(rf"(?<!\w){re.escape(token)}(?!\w)")
+    return {name: " ".join(word.sub(" ", text).split()) for name, text in prompts.items() if text}
 
 
 def find_masks(paths: list[Path], how: str, sdxl: object, word: str | None) -> dict:
@@ -256,6 +258,7 @@ def parser():
         help="of train.py, as one text, such as '--steps 800'",
     )
     g.add_argument("--steps", type=cli.COUNT, metavar="N", help="denoising steps of its images")
+    g.add_argument("--size", type=cli.size, metavar="N|WxH", help="pixels (default: checkpoint's)")
     g.add_argument("--seeds", type=cli.COUNT, default=4, metavar="N", help="(default: 4)")
     g.add_argument("--prompt-count", type=cli.COUNT, metavar="N", help="only the first N prompts")
     g = p.add_argument_group("encoders")
@@ -278,6 +281,8 @@ def main(argv: list[str] | None = None) -> None:
         return benchmark.run(args)
     if not args.generated or not args.photos:
         raise ValueError("two folders are needed: the generated images and the photos")
+    if Path(args.out).resolve() == Path(args.generated).resolve():
+        raise ValueError("--out is the folder of the generated images; name another")
     how = {"generated": args.mask, "photos": args.photo_mask or args.mask}
     if "segment" in how.values() and not args.class_word:
         raise ValueError("--mask segment needs --class-word, the word to look for")
@@ -287,22 +292,22 @@ def main(argv: list[str] | None = None) -> None:
     folder = cli.folder(args.out)
 
     # Load the encoders, and the checkpoint if it has to find the subject.
-    sdxl = cli.load(args)
-    dino, clip = load_dino(args.dino, sdxl.device), load_clip(args.clip, sdxl.device)
+    device, _ = choose_device(args.device, args.dtype)
+    dino, clip = load_dino(args.dino, device), load_clip(args.clip, device)
     masks = photo_masks = None
     if args.mask:
+        sdxl = cli.load(args) if "segment" in how.values() else None
         masks = find_masks(paths, how["generated"], sdxl, args.class_word)
         photo_masks = find_masks(photo_paths, how["photos"], sdxl, args.class_word)
 
     # Score.
-    rows = score(generated, photos, dino, clip, prompts, masks, photo_masks)
-    summary = summarize(rows)
+    rows, summary = score(generated, photos, dino, clip, prompts, masks, photo_masks)
     if args.prior:
         prior_paths, prior = read_images(args.prior)
         of_prompt = find_prompts(prior_paths, None, args.token)
         features = dino(prior.values())
         summary["PRES"] = float(fidelity(features, dino(photos.values())).mean())
-        summary["DIV"] = diversity(features, [of_prompt.get(name) for name in prior])
+        summary["DIV-prior"] = diversity(features, [of_prompt.get(name) for name in prior])
 
     # Write.
     columns = [name for name in ("image", *summary) if name == "image" or summary[name] is not None]

@@ -1,11 +1,9 @@
 """DINO and the vision half of CLIP against transformers, by tensors in tests/reference."""
 
-import json
-
 import pytest
 import torch
+from helpers.vision import save_clip, save_dino
 from PIL import Image
-from safetensors.torch import save_file
 
 from alchemy.extras import encoders
 from alchemy.extras.vision import VisionConfig, VisionTransformer, dino_name
@@ -21,14 +19,6 @@ def network(stored, name, dtype=torch.float64):
         weights[key] = tensor.reshape(parameter.shape)
     model.load_state_dict(weights)
     return model.to(dtype).eval().requires_grad_(False)
-
-
-def saved(folder, stored, **changes):
-    """The reference's model as a checkpoint folder."""
-    folder.mkdir(exist_ok=True)
-    (folder / "config.json").write_text(json.dumps(stored.facts["config"] | changes))
-    save_file(stored.group("weights/"), folder / "model.safetensors")
-    return folder
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -67,13 +57,25 @@ def test_preprocessing_is_bit_equal_to_transformers(encoder, picture, reference)
 
 def test_dino_is_loaded_from_a_folder_and_gives_unit_features(tmp_path, reference, close):
     stored = reference("dino")
-    encode = encoders.load_dino(str(saved(tmp_path / "dino", stored)))
+    encode = encoders.load_dino(str(save_dino(tmp_path / "dino", stored)))
     pictures = [Image.new("RGB", (40, 30), "red"), Image.new("RGB", (30, 30), "blue")]
     features = encode(pictures)
     assert encode.resize == 27 and features.shape == (2, 12)
     pixels = encoders.preprocess(pictures[0], 27, 24, *encoders.STATISTICS["dino"])
     expected = network(stored, "dino")(pixels[None].double())[0]
     close(features[0], expected / expected.norm(), 3e-6)
+
+
+def test_both_halves_of_clip_are_loaded_from_one_folder(tmp_path, reference, close):
+    stored = reference("clip_vision")
+    clip = encoders.load_clip(str(save_clip(tmp_path, stored)))
+    image = Image.new("RGB", (40, 30), "red")
+    pixels = encoders.preprocess(image, 24, 24, *encoders.STATISTICS["clip"])
+    expected = network(stored, "clip_vision")(pixels[None].double())
+    close(clip.images([image]), expected / expected.norm(), 3e-6)
+    features = clip.texts(["a dog", "a cat", "a dog"])
+    assert features.shape == (3, 10) and torch.equal(features[0], features[2])
+    close(features.norm(dim=1).double(), torch.ones(3, dtype=torch.float64), 1e-6)
 
 
 BAD = {
@@ -87,7 +89,7 @@ BAD = {
 
 @pytest.mark.parametrize("changes, rename, message", BAD.values(), ids=BAD)
 def test_a_folder_that_is_not_dino_is_refused(changes, rename, message, tmp_path, reference):
-    folder = saved(tmp_path, reference("dino"), **changes)
+    folder = save_dino(tmp_path, reference("dino"), **changes)
     if rename:
         (folder / "model.safetensors").rename(folder / rename)
     with pytest.raises(ValueError) as caught:

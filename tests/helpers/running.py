@@ -46,6 +46,11 @@ class Run:
 
 def call(script, *argv):
     """Run a script's main in this process, as the script does."""
+    return call_main(MAIN[script], *argv)
+
+
+def call_main(main, *argv):
+    """Run a command's main function in this process, as the command does."""
     out, err = io.StringIO(), io.StringIO()
     with (
         contextlib.redirect_stdout(out),
@@ -53,7 +58,7 @@ def call(script, *argv):
         warnings.catch_warnings(),
     ):
         try:
-            cli.run(lambda: MAIN[script]([str(a) for a in argv]))
+            cli.run(lambda: main([str(a) for a in argv]))
             status = 0
         except SystemExit as end:
             status = end.code or 0

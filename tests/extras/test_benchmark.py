@@ -1,0 +1,120 @@
+"""evaluate --benchmark: the DreamBooth benchmark on the miniature, with random vision weights."""
+
+import json
+from pathlib import Path
+
+import pytest
+from helpers.running import call_main, contents, good, photos, refused
+from helpers.vision import save_clip, save_dino
+
+from alchemy import insertion
+from alchemy.extras import benchmark, evaluate
+from alchemy.formats.png import facts_of
+
+TABLE = """Classes
+
+subject_name,class
+rex,dog
+ball,toy
+absent,stuffed animal
+
+Prompts
+
+Object Prompts
+
+prompt_list = [
+'a {0} {1} on the beach'.format(unique_token, class_token),
+'a cube shaped {0} {1}'.format(unique_token, class_token)
+]
+
+Live Subject Prompts
+
+prompt_list = [
+'a {0} {1} in the snow'.format(unique_token, class_token),
+'a {0} {1} wearing a red hat'.format(unique_token, class_token),
+'a red {0} {1}'.format(unique_token, class_token)
+]
+"""
+DREAMBOOTH = Path(__file__).resolve().parents[3] / "shared" / "dreambooth"
+
+
+@pytest.fixture
+def dataset(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for subject in ("rex", "ball"):
+        photos(tmp_path / "dataset" / subject, 2)
+    (tmp_path / "dataset" / "prompts_and_classes.txt").write_text(TABLE)
+    return Path("dataset")
+
+
+def test_subjects_with_a_folder_and_the_prompts_of_their_kind_are_read(dataset):
+    classes, prompts = benchmark.read_benchmark(dataset)
+    assert classes == {"rex": "dog", "ball": "toy"}
+    assert prompts[False] == ["a {0} {1} on the beach", "a cube shaped {0} {1}"]
+    assert prompts[True][1:] == ["a {0} {1} wearing a red hat", "a red {0} {1}"]
+
+
+def test_the_published_file_has_25_prompts_of_each_kind():
+    if not DREAMBOOTH.is_dir():
+        pytest.skip(f"{DREAMBOOTH} is not here")
+    classes, prompts = benchmark.read_benchmark(DREAMBOOTH)
+    assert len(classes) == 6 and classes["backpack_dog"] == "backpack"
+    assert [len(prompts[alive]) for alive in (False, True)] == [25, 25]
+
+
+def test_each_prompt_has_its_seeds_in_both_stages_with_and_without_the_token():
+    jobs = list(
+        benchmark.jobs(Path("out"), ["a {0} {1} in snow", "a red {0} {1}"], "sks", "dog", 4)
+    )
+    assert len({job.path for job in jobs}) == 2 * 2 * 4
+    last = jobs[-1]
+    assert (last.stage, last.seed, last.path) == ("two", 3, Path("out/two/01-3.png"))
+    assert (last.scene, last.prompt) == ("a red dog", "a red sks dog")
+
+
+def test_a_folder_without_subjects_is_refused(dataset):
+    (dataset / "prompts_and_classes.txt").write_text(TABLE.replace("rex", "x").replace("ball", "y"))
+    refused(call_main(evaluate.main, "--benchmark", dataset), "prompts_and_classes.txt", "no class")
+
+
+def test_the_benchmark_trains_generates_scores_and_resumes(dataset, reference, monkeypatch):
+    dino = save_dino(dataset.parent / "dino", reference("dino"))
+    clip = save_clip(dataset.parent / "clip", reference("clip_vision"))
+    argv = ["--benchmark", dataset, "--dino", dino, "--clip", clip, "--out", "out"]
+    argv += ["--prompt-count", 2, "--seeds", 1, "--steps", 1, "--size", 32, "--device", "cpu"]
+    argv += ["--train", "--steps 1 --batch 1 --rank 2 --preview-every 0"]
+
+    # Stopped at an image, as Ctrl-C would: what is there stays.
+    with monkeypatch.context() as patch:
+        patch.setattr(
+            insertion, "insert", lambda *args, **kwargs: (_ for _ in ()).throw(KeyboardInterrupt)
+        )
+        assert call_main(evaluate.main, *argv).status == 130
+    before = contents("out")
+    assert sorted(before) == [
+        "ball/lora.safetensors",
+        "ball/loss.png",
+        "ball/one/00-0.png",
+        "ball/one/01-0.png",
+        "ball/settings.json",
+    ]
+
+    run = good(call_main(evaluate.main, *argv))
+    after = contents("out")
+    assert {name: after[name] for name in before} == before
+    assert facts_of("out/rex/two/01-0.png")["prompt"] == "a sks dog wearing a red hat"
+    rows = json.loads(Path("out/benchmark.json").read_text())
+    assert [(row["subject"], row["images"]) for row in rows[:6]] == [
+        ("ball", 2),
+        ("ball", 2),
+        ("rex", 2),
+        ("rex", 2),
+        ("all", 4),
+        ("all", 4),
+    ]
+    for stage in (0, 1):
+        for name in benchmark.FIGURES:
+            both = (rows[stage][name] + rows[2 + stage][name]) / 2
+            assert rows[4 + stage][name] == pytest.approx(both)
+    assert "0.668" in run.out and "Image-Alchemy on SDXL" in run.out
+    refused(call_main(evaluate.main, *argv, "--steps", 2), "drawn with other settings (steps 1")

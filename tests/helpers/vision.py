@@ -1,0 +1,38 @@
+"""DINO and CLIP as checkpoint folders of random weights: the vision halves of tests/reference."""
+
+import json
+
+import torch
+from safetensors.torch import save_file
+
+from alchemy.clip import TextConfig, TextEncoder
+
+CLIP_TEXT = {
+    "hidden_size": 8,
+    "intermediate_size": 16,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "projection_dim": 999,  # not used: the projection of the whole model is
+}
+
+
+def save_dino(folder, stored, **changes):
+    """stored: the reference "dino"; changes: of its config.json."""
+    folder.mkdir(exist_ok=True)
+    (folder / "config.json").write_text(json.dumps(stored.facts["config"] | changes))
+    save_file(stored.group("weights/"), folder / "model.safetensors")
+    return folder
+
+
+def save_clip(folder, stored):
+    """stored: the reference "clip_vision"; the text half is random."""
+    folder.mkdir(exist_ok=True)
+    config = {"model_type": "clip", "projection_dim": 10, "text_config": CLIP_TEXT}
+    config["vision_config"] = stored.facts["config"] | {"projection_dim": 999}
+    (folder / "config.json").write_text(json.dumps(config))
+    torch.manual_seed(0)
+    text = TextEncoder(TextConfig.from_config(CLIP_TEXT | {"projection_dim": 10}), projection=True)
+    weights = stored.group("weights/") | text.state_dict() | {"logit_scale": torch.tensor(4.6)}
+    positions = "vision_model.embeddings.position_ids"  # the Hub's file has them
+    save_file(weights | {positions: torch.arange(10)[None]}, folder / "model.safetensors")
+    return folder
