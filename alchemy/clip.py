@@ -44,11 +44,11 @@ ACTIVATIONS = {"quick_gelu": lambda x: x * torch.sigmoid(1.702 * x), "gelu": F.g
 
 
 class SelfAttention(nn.Module):
-    """Causal: a token sees itself and what stands before it. There is no other mask; padding is seen too."""
+    """Causal in text: a token sees itself and the tokens before it, padding too. (Images: not.)"""
 
-    def __init__(self, dim, heads):
+    def __init__(self, dim, heads, causal=True):
         super().__init__()
-        self.heads = heads
+        self.heads, self.causal = heads, causal
         self.q_proj, self.k_proj, self.v_proj, self.out_proj = (
             LoRALinear(dim, dim) for _ in range(4)
         )
@@ -58,7 +58,7 @@ class SelfAttention(nn.Module):
             p(x).unflatten(-1, (self.heads, -1)).transpose(1, 2)
             for p in (self.q_proj, self.k_proj, self.v_proj)
         )
-        x = F.scaled_dot_product_attention(q, k, v, is_causal=True)  # (B, heads, 77, d)
+        x = F.scaled_dot_product_attention(q, k, v, is_causal=self.causal)  # (B, heads, N, d)
         return self.out_proj(x.transpose(1, 2).flatten(2))
 
 
@@ -76,12 +76,12 @@ class MLP(nn.Module):
 
 
 class Layer(nn.Module):
-    def __init__(self, cfg):
+    def __init__(self, cfg, causal=True):
         super().__init__()
         self.layer_norm1, self.layer_norm2 = (
             nn.LayerNorm(cfg.hidden_size, eps=cfg.layer_norm_eps) for _ in range(2)
         )
-        self.self_attn = SelfAttention(cfg.hidden_size, cfg.num_attention_heads)
+        self.self_attn = SelfAttention(cfg.hidden_size, cfg.num_attention_heads, causal)
         self.mlp = MLP(cfg)
 
     def forward(self, x):

@@ -17,6 +17,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
 from PIL import Image
 
 import alchemy
@@ -26,6 +27,7 @@ from ..files import save_json
 from ..formats import png
 from ..formats.checkpoint import choose_device
 from ..formats.text import read_text
+from ..methods.captions import find_photos
 from . import distributed, evaluate
 from .encoders import Clip, Encoder, load_clip, load_dino
 
@@ -35,6 +37,7 @@ PUBLISHED = (  # DINO, CLIP-I, CLIP-T
     ("DreamBooth on Stable Diffusion (arXiv 2208.12242, table 1)", 0.668, 0.803, 0.305),
     ("DreamBooth on Imagen (arXiv 2208.12242, table 1)", 0.696, 0.812, 0.306),
 )
+TORCHRUN = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
 LIVE = ("cat", "dog")  # classes with the prompts of live subjects; all others are objects
 
 
@@ -92,13 +95,9 @@ def train_subject(args: argparse.Namespace, photos: Path, class_word: str, out: 
     if args.size:
         command += ["--size", f"{args.size[1]}x{args.size[0]}"]
     # The rank trains alone, on its own GPU.
-    environment = dict(os.environ)
-    if distributed.launched():
-        for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE"):
-            environment.pop(name, None)
-        visible = os.environ.get("CUDA_VISIBLE_DEVICES", "")
-        gpus = visible.split(",") if visible else [str(k) for k in range(distributed.world())]
-        environment["CUDA_VISIBLE_DEVICES"] = gpus[int(os.environ.get("LOCAL_RANK", 0)) % len(gpus)]
+    environment = {name: value for name, value in os.environ.items() if name not in TORCHRUN}
+    if distributed.launched() and torch.cuda.is_available():
+        command += ["--device", f"cuda:{torch.cuda.current_device()}"]
     command += shlex.split(args.train)
     status = subprocess.run(command, env=environment, stdout=subprocess.DEVNULL).returncode
     if status:
@@ -145,14 +144,14 @@ def run_subject(args: argparse.Namespace, subject: str, class_word: str, prompts
 
 def score_subject(args: argparse.Namespace, subject: str, dino: Encoder, clip: Clip) -> list[dict]:
     """The mean figures of the subject's images in one stage and in two."""
-    _, photos = evaluate.read_images(Path(args.benchmark) / subject)
+    photos, _ = find_photos(Path(args.benchmark) / subject)
     found = []
     for stage in ("one", "two"):
         folder = Path(args.out) / subject / stage
-        paths, generated = evaluate.read_images(folder)
+        paths, _ = find_photos(folder)
         prompts = evaluate.find_prompts(paths, None, args.token)
-        rows, summary = evaluate.score(generated, photos, dino, clip, prompts)
-        evaluate.write_scores(rows, summary, generated, cli.folder(f"{folder}-scores"))
+        rows, summary = evaluate.score(paths, photos, dino, clip, prompts)
+        evaluate.write_scores(rows, summary, paths, cli.folder(f"{folder}-scores"))
         figures = {name: summary[name] for name in FIGURES}
         found.append({"subject": subject, "stages": stage, "images": len(rows), **figures})
     return found
@@ -166,7 +165,7 @@ def run(args: argparse.Namespace) -> None:
     dino, clip = load_dino(args.dino, device), load_clip(args.clip, device)
     for subject in sorted(classes)[distributed.share()]:
         word = classes[subject]
-        run_subject(args, subject, word, prompts[word in LIVE][: args.prompt_count])
+        run_subject(args, subject, word, prompts[word in LIVE])
     distributed.meet()
     if distributed.rank():
         return

@@ -12,7 +12,7 @@ DINO-subject  DINO of the subject's region alone, on the mean colour (--mask)
 leakage       DINO of the backgrounds, the subject painted over; of the photos, the most similar
               one counts (--mask)
 DIV           mean of 1 - cosine over the pairs of generated images of one prompt
-PRES          mean cosine over all pairs of a class image and a photo; high is a lost class (--prior)
+PRES          mean cosine over all pairs of a class image and a photo; a lost class is high (--prior)
 DIV-prior     DIV of the class images (--prior)
 
 DINO, CLIP-I and CLIP-T are DreamBooth's (Ruiz et al. 2023, section 4.1), PRES and DIV those of its
@@ -23,13 +23,12 @@ pickle. DIV here is by DINO features, and does not compare with the paper's valu
 import contextlib
 import csv
 import io
-import itertools
 import math
 import re
+from itertools import combinations, starmap
 from pathlib import Path
 from typing import Callable, Iterable
 
-import torch
 from PIL import Image
 from torch import Tensor
 
@@ -59,7 +58,7 @@ def fidelity(generated: Tensor, photos: Tensor) -> Tensor:
 def diversity(features: Tensor, prompts: list) -> float:
     """The mean of 1 - cosine over all pairs of images (N, D) that have the same prompt."""
     distances = []
-    for i, j in itertools.combinations(range(len(prompts)), 2):
+    for i, j in combinations(range(len(prompts)), 2):
         if prompts[i] and prompts[i] == prompts[j]:
             distances.append(1 - float(features[i] @ features[j]))
     return mean(distances)
@@ -88,50 +87,54 @@ def background_only(image: Image.Image, mask: Image.Image) -> Image.Image:
 
 
 def score(
-    generated: dict[str, Image.Image],
-    photos: dict[str, Image.Image],
+    paths: list[Path],
+    photos: list[Path],
     dino: Encoder,
     clip: Clip | None = None,
     prompts: dict[str, str] | None = None,
-    masks: dict[str, Image.Image | None] | None = None,
+    masks: dict[str, Image.Image] | None = None,
     photo_masks: dict[str, Image.Image] | None = None,
 ) -> tuple[list[dict], dict]:
     """A row of figures per generated image, and their means with DIV.
 
     prompts and masks: by the names of the images. A figure whose input is missing is None.
     """
-    prompts, names, figures = prompts or {}, list(generated), {}
+    rows = []
+    for path in paths:
+        rows.append({"image": path.name, "prompt": (prompts or {}).get(path.name)})
+        rows[-1] |= dict.fromkeys(COLUMNS)
 
-    def put(column: str, chosen: list[str], values: Tensor) -> None:
-        figures[column] = dict(zip(chosen, values.tolist(), strict=True))
+    def put(column: str, chosen: list[int], values: Tensor) -> None:
+        for k, value in zip(chosen, values.tolist(), strict=True):
+            rows[k][column] = value
 
     # The whole image.
-    features = dino(generated.values())
-    put("DINO", names, fidelity(features, dino(photos.values())))
+    everything = list(range(len(paths)))
+    features = dino(map(images.read, paths))
+    put("DINO", everything, fidelity(features, dino(map(images.read, photos))))
     if clip:
-        embeddings = clip.images(generated.values())
-        put("CLIP-I", names, fidelity(embeddings, clip.images(photos.values())))
-        told = [name for name in names if prompts.get(name)]
-        if told:
-            texts = clip.texts([prompts[name] for name in told])
-            put("CLIP-T", told, (embeddings[[name in told for name in names]] * texts).sum(1))
+        embeddings = clip.images(map(images.read, paths))
+        put("CLIP-I", everything, fidelity(embeddings, clip.images(map(images.read, photos))))
+        chosen = [k for k in everything if rows[k]["prompt"]]
+        if chosen:
+            texts = clip.texts([rows[k]["prompt"] for k in chosen])
+            put("CLIP-T", chosen, (embeddings[chosen] * texts).sum(1))
 
-    # Subject and background.
-    masked = [name for name in names if masks and masks.get(name)]
-    for column, cut in (("DINO-subject", subject_only), ("leakage", background_only)):
-        if masked and photo_masks:
-            ours = dino(cut(generated[name], masks[name]) for name in masked)
-            theirs = dino(cut(photo, photo_masks[name]) for name, photo in photos.items())
-            # A background comes from one photo, so that the most similar one tells.
-            cosines = ours @ theirs.T
-            put(column, masked, cosines.mean(1) if cut is subject_only else cosines.amax(1))
+    # Subject and background. A background comes from one photo: the most similar one tells.
+    chosen = [k for k in everything if masks and paths[k].name in masks]
+    known = [photo for photo in photos if photo_masks and photo.name in photo_masks]
+    if chosen and known:
+        masked = [(images.read(paths[k]), masks[paths[k].name]) for k in chosen]
+        photos_masked = [(images.read(photo), photo_masks[photo.name]) for photo in known]
+        ours = dino(starmap(subject_only, masked))
+        theirs = dino(starmap(subject_only, photos_masked))
+        put("DINO-subject", chosen, fidelity(ours, theirs))
+        ours = dino(starmap(background_only, masked))
+        theirs = dino(starmap(background_only, photos_masked))
+        put("leakage", chosen, (ours @ theirs.T).amax(1))
 
-    rows = []
-    for name in names:
-        found = {column: figures.get(column, {}).get(name) for column in COLUMNS}
-        rows.append({"image": name, "prompt": prompts.get(name)} | found)
     summary = {column: mean(row[column] for row in rows) for column in COLUMNS}
-    return rows, summary | {"DIV": diversity(features, [prompts.get(name) for name in names])}
+    return rows, summary | {"DIV": diversity(features, [row["prompt"] for row in rows])}
 
 
 def validation_scores(
@@ -176,14 +179,13 @@ def find_prompts(paths: list[Path], file: str | None, token: str) -> dict[str, s
 
 
 def find_masks(paths: list[Path], how: str, sdxl: object, word: str | None) -> dict:
-    """{image name: mask, or None where nothing is found}."""
+    """{image name: mask} of the images in which there is a subject."""
     masks = {}
     for path in cli.progress(paths, len(paths), "masks"):
         try:
             masks[path.name] = mask_of(how, path, sdxl, word)
         except ValueError as error:
-            cli.say(f"no subject region: {error}")
-            masks[path.name] = None
+            cli.say(f"left out of DINO-subject and leakage: {error}")
     return masks
 
 
@@ -201,31 +203,22 @@ def format_table(rows: list[dict], columns: Iterable[str]) -> str:
     return "\n".join(lines)
 
 
-def contact_sheet(rows: list[dict], generated: dict[str, Image.Image], columns: int = 6):
-    """The images by DINO, the most alike first; at most 60 of them, spread over the whole range."""
-    ordered = sorted(rows, key=lambda row: -row["DINO"])
-    step = max(1, -(-len(ordered) // 60))
-    cells = [
-        (f"{row['DINO']:.3f} {row['image']}", generated[row["image"]]) for row in ordered[::step]
-    ]
-    return sheets.sheet([cells[k : k + columns] for k in range(0, len(cells), columns)], 128)
-
-
-def write_csv(rows: list[dict], path: Path) -> None:
+def write_scores(rows: list[dict], summary: dict, paths: list[Path], folder: Path) -> list[Path]:
+    """scores.csv, scores.json and scores.png: 60 images at most, the most alike by DINO first."""
+    written = [folder / f"scores.{kind}" for kind in ("csv", "json", "png")]
     text = io.StringIO()
-    writer = csv.DictWriter(text, list(rows[0]), lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(rows)
-    replace(path, lambda new: new.write_text(text.getvalue(), encoding="utf-8"))
-
-
-def write_scores(rows: list[dict], summary: dict, generated: dict, folder: Path) -> list[Path]:
-    """scores.csv, scores.json and scores.png in the folder."""
-    paths = [folder / f"scores.{kind}" for kind in ("csv", "json", "png")]
-    write_csv(rows, paths[0])
-    save_json({"mean": summary, "images": rows}, paths[1])
-    png.save(contact_sheet(rows, generated), paths[2], summary)
-    return paths
+    table = csv.DictWriter(text, list(rows[0]), lineterminator="\n")
+    table.writeheader()
+    table.writerows(rows)
+    replace(written[0], lambda new: new.write_text(text.getvalue(), encoding="utf-8"))
+    save_json({"mean": summary, "images": rows}, written[1])
+    ordered = sorted(zip(rows, paths, strict=True), key=lambda pair: -pair[0]["DINO"])
+    cells = []
+    for row, path in ordered[:: math.ceil(len(ordered) / 60)]:
+        cells.append((f"{row['DINO']:.3f} {path.name}", images.read(path)))
+    grid = [cells[k : k + 6] for k in range(0, len(cells), 6)]
+    png.save(sheets.sheet(grid, least=128), written[2], summary)
+    return written
 
 
 def parser():
@@ -260,17 +253,11 @@ def parser():
     g.add_argument("--steps", type=cli.COUNT, metavar="N", help="denoising steps of its images")
     g.add_argument("--size", type=cli.size, metavar="N|WxH", help="pixels (default: checkpoint's)")
     g.add_argument("--seeds", type=cli.COUNT, default=4, metavar="N", help="(default: 4)")
-    g.add_argument("--prompt-count", type=cli.COUNT, metavar="N", help="only the first N prompts")
     g = p.add_argument_group("encoders")
     g.add_argument("--dino", default=DINO, metavar="PATH|ID", help=f"(default: {DINO})")
     g.add_argument("--clip", default=CLIP, metavar="PATH|ID", help=f"(default: {CLIP})")
     cli.add_checkpoint(p)
     return p
-
-
-def read_images(folder: str) -> tuple[list[Path], dict[str, Image.Image]]:
-    paths, _ = find_photos(folder)
-    return paths, {path.name: images.read(path) for path in paths}
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -286,8 +273,8 @@ def main(argv: list[str] | None = None) -> None:
     how = {"generated": args.mask, "photos": args.photo_mask or args.mask}
     if "segment" in how.values() and not args.class_word:
         raise ValueError("--mask segment needs --class-word, the word to look for")
-    paths, generated = read_images(args.generated)
-    photo_paths, photos = read_images(args.photos)
+    paths, _ = find_photos(args.generated)
+    photos, _ = find_photos(args.photos)
     prompts = find_prompts(paths, args.prompts, args.token)
     folder = cli.folder(args.out)
 
@@ -298,21 +285,21 @@ def main(argv: list[str] | None = None) -> None:
     if args.mask:
         sdxl = cli.load(args) if "segment" in how.values() else None
         masks = find_masks(paths, how["generated"], sdxl, args.class_word)
-        photo_masks = find_masks(photo_paths, how["photos"], sdxl, args.class_word)
+        photo_masks = find_masks(photos, how["photos"], sdxl, args.class_word)
 
     # Score.
-    rows, summary = score(generated, photos, dino, clip, prompts, masks, photo_masks)
+    rows, summary = score(paths, photos, dino, clip, prompts, masks, photo_masks)
     if args.prior:
-        prior_paths, prior = read_images(args.prior)
-        of_prompt = find_prompts(prior_paths, None, args.token)
-        features = dino(prior.values())
-        summary["PRES"] = float(fidelity(features, dino(photos.values())).mean())
-        summary["DIV-prior"] = diversity(features, [of_prompt.get(name) for name in prior])
+        prior, _ = find_photos(args.prior)
+        of_prompt = find_prompts(prior, None, args.token)
+        features = dino(map(images.read, prior))
+        summary["PRES"] = float(fidelity(features, dino(map(images.read, photos))).mean())
+        summary["DIV-prior"] = diversity(features, [of_prompt.get(path.name) for path in prior])
 
     # Write.
-    columns = [name for name in ("image", *summary) if name == "image" or summary[name] is not None]
-    print(format_table([*rows, {"image": "mean", **summary}], columns))
-    cli.wrote(*write_scores(rows, summary, generated, folder))
+    columns = [name for name in summary if summary[name] is not None]
+    print(format_table([*rows, {"image": "mean", **summary}], ["image", *columns]))
+    cli.wrote(*write_scores(rows, summary, paths, folder))
 
 
 if __name__ == "__main__":

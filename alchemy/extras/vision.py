@@ -1,9 +1,9 @@
 """The two vision transformers that likeness is measured with: DINO ViT-S/16 and CLIP ViT-B/32.
 
-Both are one class (Dosovitskiy et al. 2021): patches and a CLS token through pre-norm blocks. CLIP
-(Radford et al. 2021) adds a LayerNorm before the blocks and a projection after them; DINO (Caron
-et al. 2021) has a bias in its patch embedding and the exact GELU. Module attributes carry the
-tensor names of CLIP's file; `dino_name` gives the names in DINO's.
+Both are one class (Dosovitskiy et al. 2021): patches and a CLS token through the layers of CLIP's
+text encoder, without the causal mask. CLIP (Radford et al. 2021) adds a LayerNorm before the layers
+and a projection after them; DINO (Caron et al. 2021) has a bias in its patch embedding and the
+exact GELU. Module attributes carry the tensor names of CLIP's file; `dino_name` gives DINO's.
 """
 
 from dataclasses import dataclass, fields
@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..clip import ACTIVATIONS
+from ..clip import Layer
 
 DINO_NAMES = (
     ("vision_model.embeddings.class_embedding", "embeddings.cls_token"),
@@ -50,9 +50,7 @@ class VisionConfig:
     patch_size: int = 32
     hidden_act: str = "quick_gelu"
     layer_norm_eps: float = 1e-5
-    projection_dim: int | None = (
-        512  # None is DINO: no projection and no LayerNorm before the blocks
-    )
+    projection_dim: int | None = 512  # None: DINO, without projection and pre_layrnorm
 
     @classmethod
     def from_config(cls, config: dict) -> "VisionConfig":
@@ -65,42 +63,6 @@ class VisionConfig:
             config = config["vision_config"] | {"projection_dim": config.get("projection_dim", 512)}
         chosen = {field.name: config[field.name] for field in fields(cls) if field.name in config}
         return cls(**chosen)
-
-
-class SelfAttention(nn.Module):
-    """Every token sees every token."""
-
-    def __init__(self, config: VisionConfig):
-        super().__init__()
-        dim = config.hidden_size
-        self.heads = config.num_attention_heads
-        self.q_proj = nn.Linear(dim, dim)
-        self.k_proj = nn.Linear(dim, dim)
-        self.v_proj = nn.Linear(dim, dim)
-        self.out_proj = nn.Linear(dim, dim)
-
-    def forward(self, x: Tensor) -> Tensor:
-        q = self.q_proj(x).unflatten(-1, (self.heads, -1)).transpose(1, 2)  # (B, heads, N, d)
-        k = self.k_proj(x).unflatten(-1, (self.heads, -1)).transpose(1, 2)
-        v = self.v_proj(x).unflatten(-1, (self.heads, -1)).transpose(1, 2)
-        x = F.scaled_dot_product_attention(q, k, v)
-        return self.out_proj(x.transpose(1, 2).flatten(2))  # (B, N, D)
-
-
-class Block(nn.Module):
-    def __init__(self, config: VisionConfig):
-        super().__init__()
-        self.act = ACTIVATIONS[config.hidden_act]
-        self.layer_norm1 = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
-        self.layer_norm2 = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
-        self.self_attn = SelfAttention(config)
-        self.mlp = nn.Module()
-        self.mlp.fc1 = nn.Linear(config.hidden_size, config.intermediate_size)
-        self.mlp.fc2 = nn.Linear(config.intermediate_size, config.hidden_size)
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = x + self.self_attn(self.layer_norm1(x))
-        return x + self.mlp.fc2(self.act(self.mlp.fc1(self.layer_norm2(x))))
 
 
 class Embeddings(nn.Module):
@@ -143,7 +105,8 @@ class VisionTransformer(nn.Module):
         if config.projection_dim:
             model.pre_layrnorm = nn.LayerNorm(**norm)  # the official name is misspelt
         model.encoder = nn.Module()
-        model.encoder.layers = nn.ModuleList(Block(config) for _ in range(config.num_hidden_layers))
+        layers = [Layer(config, causal=False) for _ in range(config.num_hidden_layers)]
+        model.encoder.layers = nn.ModuleList(layers)
         model.post_layernorm = nn.LayerNorm(**norm)
         if config.projection_dim:
             self.visual_projection = nn.Linear(
@@ -155,7 +118,7 @@ class VisionTransformer(nn.Module):
         x = model.embeddings(pixels)
         if self.config.projection_dim:
             x = model.pre_layrnorm(x)
-        for block in model.encoder.layers:
-            x = block(x)
+        for layer in model.encoder.layers:
+            x = layer(x)
         cls = model.post_layernorm(x[:, 0])
         return self.visual_projection(cls) if self.config.projection_dim else cls

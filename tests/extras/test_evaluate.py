@@ -62,24 +62,25 @@ def test_the_background_is_the_image_with_the_subject_painted_over():
     assert rest.getpixel((9, 5)) == image.getpixel((9, 5))
 
 
-def test_leakage_is_of_the_most_similar_background_and_subject_of_all_photos():
+def test_leakage_is_of_the_most_similar_photo_and_the_subject_of_all(tmp_path):
     mask = Image.new("L", (8, 8), 0)
     mask.paste(255, (0, 0, 4, 8))
 
-    def scene(subject, background):
+    def scene(name, subject, background):
         image = Image.new("RGB", (8, 8), background)
         image.paste(subject, (0, 0, 4, 8))
-        return image
+        image.save(tmp_path / f"{name}.png")
+        return tmp_path / f"{name}.png"
 
-    generated = {"a": scene("red", "blue"), "b": scene("red", "blue")}
-    photos = {"c": scene("red", "blue"), "d": scene("lime", "yellow")}
-    masks = {"c": mask, "d": mask}
-    rows, means = evaluate.score(generated, photos, by_colour, masks={"a": mask}, photo_masks=masks)
-    cuts = by_colour(map(evaluate.subject_only, photos.values(), masks.values()))
+    paths = [scene("a", "red", "blue"), scene("b", "red", "blue")]
+    photos = [scene("c", "red", "blue"), scene("d", "lime", "yellow")]
+    photo_masks = {"c.png": mask, "d.png": mask}
+    masks = {"a.png": mask}
+    rows, means = evaluate.score(paths, photos, by_colour, None, None, masks, photo_masks)
+    cuts = by_colour(evaluate.subject_only(Image.open(path), mask) for path in photos)
     expected = evaluate.fidelity(cuts[:1], cuts).item()
-    assert rows[0]["leakage"] == pytest.approx(1) and rows[0]["DINO-subject"] == pytest.approx(
-        expected
-    )
+    assert rows[0]["leakage"] == pytest.approx(1)
+    assert rows[0]["DINO-subject"] == pytest.approx(expected)
     assert rows[1]["leakage"] is rows[1]["DINO-subject"] is None  # no mask was found
     assert means["leakage"] == pytest.approx(1)
 

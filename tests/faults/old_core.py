@@ -200,7 +200,7 @@ FAULTS = {
             "76 - (ids == EOS).int().flip(1).argmax(dim=1)",
         ),
         ("pooled at the highest id", "(ids == EOS).int().argmax(dim=1)", "ids.argmax(dim=1)"),
-        ("no causal mask", "is_causal=True", "is_causal=False"),
+        ("no causal mask", "is_causal=self.causal", "is_causal=False"),
         ("LayerNorm eps", "eps=cfg.layer_norm_eps) for _", "eps=1e-6) for _"),
         (
             "heads interleaved",
