@@ -56,8 +56,7 @@ class VisionConfig:
     def from_config(cls, config: dict) -> "VisionConfig":
         """The config.json of a CLIP model, of its vision half alone, or of a ViT such as DINO."""
         if config.get("model_type") == "vit":
-            defaults = dict(patch_size=16, hidden_act="gelu", layer_norm_eps=1e-12)
-            config = defaults | config | {"projection_dim": None}
+            config = config | {"projection_dim": None}
         elif "vision_config" in config:
             # The projection of the whole model; the half's own value is a default that is not used.
             config = config["vision_config"] | {"projection_dim": config.get("projection_dim", 512)}

@@ -38,7 +38,6 @@ FAULTS = {
             '("layer_norm1", "layernorm_before")',
             '("layer_norm1", "layernorm_after")',
         ),
-        ("DINO has CLIP's activation", 'hidden_act="gelu", layer', "layer"),
     ),
     ("extras/encoders", "extras/vision extras/evaluate"): (
         ("bilinear", "Image.BICUBIC", "Image.BILINEAR"),
@@ -52,7 +51,7 @@ FAULTS = {
         (
             "rescaled in float32",
             "pixels.astype(np.float64) * (1 / 255)",
-            "pixels.astype(np.float32) / 255",
+            "pixels.astype(np.float32) * np.float32(1 / 255)",
         ),
         ("normalised in float64", "np.array(mean, dtype=np.float32)", "np.array(mean)"),
         ("not normalised", "(pixels - np.array(mean", "(pixels - 0 * np.array(mean"),
@@ -87,9 +86,9 @@ FAULTS = {
         ),
         ("preprocessing cuts the subject", "* 256 / 224)", ")"),
         (
-            "PRES is of the generated images",
-            "fidelity(features, dino(map(images.read, photos)))",
-            "fidelity(features, features[:1])",
+            "PRES is of one class image",
+            'summary["PRES"] = float(fidelity(features,',
+            'summary["PRES"] = float(fidelity(features[:1],',
         ),
         (
             "scores go among the images",
