@@ -1,33 +1,24 @@
-"""The measuring of the miniature (weights/judge.py, measure.py) and the states that it is trained from (recipe.py, miniature.py)."""
+"""The measuring of the miniature (weights/classifier.py, measure.py) and the states that it is trained from (recipe.py, checkpoint.py)."""
 
 import json
 import shutil
-import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from helpers.spellings import adapters
 from PIL import Image
 from safetensors.torch import load_file
 
 import alchemy
-from helpers.spellings import adapters
-
-WEIGHTS = Path(__file__).parents[2] / "weights"
-sys.path.insert(0, str(WEIGHTS))
-import judge  # noqa: E402
-import measure  # noqa: E402
-import miniature  # noqa: E402
-import recipe  # noqa: E402
-from state import State  # noqa: E402
-from table import table  # noqa: E402
-import world  # noqa: E402
+from weights.toy import WEIGHTS, checkpoint, classifier, measure, recipe, world
+from weights.toy.state import State
+from weights.toy.table import table
 
 
 @pytest.fixture(scope="module")
-def judged():
-    return judge.load()
+def trained():
+    return classifier.load()
 
 
 @pytest.fixture
@@ -36,23 +27,25 @@ def measuring(tmp_path):
     return measure.Measure(tmp_path, 0.004, str(WEIGHTS / "mini"))
 
 
-def test_the_judge_names_97_of_100_fresh_renders_right_by_each_head(judged):
-    right, _ = judge.accuracy(judged, 316)
+def test_the_classifier_names_97_of_100_fresh_renders_right_by_each_head(trained):
+    right, _ = classifier.accuracy(trained, 316)
     assert min(right.values()) >= 0.97, right
 
 
-def test_the_judge_takes_pictures_and_arrays_alike(judged):
-    pixels = [judge.example(judge.FRESH + k)[0].permute(1, 2, 0).numpy() for k in range(5)]
-    assert judged.name(pixels) == judged.name([Image.fromarray(p) for p in pixels])
+def test_the_classifier_takes_pictures_and_arrays_alike(trained):
+    pixels = [
+        classifier.example(classifier.FRESH + k)[0].permute(1, 2, 0).numpy() for k in range(5)
+    ]
+    assert trained.name(pixels) == trained.name([Image.fromarray(p) for p in pixels])
 
 
-def test_an_example_of_the_judge_is_of_the_instance_and_place_that_it_names():
-    for seed in (0, 78, 79, judge.FRESH):
-        _, (word, instance, place) = judge.example(seed)
-        scene = world.scene(seed, "any", instance=judge.INSTANCES[instance], style="photo")
+def test_an_example_of_the_classifier_is_of_the_instance_and_place_that_it_names():
+    for seed in (0, 78, 79, classifier.FRESH):
+        _, (word, instance, place) = classifier.example(seed)
+        scene = world.scene(seed, "any", instance=classifier.INSTANCES[instance], style="photo")
         assert (
-            judge.INSTANCES[instance].startswith(judge.WORDS[word] + "-")
-            and judge.PLACES[place] == scene.background
+            classifier.INSTANCES[instance].startswith(classifier.WORDS[word] + "-")
+            and classifier.PLACES[place] == scene.background
         )
 
 
@@ -106,7 +99,7 @@ def test_masks_that_are_the_truth_have_an_iou_of_1_and_hold_all_of_it(measuring,
     )
 
 
-def test_a_subject_is_judged_in_one_stage_and_in_two_and_nothing_changes_outside_the_mask(
+def test_a_subject_is_measured_in_one_stage_and_in_two_and_nothing_changes_outside_the_mask(
     measuring, monkeypatch
 ):
     monkeypatch.setattr(
@@ -135,7 +128,7 @@ def test_a_subject_is_judged_in_one_stage_and_in_two_and_nothing_changes_outside
 
 
 def test_a_picture_that_cannot_be_made_is_right_in_nothing(measuring):
-    wanted = [("ball", "ball-eight", "night")]  # what the judge takes black for
+    wanted = [("ball", "ball-eight", "night")]  # what the classifier takes black for
     assert measuring.read("none", [None], wanted) == [(None, None, None)]
 
 
@@ -160,7 +153,7 @@ def test_other_weights_or_defaults_are_measured_in_another_folder(measuring, tmp
         ("prompt class", 0.749, 2),
         ("prompt class", 0.75, 1),
         ("prompt class", 0.9, 0),
-        ("judge place", 0.96, 2),
+        ("classifier place", 0.96, 2),
         ("area", 1.61, 2),
         ("area", 1.6, 0),
         ("more", 0.0, 2),
@@ -177,14 +170,14 @@ def test_the_table_marks_what_misses_in_each_column(key, value, marks):
 
 def test_unpack_and_pack_give_the_shipped_weights_again_to_the_bit(tmp_path, monkeypatch):
     shutil.copytree(WEIGHTS / "mini", tmp_path / "mini")
-    monkeypatch.setattr(miniature, "HERE", tmp_path)
+    monkeypatch.setattr(checkpoint, "WEIGHTS", tmp_path)
     before = {
         path: path.read_bytes() for path in sorted((tmp_path / "mini").rglob("*")) if path.is_file()
     }
-    miniature.unpack(tmp_path)
+    checkpoint.unpack(tmp_path)
     for path in (tmp_path / "mini").rglob("*.safetensors"):
         path.unlink()
-    miniature.pack(tmp_path)
+    checkpoint.pack(tmp_path)
     for path, content in before.items():
         if path.suffix == ".json":
             assert json.loads(path.read_text()) == json.loads(content), path
@@ -242,7 +235,7 @@ def test_the_streams_that_train_hold_nothing_that_is_held_out(monkeypatch):
 
 
 def test_training_the_decoder_alone_leaves_the_latents_as_they_are(tmp_path):
-    miniature.unpack(tmp_path)
+    checkpoint.unpack(tmp_path)
     before = load_file(tmp_path / "vae.safetensors")
     recipe.main(
         [
@@ -274,5 +267,5 @@ def test_a_part_whose_states_are_missing_says_which_to_run(part, tmp_path):
 def test_unpacking_overwrites_no_state(tmp_path):
     (tmp_path / "vae.safetensors").write_bytes(b"mine")
     with pytest.raises(ValueError, match="there already"):
-        miniature.unpack(tmp_path)
+        checkpoint.unpack(tmp_path)
     assert [p.name for p in tmp_path.iterdir()] == ["vae.safetensors"]

@@ -1,19 +1,14 @@
-"""The comparison of the methods (weights/methods.py)."""
+"""The comparison of the methods (weights/toy/methods.py)."""
 
 import json
 import shutil
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
 
-WEIGHTS = Path(__file__).parents[2] / "weights"
-sys.path.insert(0, str(WEIGHTS))
-import judge as judges  # noqa: E402
-import methods  # noqa: E402
-import world  # noqa: E402
+from weights.toy import WEIGHTS, classifier, methods, world
 
 
 @pytest.fixture
@@ -25,8 +20,8 @@ def measuring(tmp_path):
 def test_pencil_and_sepia_as_the_vae_returns_them_are_told_from_all_other_styles_but_for_one_in_56(
     measuring,
 ):
-    styles = methods.Styles(measuring.sdxl, measuring.judge, 140)
-    x, truth = styles.renders(judges.FRESH + 2**26, 56)
+    styles = methods.Styles(measuring.sdxl, measuring.classifier, 140)
+    x, truth = styles.renders(classifier.FRESH + 2**26, 56)
     named = styles.name(x)
     for style in ("pencil", "sepia"):
         assert (
@@ -45,7 +40,7 @@ def test_photos_of_one_place_differ_from_each_other_and_have_the_true_mask_of_th
         sorted(folder.iterdir()) for folder in measuring.photos_of_one_place("dog-poodle")
     )
     assert [p.name for p in photos] == [p.name for p in masks] and len(photos) == 5
-    said = measuring.judge.name([Image.open(p).resize((128, 128)) for p in photos])
+    said = measuring.classifier.name([Image.open(p).resize((128, 128)) for p in photos])
     assert {(instance, place) for _, instance, place in said} == {
         ("dog-poodle", world.subject_photos("dog-poodle", 1)[0].background)
     }
@@ -57,7 +52,7 @@ def test_photos_of_one_place_differ_from_each_other_and_have_the_true_mask_of_th
         )
 
 
-def test_a_row_of_a_subject_and_one_of_a_style_are_judged_with_what_was_taught(
+def test_a_row_of_a_subject_and_one_of_a_style_are_measured_with_what_was_taught(
     measuring, monkeypatch
 ):
     def teach(self, photos, out, *flags):
@@ -66,7 +61,7 @@ def test_a_row_of_a_subject_and_one_of_a_style_are_judged_with_what_was_taught(
         (out / "seconds.json").write_text("61")
 
     monkeypatch.setattr(methods.Methods, "teach", teach)
-    monkeypatch.setattr(methods.Styles, "__init__", lambda self, sdxl, judge: None)
+    monkeypatch.setattr(methods.Styles, "__init__", lambda self, sdxl, net: None)
     monkeypatch.setattr(methods.Styles, "name", lambda self, pictures: ["photo"] * len(pictures))
     monkeypatch.setattr(methods.Styles, "accuracy", lambda self: 0.5)
     found = measuring.of_subjects("lora", *methods.OF_SUBJECTS["lora"])
@@ -76,7 +71,7 @@ def test_a_row_of_a_subject_and_one_of_a_style_are_judged_with_what_was_taught(
     assert measuring.of_styles("style-lora", *methods.OF_STYLES["style-lora"]) == {
         "style": 0,
         "plain": 1,
-        "judge": 0.5,
+        "classifier": 0.5,
     }
 
 

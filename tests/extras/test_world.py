@@ -1,17 +1,12 @@
-"""The toy world (weights/world.py): what its scenes promise to whoever trains on them or measures against them."""
+"""The toy world (weights/toy/world.py): what its scenes promise to whoever trains on them or measures against them."""
 
 import re
-import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
 
-WEIGHTS = Path(__file__).parents[2] / "weights"
-sys.path.insert(0, str(WEIGHTS))
-import styles  # noqa: E402
-import world  # noqa: E402
-from alchemy.methods import captions  # noqa: E402
+from alchemy.methods import captions
+from weights.toy import WEIGHTS, styles, world
 
 ALL = [instance for instances in world.CLASSES.values() for instance in instances]
 

@@ -1,4 +1,5 @@
 """What the recipe trains and goes on from: weights, their EMA, the optimizer's moments, the time spent."""
+
 import signal
 import time
 from pathlib import Path
@@ -6,17 +7,27 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file, save_file
 
-from miniature import header_of
+from .checkpoint import header_of
 
 
 class State:
     """Modules under training with their EMA and optimizer; saved as safetensors, the old file replaced in one rename."""
 
     def __init__(self, modules, path, lr, decay):
-        self.modules, self.path, self.decay, self.step, self.seconds = modules, Path(path), decay, 0, 0.0
-        self.parameters = {f"{n}.{k}": p for n, m in modules.items() for k, p in m.named_parameters()}
+        self.modules, self.path, self.decay, self.step, self.seconds = (
+            modules,
+            Path(path),
+            decay,
+            0,
+            0.0,
+        )
+        self.parameters = {
+            f"{n}.{k}": p for n, m in modules.items() for k, p in m.named_parameters()
+        }
         self.ema = {k: p.detach().clone() for k, p in self.parameters.items()}
-        self.optimizer = torch.optim.AdamW(self.parameters.values(), lr=lr, betas=(0.9, 0.99), weight_decay=0.01, fused=True)
+        self.optimizer = torch.optim.AdamW(
+            self.parameters.values(), lr=lr, betas=(0.9, 0.99), weight_decay=0.01, fused=True
+        )
         if self.path.exists():
             self.load()
 
@@ -28,7 +39,9 @@ class State:
         self.optimizer.step()
         self.step += 1
         keep = min(self.decay, (1 + self.step) / (10 + self.step))
-        torch._foreach_lerp_(list(self.ema.values()), [p.detach() for p in self.parameters.values()], 1 - keep)
+        torch._foreach_lerp_(
+            list(self.ema.values()), [p.detach() for p in self.parameters.values()], 1 - keep
+        )
 
     @torch.no_grad()
     def use_ema(self):
@@ -37,7 +50,9 @@ class State:
             p.copy_(self.ema[k])
 
     def save(self):
-        tensors = {f"weights.{k}": p.detach() for k, p in self.parameters.items()} | {f"ema.{k}": v for k, v in self.ema.items()}
+        tensors = {f"weights.{k}": p.detach() for k, p in self.parameters.items()} | {
+            f"ema.{k}": v for k, v in self.ema.items()
+        }
         for k, p in self.parameters.items():
             moments = self.optimizer.state.get(p, {})
             tensors |= {f"{m}.{k}": moments[m] for m in ("exp_avg", "exp_avg_sq") if m in moments}
@@ -55,7 +70,10 @@ class State:
             self.ema[k].copy_(tensors[f"ema.{k}"])
             if f"exp_avg.{k}" in tensors:
                 # In the strides of the parameter: the fused optimizer walks over the memory of both side by side.
-                moments = {m: torch.empty_like(p).copy_(tensors[f"{m}.{k}"]) for m in ("exp_avg", "exp_avg_sq")}
+                moments = {
+                    m: torch.empty_like(p).copy_(tensors[f"{m}.{k}"])
+                    for m in ("exp_avg", "exp_avg_sq")
+                }
                 self.optimizer.state[p] = moments | {"step": torch.tensor(float(self.step))}
 
 
@@ -63,7 +81,9 @@ FLAT = 0.6  # of the time the learning rate stays at its peak, then it falls lin
 
 
 def learning_rate(seconds, total, peak, warmup=60):
-    return peak * min(1.0, (1 + seconds) / warmup, max(0.02, (total - seconds) / ((1 - FLAT) * total)))
+    return peak * min(
+        1.0, (1 + seconds) / warmup, max(0.02, (total - seconds) / ((1 - FLAT) * total))
+    )
 
 
 def train(state, minutes, peak, loss_of, log):
@@ -75,7 +95,9 @@ def train(state, minutes, peak, loss_of, log):
         while state.seconds < total:
             loss = loss_of(state.step)
             if not loss.isfinite():
-                raise FloatingPointError(f"loss is not finite at step {state.step}; the last good state is {state.path}")
+                raise FloatingPointError(
+                    f"loss is not finite at step {state.step}; the last good state is {state.path}"
+                )
             state.update(loss, learning_rate(state.seconds, total, peak))
             mean = loss.item() if mean is None else 0.98 * mean + 0.02 * loss.item()
             state.seconds = before + time.time() - start
@@ -84,7 +106,9 @@ def train(state, minutes, peak, loss_of, log):
             if time.time() - saved > 300:
                 state.save()
                 saved = time.time()
-    except KeyboardInterrupt:  # it may have come in the middle of an update, which EMA and Adam forgive
+    except (
+        KeyboardInterrupt
+    ):  # it may have come in the middle of an update, which EMA and Adam forgive
         log(f"interrupted at step {state.step}; the same command goes on")
         state.save()
         raise SystemExit(130) from None

@@ -2,29 +2,38 @@
 
 `STYLES[style] = (phrase of a caption, function of (rgb, rng))`; a function keeps shape and range.
 """
+
 import numpy as np
 from PIL import Image, ImageFilter
 
-from backgrounds import Canvas
+from .backgrounds import Canvas
 
 
 def grey(rgb):
-    return np.tensordot(np.float32((0.299, 0.587, 0.114)), rgb, 1)[None]        # (1, H, W)
+    return np.tensordot(np.float32((0.299, 0.587, 0.114)), rgb, 1)[None]  # (1, H, W)
 
 
 def blurred(rgb, radius, how=ImageFilter.BoxBlur):
     """Each channel blurred over `radius` pixels at 128, more at larger sizes."""
     reach = max(1, round(radius * min(rgb.shape[1:]) / 128))
-    picture = Image.fromarray((np.clip(rgb, 0, 1) * 255).astype(np.uint8).transpose(1, 2, 0).squeeze())
-    soft = np.asarray(picture.filter(how(reach if how is ImageFilter.BoxBlur else 2 * reach + 1)), dtype=np.float32) / 255
+    picture = Image.fromarray(
+        (np.clip(rgb, 0, 1) * 255).astype(np.uint8).transpose(1, 2, 0).squeeze()
+    )
+    soft = (
+        np.asarray(
+            picture.filter(how(reach if how is ImageFilter.BoxBlur else 2 * reach + 1)),
+            dtype=np.float32,
+        )
+        / 255
+    )
     return soft[None] if soft.ndim == 2 else soft.transpose(2, 0, 1)
 
 
 def watercolor(rgb, rng):
-    wash = blurred(rgb, 2, ImageFilter.MedianFilter)                            # flat patches of colour
-    rim = abs(wash - blurred(wash, 2)).max(0)                                   # pigment gathers where a patch ends
+    wash = blurred(rgb, 2, ImageFilter.MedianFilter)  # flat patches of colour
+    rim = abs(wash - blurred(wash, 2)).max(0)  # pigment gathers where a patch ends
     paper = Canvas(rng, rgb.shape[1:]).noise(0.1)
-    return np.clip(0.26 + 0.74 * wash ** 0.85 - 0.55 * rim + 0.05 * paper, 0, 1)
+    return np.clip(0.26 + 0.74 * wash**0.85 - 0.55 * rim + 0.05 * paper, 0, 1)
 
 
 def poster(rgb, rng):
@@ -40,14 +49,17 @@ def monochrome(rgb, rng):
 
 
 def sepia(rgb, rng):
-    return grey(rgb) ** 0.9 * np.float32((0.98, 0.84, 0.64))[:, None, None] + np.float32((0.02, 0.03, 0.03))[:, None, None]
+    return (
+        grey(rgb) ** 0.9 * np.float32((0.98, 0.84, 0.64))[:, None, None]
+        + np.float32((0.02, 0.03, 0.03))[:, None, None]
+    )
 
 
 def pencil(rgb, rng):
     """Colour dodge: divided by its own blur, a picture keeps only lines on white paper."""
     tone = grey(rgb)
     lines = np.minimum(1, (tone + 0.02) / (blurred(tone, 3) + 0.02))
-    return np.repeat(np.clip(lines ** 2.2 * (0.8 + 0.2 * tone), 0, 1), 3, 0)
+    return np.repeat(np.clip(lines**2.2 * (0.8 + 0.2 * tone), 0, 1), 3, 0)
 
 
 def pixel(rgb, rng):

@@ -18,8 +18,10 @@ CLASSES = {
     "cup": ["coffee", "tea", "bubble", "soda"],
     "cake": ["slice", "birthday", "pudding", "pancakes", "cupcake"],
 }
-CLASSES = {word: [f"{word}-{one}" for one in ones] for word, ones in CLASSES.items()}   # a sprite is sprites/<class>-<instance>.webp
-BACKGROUNDS = {                                                 # the phrases of a caption; the first is the commonest
+CLASSES = {
+    word: [f"{word}-{one}" for one in ones] for word, ones in CLASSES.items()
+}  # a sprite is sprites/<class>-<instance>.webp
+BACKGROUNDS = {  # the phrases of a caption; the first is the commonest
     "beach": ("on a beach", "at the seaside", "on a sandy beach by the sea"),
     "grass": ("on the grass", "in a green field", "in a field of grass"),
     "snow": ("in the snow", "on a snowy day", "on the snow"),
@@ -29,15 +31,41 @@ BACKGROUNDS = {                                                 # the phrases of
     "wall": ("in front of a brick wall", "next to a brick wall", "on the pavement by a wall"),
     "room": ("in a room", "on a wooden floor", "indoors"),
 }
-HELD_OUT_INSTANCES = ("dog-poodle", "bear-panda", "bird-owl", "car-taxi", "flower-sunflower", "ball-soccer", "hat-straw", "cake-cupcake")
-HELD_OUT_PAIRS = (                                              # a tenth of the 128: a class loses one place, a place two classes
-    ("dog", "desert"), ("cat", "beach"), ("bear", "room"), ("bird", "night"), ("horse", "snow"), ("fish", "forest"), ("car", "grass"),
-    ("flower", "wall"), ("ball", "night"), ("hat", "snow"), ("bag", "desert"), ("book", "beach"), ("cup", "forest"))
+HELD_OUT_INSTANCES = (
+    "dog-poodle",
+    "bear-panda",
+    "bird-owl",
+    "car-taxi",
+    "flower-sunflower",
+    "ball-soccer",
+    "hat-straw",
+    "cake-cupcake",
+)
+HELD_OUT_PAIRS = (  # a tenth of the 128: a class loses one place, a place two classes
+    ("dog", "desert"),
+    ("cat", "beach"),
+    ("bear", "room"),
+    ("bird", "night"),
+    ("horse", "snow"),
+    ("fish", "forest"),
+    ("car", "grass"),
+    ("flower", "wall"),
+    ("ball", "night"),
+    ("hat", "snow"),
+    ("bag", "desert"),
+    ("book", "beach"),
+    ("cup", "forest"),
+)
 HELD_OUT_STYLES = ("pencil", "pixel")
-COLOURS = {                                                     # what an instance is called after, where it has a colour
+COLOURS = {  # what an instance is called after, where it has a colour
     "red": "bird-cardinal car-hatchback flower-rose shoe-heel shoe-boot hat-helmet book-red",
-    "blue": "fish-blue car-jeep shoe-flat hat-cap bag-suitcase book-blue", "green": "hat-army book-green",
-    "brown": "bear-brown horse-bay ball-football shoe-leather bag-briefcase", "yellow": "cat-face book-notebook",
-    "white": "bear-polar flower-daisy ball-baseball ball-volleyball cup-tea", "black": "cat-black ball-eight hat-top",
-    "pink": "bird-flamingo flower-tulip flower-hibiscus bag-backpack bag-purse", "orange": "ball-basketball"}
+    "blue": "fish-blue car-jeep shoe-flat hat-cap bag-suitcase book-blue",
+    "green": "hat-army book-green",
+    "brown": "bear-brown horse-bay ball-football shoe-leather bag-briefcase",
+    "yellow": "cat-face book-notebook",
+    "white": "bear-polar flower-daisy ball-baseball ball-volleyball cup-tea",
+    "black": "cat-black ball-eight hat-top",
+    "pink": "bird-flamingo flower-tulip flower-hibiscus bag-backpack bag-purse",
+    "orange": "ball-basketball",
+}
 COLOUR_OF = {instance: colour for colour, names in COLOURS.items() for instance in names.split()}

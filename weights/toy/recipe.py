@@ -1,14 +1,14 @@
 """How weights/mini was made: an SDXL in miniature, trained from nothing on the toy world.
 
-    python weights/recipe.py vae        first the VAE: it fixes what the latents are
-    python weights/recipe.py unet       then the UNet with both text encoders, on the VAE's latents
-    python weights/recipe.py pack       write the EMA in half precision to weights/mini
-    python weights/recipe.py unpack     the way back: states in --work from weights/mini, to go on training what ships
+    python -m weights.toy.recipe vae        first the VAE: it fixes what the latents are
+    python -m weights.toy.recipe unet       then the UNet with both text encoders, on the VAE's latents
+    python -m weights.toy.recipe pack       write the EMA in half precision to weights/mini
+    python -m weights.toy.recipe unpack     the way back: states in --work from weights/mini, to go on training what ships
 
 vae and unet go on from their last state in --work, on CUDA where there is one; their logs are vae.log and unet.log there.
 """
+
 import json
-import sys
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -16,23 +16,28 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file
 
-HERE = Path(__file__).parent
-sys.path[:0] = [str(HERE.parent), str(HERE)]
+from alchemy import cli
+from alchemy.clip import TextConfig, TextEncoder
+from alchemy.schedule import Schedule
+from alchemy.tokenizer import Tokenizer
+from alchemy.unet import UNet, UNetConfig
+from alchemy.vae import VAE, VAEConfig
 
-from alchemy import cli  # noqa: E402
-from alchemy.schedule import Schedule  # noqa: E402
-from alchemy.clip import TextConfig, TextEncoder  # noqa: E402
-from alchemy.tokenizer import Tokenizer  # noqa: E402
-from alchemy.unet import UNet, UNetConfig  # noqa: E402
-from alchemy.vae import VAE, VAEConfig  # noqa: E402
-from miniature import CONFIGS, SCHEDULER, pack, unpack  # noqa: E402
-from state import FLAT, State, train  # noqa: E402
-import world  # noqa: E402
+from . import WEIGHTS, world
+from .checkpoint import CONFIGS, SCHEDULER, pack, unpack
+from .state import FLAT, State, train
 
 
 def pixels(scenes, device):
     """Scenes to (B,3,H,W) in [-1,1]."""
-    return torch.stack([torch.from_numpy(s.image) for s in scenes]).permute(0, 3, 1, 2).to(device).float() / 127.5 - 1
+    return (
+        torch.stack([torch.from_numpy(s.image) for s in scenes])
+        .permute(0, 3, 1, 2)
+        .to(device)
+        .float()
+        / 127.5
+        - 1
+    )
 
 
 def edges(x):
@@ -42,8 +47,12 @@ def edges(x):
 def crops(step, count, side):
     """count crops (B,3,side,side) in [-1,1] of training scenes, two of each scene."""
     scenes = pixels([world.scene(step * 64 + i) for i in range(max(1, count // 2))], "cpu")
-    corners = torch.randint(0, 129 - side, (count, 2), generator=torch.Generator().manual_seed(step)).tolist()
-    return torch.stack([scenes[i % len(scenes), :, y:y + side, x:x + side] for i, (y, x) in enumerate(corners)])
+    corners = torch.randint(
+        0, 129 - side, (count, 2), generator=torch.Generator().manual_seed(step)
+    ).tolist()
+    return torch.stack(
+        [scenes[i % len(scenes), :, y : y + side, x : x + side] for i, (y, x) in enumerate(corners)]
+    )
 
 
 def train_vae(args, log, device):
@@ -61,8 +70,10 @@ def train_vae(args, log, device):
         x = x.to(device).contiguous(memory_format=torch.channels_last)
         with bfloat16(device):
             mean, std = (part.float() for part in vae.encode(x))
-            y = vae.decode(mean + std * torch.randn(mean.shape, generator=generator).to(device)).float()
-        kl = 0.5 * (mean ** 2 + std ** 2 - 1 - 2 * std.log()).mean()
+            y = vae.decode(
+                mean + std * torch.randn(mean.shape, generator=generator).to(device)
+            ).float()
+        kl = 0.5 * (mean**2 + std**2 - 1 - 2 * std.log()).mean()
         # The differences of neighbours keep edges sharp; squares alone would rather blur them.
         return F.l1_loss(y, x) + F.mse_loss(y, x) + 0.5 * F.l1_loss(edges(y), edges(x)) + 3e-4 * kl
 
@@ -71,17 +82,31 @@ def train_vae(args, log, device):
     with torch.no_grad():
         x = pixels([world.scene(world.FRESH + i) for i in range(64)], device)
         mean, std = vae.encode(x)
-        psnr = -10 * torch.log10(((vae.decode(mean) - x).clamp(-2, 2) / 2).square().mean((1, 2, 3))).mean()
-    log(f"PSNR {psnr:.2f} dB on 64 fresh scenes; latents: std {mean.std():.4f}, posterior std {std.mean():.4f}")
+        psnr = (
+            -10
+            * torch.log10(((vae.decode(mean) - x).clamp(-2, 2) / 2).square().mean((1, 2, 3))).mean()
+        )
+    log(
+        f"PSNR {psnr:.2f} dB on 64 fresh scenes; latents: std {mean.std():.4f}, posterior std {std.mean():.4f}"
+    )
     if not args.decoder_only:
-        (args.work / "scaling.json").write_text(json.dumps({"scaling_factor": round(1 / float(mean.std()), 5)}))
+        (args.work / "scaling.json").write_text(
+            json.dumps({"scaling_factor": round(1 / float(mean.std()), 5)})
+        )
 
 
 class Pool:
     """Scenes of one size as latents, each used several times: drawing and encoding one costs a third of a training sample."""
 
     def __init__(self, vae, size, seed, device, most=20000):
-        self.vae, self.size, self.next, self.device, self.most, self.items = vae, size, seed, device, most, []
+        self.vae, self.size, self.next, self.device, self.most, self.items = (
+            vae,
+            size,
+            seed,
+            device,
+            most,
+            [],
+        )
 
     @torch.no_grad()
     def grow(self, count):
@@ -91,31 +116,53 @@ class Pool:
             rng = torch.Generator().manual_seed(self.next)
             cut = torch.rand((), generator=rng) < 0.33
             h, w = (int(side * 1.25) // 4 * 4 if cut else side for side in self.size)
-            top, left = (int(torch.randint(extra // 4 + 1, (), generator=rng)) * 4 for extra in (h - self.size[0], w - self.size[1]))
+            top, left = (
+                int(torch.randint(extra // 4 + 1, (), generator=rng)) * 4
+                for extra in (h - self.size[0], w - self.size[1])
+            )
             scene = world.scene(self.next, size=(h, w))
             window = slice(top, top + self.size[0]), slice(left, left + self.size[1])
             scenes.append(torch.from_numpy(scene.image[window].copy()))
             alpha = torch.from_numpy(sum(mask for _, _, mask in scene.objects)[window].copy())
-            told.append((F.avg_pool2d(alpha[None], 4).half(), scene.caption, [h, w, top, left, *self.size]))
+            told.append(
+                (F.avg_pool2d(alpha[None], 4).half(), scene.caption, [h, w, top, left, *self.size])
+            )
             self.next += 1
         x = torch.stack(scenes).permute(0, 3, 1, 2).to(self.device).float() / 127.5 - 1
-        mean, std = (part.half().cpu() for part in self.vae.encode(x.contiguous(memory_format=torch.channels_last)))
-        self.items = (self.items + [(m, s, *what) for m, s, what in zip(mean, std, told)])[-self.most:]
+        mean, std = (
+            part.half().cpu()
+            for part in self.vae.encode(x.contiguous(memory_format=torch.channels_last))
+        )
+        self.items = (
+            self.items + [(m, s, *what) for m, s, what in zip(mean, std, told, strict=False)]
+        )[-self.most :]
 
     def draw(self, count, generator):
-        chosen = [self.items[i] for i in torch.randint(len(self.items), (count,), generator=generator).tolist()]
-        mean, std, alpha, captions, time_ids = zip(*chosen)
+        chosen = [
+            self.items[i]
+            for i in torch.randint(len(self.items), (count,), generator=generator).tolist()
+        ]
+        mean, std, alpha, captions, time_ids = zip(*chosen, strict=False)
         mean, std, alpha = (torch.stack(part).float() for part in (mean, std, alpha))
         x = mean + std * torch.randn(mean.shape, generator=generator)
-        return x.to(self.device), alpha.to(self.device), captions, torch.tensor(time_ids).float().to(self.device)
+        return (
+            x.to(self.device),
+            alpha.to(self.device),
+            captions,
+            torch.tensor(time_ids).float().to(self.device),
+        )
 
 
 def fresh_networks(device):
     """UNet and text encoders; what ends a branch starts at zero, so that the first prediction is none at all."""
     torch.manual_seed(0)
-    modules = {"unet": UNet(UNetConfig.from_config(CONFIGS["unet"])),
-               "text_encoder": TextEncoder(TextConfig.from_config(CONFIGS["text_encoder"])),
-               "text_encoder_2": TextEncoder(TextConfig.from_config(CONFIGS["text_encoder_2"]), projection=True)}
+    modules = {
+        "unet": UNet(UNetConfig.from_config(CONFIGS["unet"])),
+        "text_encoder": TextEncoder(TextConfig.from_config(CONFIGS["text_encoder"])),
+        "text_encoder_2": TextEncoder(
+            TextConfig.from_config(CONFIGS["text_encoder_2"]), projection=True
+        ),
+    }
     for name, p in modules["unet"].named_parameters():
         if name.endswith(("conv2.weight", "proj_out.weight")) or name.startswith("conv_out"):
             torch.nn.init.zeros_(p)
@@ -148,27 +195,46 @@ def bfloat16(device):
 def trained_vae(args, device):
     if not (args.work / "scaling.json").exists():
         raise ValueError(f"{args.work}: no trained VAE there: run the part vae first, or unpack")
-    vae = VAE(VAEConfig.from_config(CONFIGS["vae"] | json.loads((args.work / "scaling.json").read_text())))
+    vae = VAE(
+        VAEConfig.from_config(CONFIGS["vae"] | json.loads((args.work / "scaling.json").read_text()))
+    )
     tensors = load_file(args.work / "vae.safetensors")
-    vae.load_state_dict({k.removeprefix("ema.vae."): v for k, v in tensors.items() if k.startswith("ema.")})
+    vae.load_state_dict(
+        {k.removeprefix("ema.vae."): v for k, v in tensors.items() if k.startswith("ema.")}
+    )
     return vae.to(device, memory_format=torch.channels_last).eval().requires_grad_(False)
 
 
 def train_unet(args, log, device):
     vae, modules = trained_vae(args, device), fresh_networks(device)
     state = State(modules, args.work / "unet.safetensors", args.lr, 0.999)
-    tokenizers = [Tokenizer.from_folder(HERE / "mini" / name) for name in ("tokenizer", "tokenizer_2")]
+    tokenizers = [
+        Tokenizer.from_folder(WEIGHTS / "mini" / name) for name in ("tokenizer", "tokenizer_2")
+    ]
     schedule = Schedule.from_config(SCHEDULER)
     # A stream of seeds for each size, and none twice after a restart. Small pictures first: they cost a quarter.
-    pools = {size: Pool(vae, size, (k << 32) + args.batch * state.step, device)
-             for k, size in enumerate([(64, 64), (128, 128), (112, 144), (144, 112), (96, 96)])}
+    pools = {
+        size: Pool(vae, size, (k << 32) + args.batch * state.step, device)
+        for k, size in enumerate([(64, 64), (128, 128), (112, 144), (144, 112), (96, 96)])
+    }
 
     def loss_of(step):
         rng = torch.Generator().manual_seed(step)
         late = state.seconds > args.small * 60 * args.minutes
         pick = float(torch.rand((), generator=rng))
-        size = ((128, 128) if pick < 0.7 else (112, 144) if pick < 0.78 else (144, 112) if pick < 0.86 else (96, 96)) if late else (
-            (64, 64) if pick < 0.9 else (96, 96))
+        size = (
+            (
+                (128, 128)
+                if pick < 0.7
+                else (112, 144)
+                if pick < 0.78
+                else (144, 112)
+                if pick < 0.86
+                else (96, 96)
+            )
+            if late
+            else ((64, 64) if pick < 0.9 else (96, 96))
+        )
         count = max(1, args.batch * 64 * 64 // (size[0] * size[1])) * (2 if late else 1)
         pool = pools[size]
         pool.grow(count if len(pool.items) < 32 * count else -(-count // 4))
@@ -177,37 +243,77 @@ def train_unet(args, log, device):
         # Captions: one in ten is dropped to zeros, three in a hundred are empty, so that both kinds of unconditional are learned.
         lot = torch.rand(count, generator=rng)
         captions = ["" if 0.10 <= lot[i] < 0.13 else c for i, c in enumerate(captions)]
-        ids = [torch.tensor([tokenizer(c) for c in captions], device=device) for tokenizer in tokenizers]
+        ids = [
+            torch.tensor([tokenizer(c) for c in captions], device=device)
+            for tokenizer in tokenizers
+        ]
         keep = (lot >= 0.10).to(device)
 
         eps = torch.randn(x_0.shape, generator=rng).to(device)
-        t = ((torch.arange(count) + torch.rand(count, generator=rng)) * 1000 / count).long().clamp(max=999)  # spread evenly: a steadier gradient
+        t = (
+            ((torch.arange(count) + torch.rand(count, generator=rng)) * 1000 / count)
+            .long()
+            .clamp(max=999)
+        )  # spread evenly: a steadier gradient
         weight = (5 / schedule.snr(t)).clamp(max=1).float().to(device)  # min-SNR with gamma 5
         x_t = schedule.add_noise(x_0, eps, t).contiguous(memory_format=torch.channels_last)
         with bfloat16(device):
-            (first, _), (second, pooled) = (modules[name](i) for name, i in zip(("text_encoder", "text_encoder_2"), ids))
+            (first, _), (second, pooled) = (
+                modules[name](i)
+                for name, i in zip(("text_encoder", "text_encoder_2"), ids, strict=False)
+            )
             context = torch.cat([first, second], dim=-1) * keep[:, None, None]
-            prediction = modules["unet"](x_t, t.to(device), context, pooled * keep[:, None], time_ids)
+            prediction = modules["unet"](
+                x_t, t.to(device), context, pooled * keep[:, None], time_ids
+            )
         # Objects are a sixth of a picture and most of what there is to learn: they count threefold, until the learning rate falls.
-        objects = 1 + 2 * alpha if state.seconds < FLAT * 60 * args.minutes else torch.ones_like(alpha)
-        error = ((prediction.float() - eps).square() * objects).mean((1, 2, 3)) / objects.mean((1, 2, 3))
+        objects = (
+            1 + 2 * alpha if state.seconds < FLAT * 60 * args.minutes else torch.ones_like(alpha)
+        )
+        error = ((prediction.float() - eps).square() * objects).mean((1, 2, 3)) / objects.mean(
+            (1, 2, 3)
+        )
         return (weight * error).mean()
 
     train(state, args.minutes, args.lr, loss_of, log)
 
 
-DEFAULTS = {"vae": {"minutes": 24, "batch": 16}, "unet": {"minutes": 97, "batch": 32}}  # as weights/mini was made, see README.md there
+DEFAULTS = {
+    "vae": {"minutes": 24, "batch": 16},
+    "unet": {"minutes": 97, "batch": 32},
+}  # as weights/mini was made, see README.md there
 
 
 def main(argv=None):
     parser = cli.parser(__doc__)
     parser.add_argument("part", choices=("vae", "unet", "pack", "unpack"))
-    parser.add_argument("--minutes", type=cli.POSITIVE, help="of training in all, earlier runs counted in (default: 24, 97)")
-    parser.add_argument("--batch", type=cli.COUNT, help="crops of 64 pixels (default: 16), pictures of 64 pixels (default: 32; half as many later)")
+    parser.add_argument(
+        "--minutes",
+        type=cli.POSITIVE,
+        help="of training in all, earlier runs counted in (default: 24, 97)",
+    )
+    parser.add_argument(
+        "--batch",
+        type=cli.COUNT,
+        help="crops of 64 pixels (default: 16), pictures of 64 pixels (default: 32; half as many later)",
+    )
     parser.add_argument("--lr", type=cli.POSITIVE, default=1e-3, help="at its peak (default: 1e-3)")
-    parser.add_argument("--small", type=cli.SHARE, help="share of the UNet's time on small pictures, before the others (default: 0.3; 0 to go on)")
-    parser.add_argument("--decoder-only", action="store_true", help="train the VAE's decoder on the latents as they are")
-    parser.add_argument("--work", type=Path, default=HERE.parent / "out" / "mini", help="folder of states and logs (default: out/mini)")
+    parser.add_argument(
+        "--small",
+        type=cli.SHARE,
+        help="share of the UNet's time on small pictures, before the others (default: 0.3; 0 to go on)",
+    )
+    parser.add_argument(
+        "--decoder-only",
+        action="store_true",
+        help="train the VAE's decoder on the latents as they are",
+    )
+    parser.add_argument(
+        "--work",
+        type=Path,
+        default=WEIGHTS.parent / "out" / "mini",
+        help="folder of states and logs (default: out/mini)",
+    )
     parser.add_argument("--threads", type=cli.COUNT, default=torch.get_num_threads())
     args = parser.parse_args(argv)
     if args.decoder_only and args.part != "vae" or args.small is not None and args.part != "unet":
@@ -225,7 +331,9 @@ def main(argv=None):
         with open(args.work / f"{args.part}.log", "a") as f:
             f.write(line + "\n")
 
-    {"vae": train_vae, "unet": train_unet}[args.part](args, log, torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+    {"vae": train_vae, "unet": train_unet}[args.part](
+        args, log, torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    )
 
 
 if __name__ == "__main__":
