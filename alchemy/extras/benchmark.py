@@ -3,8 +3,9 @@
 FOLDER is the `dataset` folder of github.com/google/dreambooth, or a part of it: a folder of photos
 per subject and prompts_and_classes.txt. Each subject is trained; for each of its 25 prompts and 4
 seeds, one image is generated in one stage (text to image) and one in two (Image-Alchemy); both sets
-are scored. A training run that was stopped is resumed, and an image that is there is kept. With
-torchrun, each rank takes its share of the subjects.
+are scored. A scene in which the class was not found is scored as it is, and counted as failed. A
+training run that was stopped is resumed, and an image that is there is kept. With torchrun, each
+rank takes its share of the subjects.
 """
 
 import argparse
@@ -104,17 +105,19 @@ def train_subject(args: argparse.Namespace, photos: Path, class_word: str, out: 
         raise ValueError(f"{photos}: train.py ended with status {status}; its message is above")
 
 
-def generate(sdxl: object, job: Job, args: argparse.Namespace, class_word: str) -> Image.Image:
-    """The image of a job, the subject's LoRA being on sdxl."""
+def generate(
+    sdxl: object, job: Job, args: argparse.Namespace, class_word: str
+) -> tuple[Image.Image, bool]:
+    """The image of a job, the subject's LoRA being on sdxl, and whether the subject is in it."""
     options = {"seed": job.seed, "size": args.size, "steps": args.steps}
     if job.stage == "one":
-        return pipeline.text_to_image(sdxl, job.prompt, **options)
+        return pipeline.text_to_image(sdxl, job.prompt, **options), True
     try:
-        return insertion.insert(sdxl, job.scene, class_word, args.token, **options).result
+        return insertion.insert(sdxl, job.scene, class_word, args.token, **options).result, True
     except ValueError as error:  # the class was not found in the scene, which stays as it is
         cli.say(f"{job.path}: {error}")
         with lora.lora_scale(sdxl, 0):
-            return pipeline.text_to_image(sdxl, job.scene, **options)
+            return pipeline.text_to_image(sdxl, job.scene, **options), False
 
 
 def facts_of(job: Job, args: argparse.Namespace) -> dict:
@@ -138,8 +141,8 @@ def run_subject(args: argparse.Namespace, subject: str, class_word: str, prompts
     alchemy.load_lora(sdxl, out / "lora.safetensors")
     for job in cli.progress(missing, len(missing), subject):
         job.path.parent.mkdir(exist_ok=True)
-        image = generate(sdxl, job, args, class_word)
-        png.save(image, job.path, facts_of(job, args))
+        image, inserted = generate(sdxl, job, args, class_word)
+        png.save(image, job.path, facts_of(job, args) | {"inserted": inserted})
 
 
 def score_subject(args: argparse.Namespace, subject: str, dino: Encoder, clip: Clip) -> list[dict]:
@@ -152,8 +155,9 @@ def score_subject(args: argparse.Namespace, subject: str, dino: Encoder, clip: C
         prompts = evaluate.find_prompts(paths, None, args.token)
         rows, summary = evaluate.score(paths, photos, dino, clip, prompts)
         evaluate.write_scores(rows, summary, paths, cli.folder(f"{folder}-scores"))
-        figures = {name: summary[name] for name in FIGURES}
-        found.append({"subject": subject, "stages": stage, "images": len(rows), **figures})
+        failed = [path for path in paths if not png.facts_of(path)["inserted"]]
+        row = {"subject": subject, "stages": stage, "images": len(rows), "failed": len(failed)}
+        found.append(row | {name: summary[name] for name in FIGURES})
     return found
 
 
@@ -175,10 +179,10 @@ def run(args: argparse.Namespace) -> None:
     for stage in ("one", "two"):
         chosen = [row for row in rows if row["stages"] == stage]
         summary = {name: evaluate.mean(row[name] for row in chosen) for name in FIGURES}
-        total = sum(row["images"] for row in chosen)
-        rows.append({"subject": "all", "stages": stage, "images": total, **summary})
+        summary |= {name: sum(row[name] for row in chosen) for name in ("images", "failed")}
+        rows.append({"subject": "all", "stages": stage} | summary)
     for name, *figures in PUBLISHED:
         rows.append({"subject": name} | dict(zip(FIGURES, figures, strict=True)))
-    print(evaluate.format_table(rows, ("subject", "stages", "images", *FIGURES)))
+    print(evaluate.format_table(rows, ("subject", "stages", "images", "failed", *FIGURES)))
     save_json(rows, out / "benchmark.json")
     cli.wrote(out / "benchmark.json")

@@ -194,7 +194,9 @@ def format_table(rows: list[dict], columns: Iterable[str]) -> str:
     cells = [list(columns)]
     for row in rows:
         values = [row.get(column) for column in columns]
-        cells.append([f"{v:.3f}" if isinstance(v, float) else str(v or "-") for v in values])
+        cells.append(
+            [f"{v:.3f}" if isinstance(v, float) else str("-" if v is None else v) for v in values]
+        )
     widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
     lines = []
     for first, *others in cells:

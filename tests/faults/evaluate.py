@@ -108,6 +108,11 @@ FAULTS = {
         ("images of other settings are kept", "png.check(job.path, facts_of(job, args))", "pass"),
         ("what is there is generated again", "if job.path.exists():", "if False:"),
         ("subjects without a folder", "if (folder / name).is_dir()", "if True"),
+        (
+            "a failed insertion counts as done",
+            "job.scene, **options), False",
+            "job.scene, **options), True",
+        ),
         ("one seed for all", "for seed in range(seeds):", "for seed in range(seeds)[:1]:"),
     ),
 }
