@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor, nn
 
+from .. import images
 from ..clip import TextConfig, TextEncoder
 from ..formats.checkpoint import VOCABULARY, Blank
 from ..formats.hub import config_of, find, weight_files
@@ -81,6 +82,21 @@ class Clip:
         ids = torch.tensor([self.tokenizer(prompt) for prompt in prompts])
         _, pooled = self.text_encoder(ids.to(device))
         return F.normalize(pooled.cpu(), dim=-1)
+
+
+def load_toy() -> Callable[[Iterable[Image.Image]], Tensor]:
+    """An encoder for images of the miniature's world: the features of its classifier, length 1."""
+    from weights.toy import classifier
+
+    network = classifier.load()
+
+    @torch.no_grad()
+    def encode(pictures: Iterable[Image.Image]) -> Tensor:
+        resized = [image.resize((128, 128), Image.LANCZOS) for image in pictures]
+        pixels = torch.cat([images.to_tensor(image) for image in resized])
+        return F.normalize(network.features(pixels), dim=-1)
+
+    return encode
 
 
 def load_weights(

@@ -147,7 +147,7 @@ def validation_scores(
     """How a training run stands: likeness of the subject's previews to the photos, and of the class
     previews to the base model's images of the class; `score` is the mean of the two.
 
-    encode: an Encoder, or toy_encoder() for the miniature. The subject figure rises while the
+    encode: an Encoder, or encoders.load_toy() for the miniature. The subject figure rises while the
     subject is learned, the class figure falls as the class is lost: the best step has both.
     """
     likeness = float(fidelity(encode(subject), encode(photos)).mean())

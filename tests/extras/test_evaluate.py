@@ -167,3 +167,17 @@ def test_bad_input_ends_in_one_line(argv, message, tmp_path, monkeypatch):
     (tmp_path / "p.txt").write_text("a dog\n")
     refused(call_main(evaluate.main, *argv), message)
     assert not (tmp_path / "out" / "scores").exists() or not list((tmp_path / "out").rglob("*.*"))
+
+
+def test_the_toy_encoder_tells_a_subject_from_others_of_its_class():
+    from weights.toy import world
+
+    encode, (one, other) = encoders.load_toy(), world.CLASSES["dog"][:2]
+
+    def scenes(instance, first_seed):
+        made = [world.scene(first_seed + k, "any", instance=instance) for k in range(4)]
+        return encode(Image.fromarray(scene.image) for scene in made)
+
+    photos = scenes(one, 100)
+    likeness = evaluate.fidelity(scenes(one, 200), photos).mean()
+    assert likeness > evaluate.fidelity(scenes(other, 200), photos).mean() + 0.05

@@ -54,10 +54,14 @@ class Classifier(nn.Module):
             [nn.Linear(2 * widths[-1], len(names)) for names in (WORDS, INSTANCES, PLACES)]
         )
 
-    def forward(self, x):
+    def features(self, x):
+        """(B,384): the largest and the mean response of each channel."""
         x = self.blocks(F.relu(self.stem(x)))
-        x = torch.cat([x.amax((2, 3)), x.mean((2, 3))], dim=1)
-        return [head(x) for head in self.heads]
+        return torch.cat([x.amax((2, 3)), x.mean((2, 3))], dim=1)
+
+    def forward(self, x):
+        features = self.features(x)
+        return [head(features) for head in self.heads]
 
     @torch.no_grad()
     def name(self, pictures):
