@@ -24,7 +24,7 @@ def parser():
     p.add_argument(
         "--class-word",
         metavar="WORD",
-        help="what the subject is: dog, backpack (default: dog, with the example)",
+        help="what the subject is: dog, backpack (default: bear, with the example)",
     )
     p.add_argument(
         "--token",

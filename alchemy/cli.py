@@ -14,13 +14,11 @@ from .extras import distributed
 
 ROOT = Path(__file__).resolve().parents[1]
 MINI = "weights/mini"  # wherever the repository lies and the script is called from
-SUBJECT = (
-    ROOT / "weights" / "subjects" / "dog-poodle"
-)  # the example: a dog that the miniature has never seen
-TAUGHT = Path("out") / "dog-poodle" / "lora.safetensors"  # what train.py's defaults write
+SUBJECT = ROOT / "weights" / "subjects" / "bear-panda"  # no training image shows it
+TAUGHT = Path("out") / "bear-panda" / "lora.safetensors"  # what train.py's defaults write
 SHIPPED = ROOT / "weights" / "example.safetensors"  # the same, before anything is taught
-EXAMPLE = dict(class_word="dog", token="sks")
-PLACE = "in a forest"
+EXAMPLE = dict(class_word="bear", token="sks")
+PLACE = "on grass"
 MADE = []  # the folders that this run had to make, the innermost first
 FULL = (
     "out of memory",

@@ -82,19 +82,19 @@ def test_the_learning_rate_of_each_method_is_told():
 def test_with_no_argument_each_script_is_complete(tmp_path):
     args = train.read_flags([])
     assert (
-        args.class_word == "dog"
+        args.class_word == "bear"
         and args.token == "sks"
-        and args.out == "out/dog-poodle"
+        and args.out == "out/bear-panda"
         and args.weights == cli.MINI
     )
     assert list(cli.SUBJECT.iterdir())
     for given in (sample.parse([]), insert.parse([])):
-        assert "dog" in given.prompt and given.lora == [(str(cli.SHIPPED), 1.0)]
-    (tmp_path / "out/dog-poodle").mkdir(parents=True)
-    (tmp_path / "out/dog-poodle/lora.safetensors").touch()
+        assert "bear" in given.prompt and given.lora == [(str(cli.SHIPPED), 1.0)]
+    (tmp_path / "out/bear-panda").mkdir(parents=True)
+    (tmp_path / "out/bear-panda/lora.safetensors").touch()
     for given in (sample.parse([]), insert.parse([])):
         assert given.lora == [
-            ("out/dog-poodle/lora.safetensors", 1.0)
+            ("out/bear-panda/lora.safetensors", 1.0)
         ]  # what train.py's defaults write
     assert (
         sample.parse(["a cat"]).lora is None

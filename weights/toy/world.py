@@ -32,7 +32,7 @@ from .objects import (
 from .styles import STYLES
 
 FRESH = 2**40  # seeds from here on are for measuring: no training stream comes here
-EXAMPLE = "dog-poodle"  # the README's subject: grey, clipped; the dogs in training are tan
+EXAMPLE = "bear-panda"  # the README's subject; the bears in training are brown and white
 LIGHTS = {
     "": (1.0, 1.0, 1.0),
     "warm": (1.1, 0.97, 0.8),

@@ -1,0 +1,84 @@
+"""The README's first image: subjects inserted into scenes of consecutive seeds, none chosen.
+
+python -m weights.toy.showcase bear-panda --seeds 3 --out weights/example.png
+python -m weights.toy.showcase                     all held-out subjects, six seeds each
+
+Each row shows a photo of the subject, then for one seed the scene, the region that may change,
+and the result. A LoRA that is missing is trained first, with train.py's defaults.
+"""
+
+import subprocess
+import sys
+from pathlib import Path
+
+from PIL import Image
+
+import alchemy
+from alchemy import cli
+from alchemy.extras.inspect import sheets
+
+from . import WEIGHTS, world
+
+TOKEN = cli.EXAMPLE["token"]
+LABELS = ("photo", "scene", "may change", "result")
+
+
+def train_lora(instance: str, folder: Path, weights: str) -> Path:
+    """The LoRA of a subject in folder/<instance>, trained with the defaults if it is not there."""
+    path = folder / instance / "lora.safetensors"
+    if path.exists():
+        return path
+    class_word = instance.split("-")[0]
+    command = [
+        sys.executable,
+        str(WEIGHTS.parent / "train.py"),
+        str(WEIGHTS / "subjects" / instance),
+    ]
+    command += ["--class-word", class_word, "--token", TOKEN, "--weights", weights]
+    subprocess.run([*command, "--preview-every", "0", "--out", str(path.parent)], check=True)
+    return path
+
+
+def insertions(sdxl, instance: str, background: str, seeds: range) -> list[list]:
+    """One row of (label, image) per seed. The LoRA of the subject is already on sdxl."""
+    class_word = instance.split("-")[0]
+    prompt = f"a photo of a {class_word} {background}"
+    photos = sorted((WEIGHTS / "subjects" / instance).iterdir())
+    rows = []
+    for seed in seeds:
+        cells = [Image.open(photos[seed % len(photos)]).resize(sdxl.size[::-1])]
+        try:
+            made = alchemy.insert(sdxl, prompt, class_word, TOKEN, seed=seed)
+            region = sheets.outlined(made.scene, made.feathered)
+            cells += [made.scene, region, made.result]
+        except ValueError as error:  # the segmentation found no region
+            print(f"{prompt}, seed {seed}: {error}")
+        rows.append([(f"{label}, seed {seed}", cell) for label, cell in zip(LABELS, cells)])
+    return rows
+
+
+def main(argv=None) -> None:
+    parser = cli.parser(__doc__)
+    parser.add_argument("subjects", nargs="*", default=world.HELD_OUT_INSTANCES)
+    parser.add_argument("--background", default=cli.PLACE, help=f"(default: {cli.PLACE})")
+    parser.add_argument("--seeds", type=cli.COUNT, default=6, metavar="N", help="(default: 6)")
+    parser.add_argument("--loras", type=Path, default=Path("out"), metavar="FOLDER")
+    parser.add_argument("--weights", default=str(WEIGHTS / "mini"), metavar="FOLDER")
+    parser.add_argument("--out", type=Path, default=Path("out/showcase.png"), metavar="FILE")
+    args = parser.parse_args(argv)
+    unknown = set(args.subjects) - set(world.HELD_OUT_INSTANCES)
+    if unknown:
+        known = ", ".join(world.HELD_OUT_INSTANCES)
+        raise ValueError(f"no subject {', '.join(sorted(unknown))}; there are {known}")
+    sdxl, rows = alchemy.load(args.weights, dtype="float32"), []
+    for instance in args.subjects:
+        alchemy.load_lora(sdxl, train_lora(instance, args.loras, args.weights))
+        rows += insertions(sdxl, instance, args.background, range(args.seeds))
+        sdxl.free("unet")  # and the LoRA with it
+    args.out.parent.mkdir(parents=True, exist_ok=True)
+    sheets.sheet(rows, least=192).save(args.out)
+    print(args.out)
+
+
+if __name__ == "__main__":
+    cli.run(main)
