@@ -348,7 +348,7 @@ def memory(b):
 def merging(b):
     import alchemy
     from alchemy import lora
-from alchemy.extras import optimizations
+    from alchemy.extras import optimizations
 
     sdxl, plain = b.load(), b.load()
     for p in alchemy.add_lora(sdxl, RANK):
