@@ -19,7 +19,7 @@ from ..formats.tensors import names_in
 from ..tokenizer import Tokenizer
 from .vision import VisionConfig, VisionTransformer, dino_name
 
-# Neither repository has safetensors on its main branch; these revisions add them.
+# The main branches hold pickles alone; these revisions add safetensors (the Hub's conversion bot).
 DINO = "facebook/dino-vits16@refs/pr/1"
 CLIP = "openai/clip-vit-base-patch32@refs/pr/15"
 STATISTICS = {  # mean and standard deviation of R, G and B: ImageNet's, and those of CLIP's data
@@ -62,9 +62,11 @@ class Encoder:
         crop = self.network.config.image_size
         device = next(self.network.parameters()).device
         features = []
-        for image in pictures:
-            pixels = preprocess(image, self.resize, crop, self.mean, self.std)
-            features.append(self.network(pixels[None].to(device)).cpu())
+        # On CUDA, a convolution would round its input to 10 bits (TF32) by default.
+        with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
+            for image in pictures:
+                pixels = preprocess(image, self.resize, crop, self.mean, self.std)
+                features.append(self.network(pixels[None].to(device)).cpu())
         return F.normalize(torch.cat(features), dim=-1)
 
 
