@@ -16,8 +16,8 @@ PRES          mean cosine over all pairs of a class image and a photo; a lost cl
 DIV-prior     DIV of the class images (--prior)
 
 DINO, CLIP-I and CLIP-T are DreamBooth's (Ruiz et al. 2023, section 4.1), PRES and DIV those of its
-section 4.3, with one difference: the paper's DIV is by LPIPS, whose weights are published only as a
-pickle. DIV here is by DINO features, and does not compare with the paper's values.
+section 4.3, with one difference: the paper's DIV is by LPIPS, a network that is not implemented
+here. DIV is by DINO features instead, and does not compare with the paper's values.
 """
 
 import contextlib
@@ -29,7 +29,7 @@ from itertools import combinations, starmap
 from pathlib import Path
 from typing import Callable, Iterable
 
-from PIL import Image
+from PIL import Image, ImageOps
 from torch import Tensor
 
 from .. import cli, images
@@ -217,7 +217,8 @@ def write_scores(rows: list[dict], summary: dict, paths: list[Path], folder: Pat
     ordered = sorted(zip(rows, paths, strict=True), key=lambda pair: -pair[0]["DINO"])
     cells = []
     for row, path in ordered[:: math.ceil(len(ordered) / 60)]:
-        cells.append((f"{row['DINO']:.3f} {path.name}", images.read(path)))
+        image = ImageOps.contain(images.read(path), (256, 256))
+        cells.append((f"{row['DINO']:.3f} {path.name}", image))
     grid = [cells[k : k + 6] for k in range(0, len(cells), 6)]
     png.save(sheets.sheet(grid, least=128), written[2], summary)
     return written

@@ -148,6 +148,15 @@ def test_masks_of_a_folder_and_a_prior_set_add_their_figures(folders, tmp_path, 
     assert mean["leakage"] == pytest.approx(1, abs=1e-5)
 
 
+def test_an_image_without_a_mask_is_named_and_left_out(tmp_path, capsys):
+    paths = sorted(photos(tmp_path / "made", 2).iterdir())
+    (tmp_path / "masks").mkdir()
+    Image.new("L", Image.open(paths[1]).size, 255).save(tmp_path / "masks" / "1.png")
+    masks = evaluate.find_masks(paths, str(tmp_path / "masks"), None, None)
+    assert list(masks) == ["1.png"]
+    assert "left out of DINO-subject and leakage" in capsys.readouterr().err
+
+
 BAD = {
     "no photos": (["made"], "two folders are needed"),
     "an empty folder": (["made", "empty"], "empty: no "),
