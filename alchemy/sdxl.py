@@ -101,7 +101,7 @@ class SDXL:
         """
         size = size or self.size
         for prompt in prompts:
-            lost = prompt and self.tokenizers[0].lost(prompt)
+            lost = prompt and self.tokenizers[0].truncated_text(prompt)
             if lost:
                 warnings.warn(f"prompt too long, these words are lost: {lost!r}", stacklevel=2)
         ids = [

@@ -19,7 +19,7 @@ def positions(sdxl, prompt, word):
     """Where the word's tokens stand among the 77 of the prompt. Raises ValueError where it is not there."""
     found = sdxl.tokenizers[0].find(prompt, word)
     if not found:
-        cut = sdxl.tokenizers[0].lost(prompt)
+        cut = sdxl.tokenizers[0].truncated_text(prompt)
         raise ValueError(
             f"the word {word!r} is not in the prompt {prompt!r}"
             + (f", of which {cut!r} is cut off" if cut else "")

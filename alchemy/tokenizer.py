@@ -1,79 +1,143 @@
-"""CLIP's byte-level BPE: a prompt becomes exactly 77 ids, BOS + at most 75 pieces + EOS + padding.
+"""CLIP's byte-level BPE: a prompt becomes exactly 77 ids, BOS + at most 75 tokens + EOS + padding.
 
-The text is normalised, split into words by Unicode category, and the UTF-8 bytes of each word are merged pair by pair in the order
-learnt (Sennrich et al. 2016). The ids are those of transformers' CLIPTokenizer, which leaves out the ftfy and html.unescape of
-OpenAI's own code. "(word:1.2)" has no meaning here: signs, letters and digits like any others.
+The text is normalized and split into words by Unicode category; the UTF-8 bytes of each word are
+then merged pair by pair in the order in which the pairs were learned (Sennrich et al. 2016).
+The ids equal those of transformers' CLIPTokenizer, which omits the ftfy and html.unescape steps of
+OpenAI's code. Weighted syntax such as "(word:1.2)" has no meaning here.
 """
 
+import heapq
 import json
 import re
 import unicodedata
-from functools import lru_cache
-from itertools import accumulate, pairwise
+from collections.abc import Iterable
 from pathlib import Path
+from typing import Any, NamedTuple
 
-BOS, EOS, ROOM = "<|startoftext|>", "<|endoftext|>", 75
-WHITE = re.compile(
-    "[\t-\r \x85\xa0\u1680\u2000-\u200a\u2028\u2029\u202f\u205f\u3000]+"
-)  # Python's \s also takes \x1c-\x1f
-FIXED = re.compile(r"<\|(?:start|end)oftext\|>|'(?:s|t|re|ve|m|ll|d)")
-RUN = re.compile(
-    r" |L+|N|[MS]+"
-)  # of categories: a numeral stands alone, a mark (M) is no letter but a sign
-# A byte is written as one visible character: itself where it is printable Latin-1, else the next from U+0100 on.
-PRINTABLE = [*range(33, 127), *range(161, 173), *range(174, 256)]
-BYTE = {b: chr(b) for b in PRINTABLE} | {
-    b: chr(256 + n) for n, b in enumerate(sorted({*range(256)} - {*PRINTABLE}))
-}
-UNBYTE = {char: byte for byte, char in BYTE.items()}
+BOS = "<|startoftext|>"
+EOS = "<|endoftext|>"
+MAX_TOKENS = 75  # of the prompt itself; with BOS and EOS, 77 positions
+CACHED_WORDS = 1 << 16
+
+# Unicode white space. Python's \s also matches \x1c to \x1f, the reference does not.
+WHITE_SPACE = re.compile("[\t-\r \x85\xa0\u1680\u2000-\u200a\u2028\u2029\u202f\u205f\u3000]+")
+# Matched as a whole where a word starts: in `"'s` the apostrophe belongs to the other signs.
+LITERALS = re.compile(r"<\|(?:start|end)oftext\|>|'(?:s|t|re|ve|m|ll|d)")
 
 
-def normalise(text):
-    # Lower case one character at a time: "ΟΔΟΣ".lower() heeds the neighbours and ends in ς, the reference in σ.
-    return "".join(char.lower() for char in WHITE.sub(" ", unicodedata.normalize("NFC", text)))
+def byte_to_symbol() -> dict[int, str]:
+    """One visible character per byte: printable Latin-1 stands for itself, others from U+0100."""
+    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    symbols = {byte: chr(byte) for byte in printable}
+    for byte in range(256):
+        if byte not in symbols:
+            symbols[byte] = chr(256 + len(symbols) - len(printable))
+    return symbols
 
 
-def split(text):
-    """Yield (word, joined) of normalised text; joined: it touches the word before, with neither a gap nor a sign between."""
-    sorts, start = (
-        "".join(c if c == " " else re.sub("[^LNM]", "S", unicodedata.category(c)[0]) for c in text),
-        0,
-    )
+BYTE_TO_SYMBOL = byte_to_symbol()
+SYMBOL_TO_BYTE = {symbol: byte for byte, symbol in BYTE_TO_SYMBOL.items()}
+
+
+def byte_symbols(text: str) -> list[str]:
+    """The UTF-8 bytes of the text, each as its visible character."""
+    return [BYTE_TO_SYMBOL[byte] for byte in text.encode("utf-8", "replace")]
+
+
+def normalize(text: str) -> str:
+    """NFC, runs of white space to one blank, lower case."""
+    text = WHITE_SPACE.sub(" ", unicodedata.normalize("NFC", text))
+    # Character by character: "ΟΔΟΣ".lower() is context-sensitive and ends in ς, the reference in σ.
+    return "".join(char.lower() for char in text)
+
+
+def char_class(char: str) -> str:
+    """ " " for a blank, "L" for a letter, "N" for a number, "M" for a mark, "S" for the rest."""
+    if char == " ":
+        return char
+    category = unicodedata.category(char)[0]
+    return category if category in "LNM" else "S"
+
+
+def run_end(text: str, start: int) -> int:
+    """End of the word that starts at `start`: letters, one number, or a run of anything else."""
+    first = char_class(text[start])
+    end = start + 1
+    if first == "N":
+        return end
+    # A mark is not a letter: it continues a run of signs and ends a run of letters.
+    allowed = "L" if first == "L" else "MS"
+    while end < len(text) and char_class(text[end]) in allowed:
+        end += 1
+    return end
+
+
+def split_words(text: str) -> list[tuple[str, bool]]:
+    """Normalized text as (word, joined) pairs; joined: no blank and no sign precedes the word."""
+    words = []
+    start = 0
     while start < len(text):
-        fixed = FIXED.match(
-            text, start
-        )  # only where a word starts: in `"'s` the apostrophe belongs to the signs
-        end = (fixed or RUN.match(sorts, start)).end()
-        word, joined = (
-            text[start:end],
-            start > 0 and not {*sorts[start - 1 : start + 1]} & {" ", "S"},
-        )
-        if (
-            fixed and word[0] == "<"
-        ):  # "<|ENDOFTEXT|>" where only the lower case is special: its "|>" takes no further signs
-            yield from ((part, False) for part in (word[:2], word[2:-2], word[-2:]))
-        elif word != " ":
-            yield word, joined
+        if text[start] == " ":
+            start += 1
+            continue
+        literal = LITERALS.match(text, start)
+        end = literal.end() if literal else run_end(text, start)
+        word = text[start:end]
+        if literal and word.startswith("<"):
+            # "<|ENDOFTEXT|>" is not special, but its "|>" does not absorb the signs that follow.
+            words += [(word[:2], False), (word[2:-2], False), (word[-2:], False)]
+        else:
+            touches = start > 0 and char_class(text[start - 1]) not in " S"
+            words.append((word, touches and char_class(text[start]) != "S"))
         start = end
+    return words
 
 
-def letters(text):
-    return [BYTE[byte] for byte in text.encode("utf-8", "replace")]
+class Word(NamedTuple):
+    """The ids of a word, and whether it continues the word before (see split_words)."""
+
+    ids: list[int]
+    joined: bool
 
 
-def read(file, default=None):
+def read(file: Path, default: str | None = None) -> Any:
+    """The JSON value or text of a file; `default` stands for the text of a missing one."""
     try:
-        text = file.read_text(encoding="utf-8") if default is None or file.exists() else default
+        if default is not None and not file.exists():
+            text = default
+        else:
+            text = file.read_text(encoding="utf-8")
         return json.loads(text) if file.suffix == ".json" else text
     except (OSError, ValueError) as error:
-        raise ValueError(
-            f"{file}: cannot be read ({getattr(error, 'strerror', None) or error})"
-        ) from None
+        reason = getattr(error, "strerror", None) or error
+        raise ValueError(f"{file}: cannot be read ({reason})") from None
+
+
+def read_vocabulary(folder: Path) -> tuple[dict[str, int], list[tuple[str, str]], dict[str, int]]:
+    """(vocab, merges, added tokens) from vocab.json and merges.txt, or from tokenizer.json."""
+    if (folder / "vocab.json").exists() or not (folder / "tokenizer.json").exists():
+        vocab = read(folder / "vocab.json")
+        lines = read(folder / "merges.txt").split("\n")
+        pairs = [line.split() for line in lines if not line.startswith("#version")]
+        merges = [tuple(pair) for pair in pairs if len(pair) == 2]
+        return vocab, merges, read(folder / "added_tokens.json", "{}")
+
+    content = read(folder / "tokenizer.json")
+    merges = []
+    for pair in content["model"]["merges"]:  # "a b", or since transformers 4.45 ["a", "b"]
+        merges.append(tuple(pair.split() if isinstance(pair, str) else pair))
+    added = {token["content"]: token["id"] for token in content["added_tokens"]}
+    return content["model"]["vocab"], merges, added
 
 
 class Tokenizer:
-    """`special` maps literal tokens to their ids. The padding token is looked for in the text as typed, the others after normalisation
-    and so in any case of letters. Tokenizer 2 pads with "!", so "!" is id 0 there, wherever it stands."""
+    """Prompts to ids.
+
+    vocab: {token: id}. merges: pairs of tokens, the first learned first. pad: id of the padding.
+    special: {literal text: id}; these are matched anywhere, inside words too. The padding token is
+    matched in the text as typed, the others after normalization and so in any case of letters.
+    SDXL's second tokenizer pads with "!", so every "!" has id 0 there.
+    """
 
     def __init__(
         self,
@@ -82,126 +146,167 @@ class Tokenizer:
         pad: int,
         special: dict[str, int],
     ):
-        self.vocab, self.pad, self.rank = vocab, pad, {pair: n for n, pair in enumerate(merges)}
-        self.special = {normalise(token): (i,) for token, i in special.items()}
-        self.written = {i: token for token, i in vocab.items()} | {
-            i: "".join(letters(token)) for token, i in special.items()
-        }
+        self.vocab = vocab
+        self.pad = pad
+        self.merge_ranks = {pair: rank for rank, pair in enumerate(merges)}
+        self.special = {normalize(token): [i] for token, i in special.items()}
+        self.id_to_token = {i: token for token, i in vocab.items()}
+        for token, i in special.items():
+            self.id_to_token[i] = "".join(byte_symbols(token))
+        self.cache: dict[str, list[int]] = {}  # {word: ids}
 
     @classmethod
-    def from_folder(cls, path, pad: int | None = None):
-        """Read vocab.json, merges.txt and the small files beside them, or a tokenizer.json as transformers 5 saves it."""
+    def from_folder(cls, path: str | Path, pad: int | None = None) -> "Tokenizer":
+        """Read vocab.json, merges.txt and the small files beside them, or a tokenizer.json alone.
+
+        Raises ValueError, in one line that names the file, if it cannot be read or is incomplete.
+        """
         folder = Path(path)
         try:
-            names = read(folder / "tokenizer_config.json", "{}") | read(
-                folder / "special_tokens_map.json", "{}"
-            )
-            if (folder / "vocab.json").exists() or not (folder / "tokenizer.json").exists():
-                vocab, added = read(folder / "vocab.json"), read(folder / "added_tokens.json", "{}")
-                merges = re.findall(
-                    r"(\S+) (\S+)", read(folder / "merges.txt")
-                )  # the header is one more pair, that never occurs
-            else:
-                whole = read(folder / "tokenizer.json")
-                vocab, added = (
-                    whole["model"]["vocab"],
-                    {token["content"]: token["id"] for token in whole["added_tokens"]},
-                )
-                merges = [
-                    tuple(pair.split() if isinstance(pair, str) else pair)
-                    for pair in whole["model"]["merges"]
-                ]
-            if (
-                vocab[EOS] == 49407 and vocab["".join(merges[-1])] != 49405
-            ):  # a file cut short would give other ids
+            config = read(folder / "tokenizer_config.json", "{}")
+            config |= read(folder / "special_tokens_map.json", "{}")
+            vocab, merges, added = read_vocabulary(folder)
+            # The last merge of CLIP makes id 49405; a truncated file would silently change ids.
+            if vocab[EOS] == 49407 and vocab["".join(merges[-1])] != 49405:
                 raise ValueError(
                     f"{folder}: the merges are incomplete, the last of them is {merges[-1]}"
                 )
             special = {BOS: vocab[BOS], EOS: vocab[EOS], **added}
-            # Where no file names the padding: tokenizer.json has "!" (0) beside BOS and EOS if it is that, and then placeholders.
-            token = names.get("pad_token") or min(special.keys() - {BOS}, key=special.get)
-            token = token["content"] if isinstance(token, dict) else token
-            pad = (special.get(token) or vocab[token]) if pad is None else pad
+            if pad is None:
+                # If no file names the padding, it is the special token with the lowest id: "!" (0)
+                # if tokenizer.json lists it, else EOS. Placeholders have higher ids.
+                token = config.get("pad_token") or min(special.keys() - {BOS}, key=special.get)
+                token = token["content"] if isinstance(token, dict) else token
+                pad = special[token] if token in special else vocab[token]
             return cls(vocab, merges, pad, special)
         except (KeyError, TypeError, AttributeError, IndexError) as error:
-            raise ValueError(
-                f"{folder}: not a CLIP vocabulary ({type(error).__name__}: {error})"
-            ) from None
+            problem = f"{type(error).__name__}: {error}"
+            raise ValueError(f"{folder}: not a CLIP vocabulary ({problem})") from None
 
     def __call__(self, text: str) -> list[int]:
-        ids = [i for word, _ in self._words(text) for i in word][
-            :ROOM
-        ]  # EOS is never cut off: the pooled vector is there
-        return [self.vocab[BOS], *ids, self.vocab[EOS]] + [self.pad] * (ROOM - len(ids))
+        """The 77 ids of a prompt: cut to 75 first, so that EOS, the pooled position, remains."""
+        ids = [i for word in self._words(text) for i in word.ids]
+        ids = ids[:MAX_TOKENS]
+        padding = [self.pad] * (MAX_TOKENS - len(ids))
+        return [self.vocab[BOS], *ids, self.vocab[EOS], *padding]
 
-    def pieces(self, text: str) -> list[tuple[int, str]]:
-        """Id and spelling of every piece, none cut off; the first stands at position 1 of the 77."""
-        return [(i, self.decode([i])) for ids, _ in self._words(text) for i in ids]
+    def tokens(self, text: str) -> list[tuple[int, str]]:
+        """(id, text) of every token, not truncated; the first is at position 1 of the 77."""
+        ids = [i for word in self._words(text) for i in word.ids]
+        return [(i, self.decode([i])) for i in ids]
 
-    def find(self, text: str, word: str) -> list[list[int]]:
-        """The positions within the 77 of each occurrence of a word or phrase that touches no other letter or digit."""
-        words, sought = [*self._words(text), ([], False)], self._words(word)
-        starts = [*accumulate((len(ids) for ids, _ in words), initial=1)]
-        spans = [
-            (starts[n], starts[n + len(sought)])
-            for n in range(len(words) - len(sought))
-            if words[n : n + len(sought)] == sought and not words[n + len(sought)][1]
-        ]  # sought begins unjoined
-        return [[*range(start, end)] for start, end in spans if start < end <= ROOM + 1]
+    def find(self, text: str, phrase: str) -> list[list[int]]:
+        """Positions within the 77 of each occurrence of a word or phrase.
 
-    def lost(self, text: str) -> str:
-        """The words that do not fit, the first of them whole even where only its end is cut off; "" if all fit."""
+        An occurrence must not touch another letter or number, and must fit before the cut.
+        """
         words = self._words(text)
-        fits = sum(end <= ROOM for end in accumulate(len(ids) for ids, _ in words))
-        return "".join(
-            " " * (not joined) + self.decode(ids) for ids, joined in words[fits:]
-        ).strip()
+        wanted = self._words(phrase)
+        length = sum(len(word.ids) for word in wanted)
+        occurrences = []
+        position = 1  # of the first token of words[n]; BOS is at 0
+        for n, word in enumerate(words):
+            end = n + len(wanted)
+            goes_on = end < len(words) and words[end].joined
+            fits = position + length <= MAX_TOKENS + 1
+            if wanted and words[n:end] == wanted and not goes_on and fits:
+                occurrences.append([*range(position, position + length)])
+            position += len(word.ids)
+        return occurrences
+
+    def truncated_text(self, text: str) -> str:
+        """The words beyond the 75th token; a word that is cut in two is listed whole."""
+        count = 0
+        rest = ""
+        for word in self._words(text):
+            count += len(word.ids)
+            if count > MAX_TOKENS:
+                rest += ("" if word.joined else " ") + self.decode(word.ids)
+        return rest.strip()
 
     def add(self, token: str, count: int = 1) -> int:
-        """A placeholder with `count` ids of its own, from the one returned on, matched wherever it stands, inside words too."""
-        plain = normalise(token).strip()
-        if (
-            not plain
-            or {plain, plain + "</w>"} & self.vocab.keys()
-            or plain in self.special
-            or self.written[self.pad] in token
-        ):
+        """Add a placeholder of `count` new, consecutive ids; return the first of them.
+
+        Raises ValueError if the token is blank, exists already, or contains the padding token.
+        """
+        plain = normalize(token).strip()
+        exists = plain in self.special or plain in self.vocab or plain + "</w>" in self.vocab
+        if not plain or exists or self.id_to_token[self.pad] in token:
             raise ValueError(
-                f'"{token}" is blank, a token already or has one in it: choose another, such as "<my-dog>"'
+                f'"{token}" is blank, a token already or contains one; '
+                'choose another, such as "<my-dog>"'
             )
-        self.special[normalise(token)] = ids = (
-            *range(max(self.written) + 1, max(self.written) + 1 + count),
-        )
-        self.written |= dict.fromkeys(ids, "".join(letters(token)))
-        return ids[0]
+        first = max(self.id_to_token) + 1
+        ids = [*range(first, first + count)]
+        self.special[normalize(token)] = ids
+        self.id_to_token |= dict.fromkeys(ids, "".join(byte_symbols(token)))
+        return first
 
-    def decode(self, ids) -> str:
-        text = "".join(self.written[i] for i in ids).replace("</w>", BYTE[ord(" ")])
-        return bytes(UNBYTE[char] for char in text).decode("utf-8", "replace").strip()
+    def decode(self, ids: Iterable[int]) -> str:
+        """The text of some ids, in lower case; words are separated by one blank."""
+        symbols = "".join(self.id_to_token[i] for i in ids).replace("</w>", BYTE_TO_SYMBOL[32])
+        return bytes(SYMBOL_TO_BYTE[s] for s in symbols).decode("utf-8", "replace").strip()
 
-    def _words(self, text):
-        # (ids, joined) of every word. Special tokens are cut out first, the longest where several start.
-        tokens = sorted(
-            (token for token, i in self.special.items() if i != (self.pad,)), key=len, reverse=True
-        )
-        words, pattern = [], "(" + "|".join(map(re.escape, tokens)) + ")"
-        for n, typed in enumerate(text.split(self.written[self.pad])):
-            words += [([self.pad], False)] * (n > 0)
-            for m, part in enumerate(re.split(pattern, normalise(typed))):
-                words += (
-                    [([*self.special[part]], False)]
-                    if m % 2
-                    else [(self._merge(word), joined) for word, joined in split(part)]
-                )
+    def _words(self, text: str) -> list[Word]:
+        """The words of a text; a special token is a word of its own."""
+        special = {token: ids for token, ids in self.special.items() if ids != [self.pad]}
+        # The longest first, so that of two that start alike the longer one matches.
+        longest_first = sorted(special, key=len, reverse=True)
+        pattern = "(" + "|".join(map(re.escape, longest_first)) + ")"
+        words = []
+        for n, typed in enumerate(text.split(self.id_to_token[self.pad])):
+            if n > 0:
+                words.append(Word([self.pad], joined=False))
+            for part in re.split(pattern, normalize(typed)):
+                if part in special:
+                    words.append(Word(special[part], joined=False))
+                    continue
+                for word, joined in split_words(part):
+                    words.append(Word(self._word_ids(word), joined))
         return words
 
-    @lru_cache(maxsize=1 << 16)
-    def _merge(self, word):
-        # The ids of one word: join the neighbours whose pair was learnt first, wherever they stand, until no pair is known.
-        parts = (
-            "".join(f" {letter} " for letter in letters(word))[:-1] + "</w> "
-        )  # the end of a word has pieces of its own
-        while pairs := self.rank.keys() & pairwise(parts.split()):
-            first, second = min(pairs, key=self.rank.get)
-            parts = parts.replace(f" {first}  {second} ", f" {first}{second} ")
-        return [self.vocab.get(part, self.vocab[EOS]) for part in parts.split()]
+    def _word_ids(self, word: str) -> list[int]:
+        if word not in self.cache:
+            if len(self.cache) >= CACHED_WORDS:
+                self.cache.clear()
+            symbols = self._merge(byte_symbols(word))
+            self.cache[word] = [self.vocab.get(s, self.vocab[EOS]) for s in symbols]
+        return self.cache[word]
+
+    def _merge(self, symbols: list[str]) -> list[str]:
+        """Merge the pair of neighbours that was learned first, wherever it occurs, and repeat.
+
+        A heap holds (rank, left position) of every known pair, so that a word of n bytes takes
+        O(n log n). An entry is outdated if the symbol at its position has changed since.
+        """
+        symbols[-1] += "</w>"  # tokens that end a word are distinct
+        before = [*range(-1, len(symbols) - 1)]
+        after = [*range(1, len(symbols) + 1)]  # len(symbols) is the end
+
+        def rank(left: int) -> int | None:
+            right = after[left] if left >= 0 else len(symbols)
+            if right == len(symbols):
+                return None
+            return self.merge_ranks.get((symbols[left], symbols[right]))
+
+        heap = [(rank(n), n) for n in range(len(symbols)) if rank(n) is not None]
+        heapq.heapify(heap)
+        while heap:
+            # All occurrences of the best pair, left to right, before any pair that they create.
+            best = heap[0][0]
+            lefts = []
+            while heap and heap[0][0] == best:
+                lefts.append(heapq.heappop(heap)[1])
+            for left in lefts:
+                if rank(left) != best:
+                    continue
+                right = after[left]
+                symbols[left] += symbols[right]
+                symbols[right] = ""
+                after[left] = after[right]
+                if after[left] < len(symbols):
+                    before[after[left]] = left
+                for position in (before[left], left):
+                    if rank(position) is not None:
+                        heapq.heappush(heap, (rank(position), position))
+        return [symbol for symbol in symbols if symbol]

@@ -155,7 +155,7 @@ def inversion(args, sdxl, pictures):
     textual_inversion.add_word(
         sdxl, args.token, textual_inversion.start_rows(sdxl, word, args.vectors)
     )
-    if any(sdxl.tokenizers[0].lost(prompt) for prompt in prompts):
+    if any(sdxl.tokenizers[0].truncated_text(prompt) for prompt in prompts):
         raise ValueError(
             f"--vectors {args.vectors} are too many: the word has to fit, with {max(prompts, key=len)!r} around it, into the 77 tokens of a prompt"
         )

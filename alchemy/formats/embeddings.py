@@ -13,7 +13,7 @@ FORMATS = ("kohya", "diffusers")
 def save_embedding(sdxl, path, token, format="kohya", facts=None):
     """Write the rows of a token of sdxl (see write_embedding); returns the paths."""
     rows = [
-        table.extra[[i - table.first for i, _ in tokenizer.pieces(token)]]
+        table.extra[[i - table.first for i, _ in tokenizer.tokens(token)]]
         for tokenizer, table in zip(sdxl.tokenizers, tables(sdxl))
     ]
     return write_embedding(path, token, rows, format, facts)

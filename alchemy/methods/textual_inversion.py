@@ -60,7 +60,7 @@ def tables(sdxl):
         embeddings = encoder.text_model.embeddings
         if not isinstance(embeddings.token_embedding, ExtendedEmbedding):
             embeddings.token_embedding = ExtendedEmbedding(
-                embeddings.token_embedding, max(tokenizer.written) + 1
+                embeddings.token_embedding, max(tokenizer.id_to_token) + 1
             )
         found.append(embeddings.token_embedding)
     return found
@@ -90,7 +90,7 @@ def start_rows(sdxl, word, vectors):
     """Rows to start from: those of a word's pieces, over and over, for each encoder (vectors, D) float32."""
     made = []
     for tokenizer, table in zip(sdxl.tokenizers, tables(sdxl)):
-        ids = [i for i, _ in tokenizer.pieces(word)]
+        ids = [i for i, _ in tokenizer.tokens(word)]
         if not ids:
             raise ValueError(f"the word {word!r} to start from is empty")
         made.append(

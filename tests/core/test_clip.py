@@ -78,7 +78,7 @@ class Rows:
     def __call__(self, prompt):
         return self.ids[int(prompt or 4)]
 
-    def lost(self, prompt):
+    def truncated_text(self, prompt):
         return "much" if prompt == "5" else ""
 
 

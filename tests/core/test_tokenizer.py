@@ -69,7 +69,7 @@ def test_first_eos_ends_the_text_and_padding_follows(both):
         assert tokenizer.pad == pad
         ids = tokenizer("a dog, a cat")
         end = ids.index(EOS)
-        assert end == 1 + len(tokenizer.pieces("a dog, a cat")) and set(ids[end + 1 :]) == {pad}
+        assert end == 1 + len(tokenizer.tokens("a dog, a cat")) and set(ids[end + 1 :]) == {pad}
 
 
 @pytest.mark.parametrize("count", [74, 75, 76, 77, 200])
@@ -101,7 +101,7 @@ def test_white_space_is_unicodes_not_pythons(one):
 def test_split_takes_letters_together_digits_alone_and_a_contraction_only_at_the_start_of_a_word(
     one,
 ):
-    spelled = lambda text: [piece for _, piece in one.pieces(text)]  # noqa: E731
+    spelled = lambda text: [piece for _, piece in one.tokens(text)]  # noqa: E731
     assert spelled("cat2024,dog") == ["cat", "2", "0", "2", "4", ",", "dog"]
     assert spelled("it's") == ["it", "'s"] and spelled("\"'s") == ["\"'", "s"]
     assert spelled("(word:1.2)") == ["(", "word", ":", "1", ".", "2", ")"]
@@ -168,21 +168,21 @@ def test_find_leaves_out_what_the_limit_cuts(one):
 def test_pieces_stand_at_their_positions(both):
     text = "a caterpillaresque 🦄, don't! 日本"
     for tokenizer in both:
-        pieces = tokenizer.pieces(text)
+        pieces = tokenizer.tokens(text)
         assert [i for i, _ in pieces] == tokenizer(text)[1 : len(pieces) + 1]
         assert "".join(piece for _, piece in pieces).startswith("acaterpillaresque")
-    assert len(tokenizer.pieces("dog " * 100)) == 100
+    assert len(tokenizer.tokens("dog " * 100)) == 100
 
 
 def test_lost_names_the_words_that_do_not_fit(both):
     for tokenizer in both:
-        assert tokenizer.lost("") == tokenizer.lost("dog " * 75) == ""
-        assert tokenizer.lost("dog " * 75 + "red cat") == "red cat"
+        assert tokenizer.truncated_text("") == tokenizer.truncated_text("dog " * 75) == ""
+        assert tokenizer.truncated_text("dog " * 75 + "red cat") == "red cat"
         assert (
-            tokenizer.lost("dog " * 75 + "in 2024 at no2") == "in 2024 at no2"
+            tokenizer.truncated_text("dog " * 75 + "in 2024 at no2") == "in 2024 at no2"
         )  # a numeral is a word of its own, but written as it was
         assert (
-            tokenizer.lost("dog " * 74 + "caterpillaresque 🦄") == "caterpillaresque 🦄"
+            tokenizer.truncated_text("dog " * 74 + "caterpillaresque 🦄") == "caterpillaresque 🦄"
         )  # whole, though its start fits
 
 
@@ -218,7 +218,7 @@ def test_add_gives_the_next_id_and_matches_literally(fresh):
     ]  # the longest of two
     assert fresh("a dog") == before
     assert fresh.find("a <my-dog> and a <my-dog>", "<my-dog>") == [[2], [5]]
-    assert fresh.pieces("<my-dog> <häuschen>") == [(49408, "<my-dog>"), (49410, "<häuschen>")]
+    assert fresh.tokens("<my-dog> <häuschen>") == [(49408, "<my-dog>"), (49410, "<häuschen>")]
     assert fresh("<my-dog> " * 80)[75:] == [49408, EOS]
 
 

@@ -288,7 +288,7 @@ def test_no_prompt_can_break_out_of_the_page_and_it_asks_nothing_of_the_network(
     assert not re.search(r"\bfetch\(|XMLHttpRequest|import\(|url\(", text)
     cut = data["stages"][0]["tokens"]
     assert [c["pieces"] for c in cut] == [
-        [[t(NASTY)[0], "start"], *map(list, t.pieces(NASTY)), [49407, "end"]]
+        [[t(NASTY)[0], "start"], *map(list, t.tokens(NASTY)), [49407, "end"]]
         for t in sdxl.tokenizers
     ]
 

@@ -96,7 +96,7 @@ def test_it_starts_from_a_words_pieces_over_and_over(sdxl):
     for tokenizer, table, made in zip(
         sdxl.tokenizers, ti.tables(sdxl), ti.start_rows(sdxl, "xyzzy", 5)
     ):
-        ids = [i for i, _ in tokenizer.pieces("xyzzy")]
+        ids = [i for i, _ in tokenizer.tokens("xyzzy")]
         assert 2 <= len(ids) <= 4
         assert torch.equal(made, table.weight[[ids[k % len(ids)] for k in range(5)]].float())
     refused(lambda: ti.start_rows(sdxl, " ", 2), "empty")

@@ -10,7 +10,7 @@ from safetensors import safe_open
 
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
-from alchemy.tokenizer import BYTE, Tokenizer  # noqa: E402
+from alchemy.tokenizer import BYTE_TO_SYMBOL, Tokenizer  # noqa: E402
 
 MINI = ROOT / "weights" / "mini"
 BOS, EOS = 49406, 49407
@@ -167,8 +167,8 @@ def test_a_missing_folder_and_a_bad_tokenizer_json_are_named(tmp_path):
 
 
 def test_every_byte_has_its_own_visible_character():
-    assert sorted(BYTE) == list(range(256)) and len(set(BYTE.values())) == 256
-    assert all(char.isprintable() and char != " " for char in BYTE.values())
+    assert sorted(BYTE_TO_SYMBOL) == list(range(256)) and len(set(BYTE_TO_SYMBOL.values())) == 256
+    assert all(char.isprintable() and char != " " for char in BYTE_TO_SYMBOL.values())
 
 
 def test_importing_the_tokenizer_needs_the_standard_library_only():

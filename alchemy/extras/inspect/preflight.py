@@ -13,7 +13,7 @@ SHOWN = 60  # pictures on the sheet
 
 def pieces(sdxl, token):
     """How many pieces a token has in each tokenizer."""
-    return [len(tokenizer.pieces(token)) for tokenizer in sdxl.tokenizers]
+    return [len(tokenizer.tokens(token)) for tokenizer in sdxl.tokenizers]
 
 
 def cropped(picture, size):
@@ -56,7 +56,7 @@ def look(sdxl, pictures, size, buckets=False, mask_of=lambda path: None):
         )
         if same != path.name:
             lines.append(f"{path.name} is the same picture as {same}")
-        lost = sdxl.tokenizers[0].lost(caption)
+        lost = sdxl.tokenizers[0].truncated_text(caption)
         if lost:
             lines.append(f"{path.name}: its caption is too long, these words are lost: {lost!r}")
         mask = mask_of(path)

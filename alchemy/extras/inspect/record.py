@@ -59,7 +59,7 @@ class Recorder:
             {min(self.kept, key=lambda k: abs(k - look)) for look in spread(total, LOOKS)}
         )
         self.words = (
-            min(75, len(sdxl.tokenizers[0].pieces(prompt))) + 2
+            min(75, len(sdxl.tokenizers[0].tokens(prompt))) + 2
         )  # with the start and the end
         self.steps, self.latents, self.cross, self.own, self.layers_of = [], {}, [], {}, {}
 

@@ -103,11 +103,11 @@ def tokens(sdxl, prompt):
     cut = []
     for tokenizer in sdxl.tokenizers:
         ids = tokenizer(prompt)
-        pieces = [[i, text] for i, text in tokenizer.pieces(prompt)][:75]
+        pieces = [[i, text] for i, text in tokenizer.tokens(prompt)][:75]
         cut.append(
             {
                 "pieces": [[ids[0], "start"], *pieces, [ids[len(pieces) + 1], "end"]],
-                "lost": tokenizer.lost(prompt),
+                "lost": tokenizer.truncated_text(prompt),
             }
         )
     return cut
