@@ -165,12 +165,14 @@ def main(argv=None):
     import numpy as np
     import torch
     import alchemy
+    from alchemy.command import fitting
     from alchemy import images, samplers
     from alchemy.extras.inspect.seam import seam
 
     image = args.image and images.read(args.image)
     mask = args.mask and torch.from_numpy(np.array(images.read(args.mask, "L"))).float() / 255
     sdxl = cli.load(args)
+    fitting.settle(args, sdxl)
     size = image.size[::-1] if image else args.size or sdxl.size
     if args.mask and mask.shape != size:
         raise ValueError(
@@ -192,7 +194,7 @@ def main(argv=None):
 
     def timesteps(strength):
         return sdxl.schedule.timesteps(
-            chosen["steps"], args.grid or row.grid, strength, row.fractional
+            chosen["steps"], args.spacing or row.grid, strength, row.fractional
         )
 
     def bar(steps):
@@ -234,7 +236,7 @@ def main(argv=None):
         crop=args.crop,
         negative_prompt=args.negative_prompt,
         progress=bar,
-        grid=args.grid,
+        grid=args.spacing,
         eta=args.eta,
         **chosen,
     )

@@ -130,6 +130,7 @@ def main(argv=None):
     cli.folder(out.parent if cli.is_picture(out) else out)
 
     from PIL import Image, ImageOps
+    from alchemy.command import fitting
     from alchemy import images, pipeline, sampling, samplers
     from alchemy.command import dataset
     from alchemy.formats import png
@@ -141,6 +142,7 @@ def main(argv=None):
         from alchemy.extras.inspect.page import Recorder, write
     image = args.image and images.read(args.image)
     sdxl = cli.load(args)
+    fitting.settle(args, sdxl)
     # Before a prompt is encoded: text encoders may have adapters too.
     cli.put_loras(
         sdxl,

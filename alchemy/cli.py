@@ -1,379 +1,726 @@
-"""What the three scripts share: flags of one spelling, progress, errors in one line, where files go. Imports no torch."""
+"""What the three scripts share: argument types and flag groups, progress, one-line errors,
+output folders. Imports no torch, so that --help answers at once.
+"""
 
 import argparse
-from argparse import BooleanOptionalAction  # noqa: F401  for the scripts
+import json
 import math
+import os
+import re
 import sys
 import time
 import warnings
+from argparse import BooleanOptionalAction  # noqa: F401  for the scripts
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 from .defaults import TABLE
-from .samplers import SAMPLERS
 from .extras import distributed
+from .samplers import SAMPLERS
 
 ROOT = Path(__file__).resolve().parents[1]
-MINI = "weights/mini"  # wherever the repository lies and the script is called from
-SUBJECT = ROOT / "weights" / "subjects" / "bear-panda"  # no training image shows it
-TAUGHT = Path("out") / "bear-panda" / "lora.safetensors"  # what train.py's defaults write
-SHIPPED = ROOT / "weights" / "example.safetensors"  # the same, before anything is taught
-EXAMPLE = dict(class_word="bear", token="sks")
-PLACE = "on grass"
-MADE = []  # the folders that this run had to make, the innermost first
-FULL = (
-    "out of memory",
-    "can't allocate memory",
-    "alloc_failed",
-)  # what CUDA, a CPU, and cuBLAS and cuDNN say where there is no room
-LEANER = []  # a function that says, or None, which flags would have fitted the device (fitting.leaner)
+MINI = "weights/mini"  # relative to the repository, wherever the script is called from
+
+# The example: a subject that the miniature has never seen.
+EXAMPLE_PHOTOS = ROOT / "weights" / "subjects" / "bear-panda"
+EXAMPLE_CLASS, EXAMPLE_TOKEN, EXAMPLE_SCENE = "bear", "sks", "on grass"
+TRAINED_LORA = Path("out") / EXAMPLE_PHOTOS.name / "lora.safetensors"  # train.py's default output
+BUNDLED_LORA = ROOT / "weights" / "example.safetensors"
+
+MAX_SIDE = 16384  # pixels
+MAX_MESSAGE = 380  # characters
+OUT_OF_MEMORY = ("out of memory", "can't allocate memory", "alloc_failed")  # CUDA, CPU, cuBLAS
+
+# Flags of diffusers' scripts, kohya's, A1111 and ComfyUI: what they are called here.
+OTHER_TOOLS = {
+    "batch-size": "--batch",
+    "cfg": "--guidance",
+    "cfg-scale": "--guidance",
+    "class-data-dir": "--class-folder",
+    "ckpt": "--weights",
+    "denoising-strength": "--strength",
+    "gradient-accumulation-steps": "--accumulation",
+    "gradient-checkpointing": "--checkpointing",
+    "grid": "--timestep-spacing",
+    "guidance-scale": "--guidance",
+    "init-image": "--image",
+    "instance-data-dir": "the first argument, SUBJECT_DIR",
+    "instance-prompt": "--class-word and --token (or --caption)",
+    "lora-scale": "--lora FILE:SCALE",
+    "lr": "--learning-rate",
+    "max-train-steps": "--steps",
+    "mixed-precision": "--dtype",
+    "network-alpha": "--alpha",
+    "network-dim": "--rank",
+    "num-class-images": "--class-images",
+    "num-images": "--count",
+    "num-inference-steps": "--steps",
+    "output-dir": "--out",
+    "pretrained-model-name-or-path": "--weights",
+    "prompt": "the first argument, the prompt itself",
+    "report-to": "log.csv, which every training run writes",
+    "resolution": "--size",
+    "scheduler": "--sampler",
+    "train-batch-size": "--batch",
+    "validation-prompt": "--preview-prompt",
+    "variant": "not needed: .fp16. files are found by themselves",
+    "width": "--size WIDTHxHEIGHT",
+}
+OTHER_SAMPLERS = {
+    "euler_a": "euler_ancestral",
+    "euler-ancestral": "euler_ancestral",
+    "dpm++": "dpmpp_2m",
+    "dpm++_2m": "dpmpp_2m",
+    "dpm++_2m_karras": "dpmpp_2m",
+    "dpmsolver++": "dpmpp_2m",
+}
+
+
+# Parsing
 
 
 class Parser(argparse.ArgumentParser):
+    """argparse, with errors of one line, hints for other tools' flags, and values from JSON."""
+
     def error(self, message):
-        """One line, as every other error; argparse would print the usage too."""
-        say(f"error: {message} (--help shows every flag)")
+        log_error(f"{message}{self.hint(message)} (--help shows every flag)")
         sys.exit(2)
 
-    def misfits(self, values):
-        """The names of those values, {flag: value as JSON has it}, that the flags cannot have."""
-        return [
-            a.dest for a in self._actions if a.dest in values and not self.fits(a, values[a.dest])
-        ]
+    def hint(self, message: str) -> str:
+        """The name here of the first flag that argparse did not recognize, if it is known."""
+        match = re.match(r"unrecognized arguments: .*?--?([\w-]+)", message)
+        if not match:
+            return ""
+        name = match[1].lower().replace("_", "-")
+        known = self._option_string_actions
+        advice = f"--{name}" if f"--{name}" in known else OTHER_TOOLS.get(name, "")
+        if advice.startswith("--") and advice.split()[0] not in known:
+            advice = ""
+        if not advice:
+            import difflib
 
-    def fits(self, action, value):
-        if value is None or action.nargs == 0:
-            return (
-                value is None
-                and action.default is None
-                or type(value) is bool
-                and action.nargs == 0
-            )
-        if action.type is None:
-            return isinstance(value, str) and value in (action.choices or [value])
+            advice = " ".join(difflib.get_close_matches(f"--{name}", known, n=1))
+        return f"; here it is {advice}" if advice else ""
+
+    def from_json(self, name: str, value: object) -> object:
+        """A flag's value as JSON has it, checked as on the command line; ValueError if refused."""
+        action = next(action for action in self._actions if action.dest == name)
+        if value is None and action.default is None:
+            return None
+        if action.nargs == 0:  # a switch
+            if type(value) is not bool:
+                raise ValueError(f"{name} is {value!r}, not true or false")
+            return value
+        if isinstance(action, argparse._AppendAction):
+            if not isinstance(value, list):
+                raise ValueError(f"{name} is {value!r}, not a list")
+            return [self.one_from_json(action, item) for item in value]
+        return self.one_from_json(action, value)
+
+    def one_from_json(self, action: argparse.Action, value: object) -> object:
+        refused = ValueError(f"{action.dest} is {value!r}")
+        if isinstance(value, (bool, dict)) or value is None:
+            raise refused
+        if action.type is None and not isinstance(value, str):
+            raise refused
+        text = str(value)
+        if isinstance(value, (list, tuple)):  # a size [H, W], or a file and its scale
+            reverse = action.type is size
+            text = ("x" if reverse else ":").join(map(str, value[::-1] if reverse else value))
         try:
-            return (
-                action.type(
-                    "x".join(map(str, value[::-1])) if isinstance(value, tuple) else str(value)
-                )
-                == value
-            )
-        except argparse.ArgumentTypeError:
-            return False
+            result = action.type(text) if action.type else text
+        except argparse.ArgumentTypeError as error:
+            raise ValueError(f"{action.dest}: {error}") from None
+        expected = tuple(value) if isinstance(value, list) else value
+        if result != expected or action.choices and result not in action.choices:
+            raise refused
+        return result
+
+    def parse_over(self, argv: list[str] | None, values: dict) -> argparse.Namespace:
+        """Parse with `values` as the defaults. A flag that may be repeated replaces them."""
+        given = self.parse_args(argv)
+        self.set_defaults(**values)
+        args = self.parse_args(argv)
+        for action in self._actions:
+            if isinstance(action, argparse._AppendAction) and getattr(given, action.dest):
+                setattr(args, action.dest, getattr(given, action.dest))
+        return args
 
 
-def parser(description):
-    return Parser(
+def parser(description: str) -> Parser:
+    """The parser of a script; its docstring is the description."""
+    p = Parser(
         description=description,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
+    p.add_argument("--traceback", action="store_true", help=argparse.SUPPRESS)  # see run()
+    return p
 
 
-def by_checkpoint(name, help):
-    """A flag's help with the two defaults of defaults.TABLE."""
-    mini, sdxl = next(row[1:3] for row in TABLE if row[0] == name)
-    return (
-        f"{help} (default: {mini})"
-        if mini == sdxl
-        else f"{help} (default: {mini} for the miniature, {sdxl} for SDXL)"
-    )
+def read_settings(path: str | Path, p: Parser) -> dict:
+    """The flags in a JSON file such as a run's settings.json, each checked as on the command line.
+
+    Raises ValueError that names the file where it is not a JSON object or a value is refused.
+    """
+    try:
+        saved = json.loads(Path(path).read_text(encoding="utf-8-sig"))
+    except OSError as error:
+        raise ValueError(f"{path}: cannot be read ({error.strerror})") from None
+    except (ValueError, RecursionError):
+        raise ValueError(f"{path}: not a JSON file") from None
+    if not isinstance(saved, dict):
+        raise ValueError(f"{path}: not the settings of a run (a JSON object)")
+    flags = {action.dest for action in p._actions} - {"help", "traceback", "config"}
+    try:
+        return {name: p.from_json(name, saved[name]) for name in saved.keys() & flags}
+    except ValueError as error:
+        raise ValueError(f"{path}: not the settings of a run: {error}") from None
 
 
-def number(kind, low, high=math.inf, above=False):
-    """A flag's type: int or float in [low, high], or in (low, high] if it must be above low."""
+def parse(p: Parser, argv: list[str] | None) -> argparse.Namespace:
+    """The flags of a script, over the file of --config, and with a seed where --seed is -1."""
+    args = p.parse_args(argv)
+    if args.config:
+        args = p.parse_over(argv, read_settings(args.config, p))
+    return args
+
+
+def choose_seed(args: argparse.Namespace) -> None:
+    """--seed -1: draw a seed and log it, so that the run can be repeated."""
+    if args.seed == -1:
+        import secrets
+
+        if distributed.world() > 1:
+            raise ValueError("--seed -1: each process would draw its own; give a seed")
+        args.seed = secrets.randbelow(2**32)
+        log(f"seed {args.seed}")
+
+
+# Argument types
+
+
+def number(kind: type, low: float, high: float = math.inf, above: bool = False) -> Callable:
+    """An argument type: int or float in [low, high], or in (low, high] with above=True."""
 
     def read(text):
         try:
             value = kind(text)
         except ValueError:
-            raise argparse.ArgumentTypeError(
-                f"{text!r} is not a {'whole ' if kind is int else ''}number"
-            ) from None
-        if (
-            not (low < value or low == value and not above)
-            or not value <= high
-            or value == math.inf
-        ):
-            limit = f"{'above' if above else 'at least'} {low}" + (
-                "" if high == math.inf else f" and at most {high}"
-            )
+            whole = "whole " if kind is int else ""
+            raise argparse.ArgumentTypeError(f"{text!r} is not a {whole}number") from None
+        too_low = value <= low if above else value < low
+        if too_low or value > high or value != value:
+            limit = f"{'above' if above else 'at least'} {low}"
+            limit += "" if high == math.inf else f" and at most {high:g}"
             raise argparse.ArgumentTypeError(f"{text} is out of range; it must be {limit}")
         return value
 
     return read
 
 
-COUNT, WHOLE, SEED = number(int, 1), number(int, 0), number(int, 0, 2**63 - 1)
-POSITIVE, WEIGHT = number(float, 0, above=True), number(float, 0)
+COUNT, WHOLE = number(int, 1, 10**6), number(int, 0, 10**6)
+SEED = number(int, -1, 2**63 - 1)
+POSITIVE, WEIGHT = number(float, 0, 1e6, above=True), number(float, 0, 1e6)
 STRENGTH, SHARE = number(float, 0, 1, above=True), number(float, 0, 1)
 
 
-def size(text):
-    """ "1024" or "WIDTHxHEIGHT" to (H, W)."""
-    sides = text.lower().split("x")
-    if len(sides) > 2 or not all(
-        side.isascii() and side.isdigit() and int(side) > 0 for side in sides
-    ):
+def size(text: str) -> tuple[int, int]:
+    """ "1024" or "WIDTHxHEIGHT" to (H, W) in pixels."""
+    if not re.fullmatch(r"[0-9]{1,9}(x[0-9]{1,9})?", text.lower()):
         raise argparse.ArgumentTypeError(f"{text!r} is not a size; give 1024, or WIDTHxHEIGHT")
-    return int(sides[-1]), int(sides[0])
+    sides = [int(side) for side in text.lower().split("x")]
+    if not all(1 <= side <= MAX_SIDE for side in sides):
+        raise argparse.ArgumentTypeError(
+            f"{text!r} is not a size; give 1024, or WIDTHxHEIGHT, with sides of 1 to {MAX_SIDE}"
+        )
+    return sides[-1], sides[0]
 
 
-def scaled_file(text):
-    """ "FILE" or "FILE:0.8" to (path, scale)."""
+def scaled_file(text: str) -> tuple[str, float]:
+    """ "FILE" or "FILE:0.8" to (path, scale); the scale is 1 where none is given."""
     path, colon, scale = text.rpartition(":")
     try:
         path, scale = (path, float(scale)) if colon else (text, 1.0)
     except ValueError:
         return text, 1.0  # the colon belongs to the path
-    if not math.isfinite(scale):
+    if not abs(scale) <= 1e6:
         raise argparse.ArgumentTypeError(f"{text!r} has no finite scale; give FILE, or FILE:0.8")
     return path, scale
 
 
-def add_checkpoint(p):
-    g = p.add_argument_group("checkpoint")
-    g.add_argument(
-        "--weights",
-        default=MINI,
-        metavar="PATH|ID",
-        help="folder, .safetensors file or Hub id of an SDXL checkpoint (default: the miniature that ships)",
-    )
-    g.add_argument("--vae", metavar="PATH|ID", help="another VAE")
-    g.add_argument(
-        "--config", metavar="FOLDER", help="configurations for a single file (default: SDXL base's)"
-    )
-    g.add_argument("--revision", metavar="NAME", help="branch, tag or commit on the Hub")
-    g.add_argument("--device", default="auto", help="auto, cuda, mps, cpu (default: auto)")
-    g.add_argument(
-        "--dtype",
-        default="auto",
-        choices=("auto", "float32", "bfloat16", "float16"),
-        help="of the networks (default: auto, float32 on the CPU)",
-    )
-    from .command.pace import add_flags
-
-    add_flags(p)
+def sampler(text: str) -> str:
+    """The name of a sampler; the names of other tools get a hint."""
+    if text in SAMPLERS:
+        return text
+    name = OTHER_SAMPLERS.get(text.lower().replace(" ", "_"))
+    hint = f"; here it is {name}" if name else ""
+    raise argparse.ArgumentTypeError(f"{text!r} is not one of {', '.join(SAMPLERS)}{hint}")
 
 
-def add_drawing(p):
-    g = p.add_argument_group("drawing")
-    g.add_argument(
-        "--lora",
-        type=scaled_file,
-        action="append",
-        metavar="FILE[:SCALE]",
-        help="a LoRA file, several times for several",
-    )
-    g.add_argument(
-        "--embedding",
-        action="append",
-        metavar="FILE",
-        help="a learned word (Textual Inversion), several times for several; its token is the file's own, or its name",
-    )
-    g.add_argument(
-        "--negative-prompt",
-        metavar="TEXT",
-        help="what guidance leads away from (default: zeros, as SDXL was trained)",
-    )
-    g.add_argument(
-        "--sampler",
-        metavar="NAME",
-        choices=tuple(SAMPLERS),
-        help=by_checkpoint("sampler", ", ".join(SAMPLERS)),
-    )
-    g.add_argument(
-        "--grid",
-        metavar="NAME",
-        choices=("leading", "trailing", "linspace"),
-        help="timesteps: leading, trailing or linspace (default: the checkpoint's; lcm has its own)",
-    )
-    g.add_argument(
-        "--steps", type=COUNT, metavar="N", help=by_checkpoint("steps", "denoising steps")
-    )
-    g.add_argument(
-        "--guidance",
-        type=WEIGHT,
-        metavar="G",
-        help=by_checkpoint("guidance", "classifier-free guidance; 1 is none"),
-    )
-    g.add_argument(
-        "--eta",
-        type=SHARE,
-        metavar="E",
-        help="share of the noise drawn anew at each step, 0 to 1 (default: the sampler's)",
-    )
-    g.add_argument("--size", type=size, metavar="N|WxH", help=by_checkpoint("size", "pixels"))
-    g.add_argument(
-        "--seed",
-        type=SEED,
-        default=0,
-        metavar="N",
-        help="of the noise: equal seeds draw equal pictures (default: 0)",
-    )
+# Flag groups
 
 
-def drawing(args):
+def by_checkpoint(name: str, text: str) -> str:
+    """A flag's help with the two defaults of defaults.TABLE."""
+    mini, sdxl = next(row[1:3] for row in TABLE if row[0] == name)
+    if mini == sdxl:
+        return f"{text} (default: {mini})"
+    return f"{text} (default: {mini} for the miniature, {sdxl} for SDXL)"
+
+
+def add_checkpoint(p: Parser) -> None:
+    """The flags that say which checkpoint, where it runs, and how fast."""
+    add = p.add_argument_group("checkpoint").add_argument
+    text = "folder, .safetensors file or Hub id of an SDXL checkpoint (default: the miniature)"
+    add("--weights", default=MINI, metavar="PATH|ID", help=text)
+    add("--vae", metavar="PATH|ID", help="another VAE")
+    text = "configurations for a single file (default: SDXL base's)"
+    add("--model-config", metavar="FOLDER", help=text)
+    add("--revision", metavar="NAME", help="branch, tag or commit on the Hub")
+    add("--device", default="auto", help="auto, cuda, mps, cpu (default: auto)")
+    dtypes = ("auto", "float32", "bfloat16", "float16")
+    text = "of the networks: float32, bfloat16, float16 (default: auto, float32 on the CPU)"
+    add("--dtype", default="auto", choices=dtypes, metavar="NAME", help=text)
+    text = "JSON file with flags, such as settings.json of a run; flags given here override it"
+    add("--config", metavar="FILE", help=text)
+
+    add = p.add_argument_group("speed and memory").add_argument
+    text = "store the UNet's linear layers in 8 bits: half of bfloat16's memory (default: no)"
+    add("--fp8-base", action=BooleanOptionalAction, default=None, help=text)
+    text = "compile the UNet's blocks: faster steps after a first one of minutes (default: no)"
+    add("--compile", action=BooleanOptionalAction, default=None, help=text)
+
+
+def add_sampling(p: Parser) -> None:
+    """The flags of denoising, of sample.py and insert.py."""
+    add = p.add_argument_group("sampling").add_argument
+    text = "LoRA file, or the folder of a run; may be repeated"
+    add("--lora", type=scaled_file, action="append", metavar="FILE[:SCALE]", help=text)
+    text = "textual-inversion embedding; its token is the file's own, or its name; may be repeated"
+    add("--embedding", action="append", metavar="FILE", help=text)
+    text = "what guidance leads away from (default: zeros, as SDXL was trained)"
+    add("--negative-prompt", metavar="TEXT", help=text)
+    text = by_checkpoint("sampler", ", ".join(SAMPLERS))
+    add("--sampler", type=sampler, metavar="NAME", help=text)
+    spacings = ("leading", "trailing", "linspace")
+    text = "leading, trailing or linspace (default: the checkpoint's; lcm has its own)"
+    add("--timestep-spacing", dest="spacing", metavar="NAME", choices=spacings, help=text)
+    text = by_checkpoint("steps", "denoising steps")
+    add("--steps", type=COUNT, metavar="N", help=text)
+    text = by_checkpoint("guidance", "classifier-free guidance; 1 is none")
+    add("--guidance", type=WEIGHT, metavar="G", help=text)
+    text = "share of fresh noise at each step, 0 to 1 (default: the sampler's)"
+    add("--eta", type=SHARE, metavar="E", help=text)
+    add("--size", type=size, metavar="N|WxH", help=by_checkpoint("size", "pixels"))
+    text = "of the noise; the same seed gives the same image; -1 draws one (default: 0)"
+    add("--seed", type=SEED, default=0, metavar="N", help=text)
+
+
+def add_inspect(p: Parser) -> None:
+    add = p.add_argument_group("inspection").add_argument
+    text = "write an HTML page that shows every step, and sheets, into this folder (or, if it is "
+    text += "not empty, the next free number)"
+    add("--inspect", metavar="FOLDER", help=text)
+    text = "with --inspect: all arrays too, as safetensors beside the page"
+    add("--inspect-full", action="store_true", help=text)
+
+
+def sampling_options(args: argparse.Namespace) -> dict:
     """The options of alchemy.denoise among the flags."""
-    return {name: getattr(args, name) for name in ("sampler", "grid", "steps", "guidance", "eta")}
+    names = ("sampler", "spacing", "steps", "guidance", "eta")
+    return {name: getattr(args, name) for name in names}
 
 
-def load(args):
-    """The checkpoint of the flags. Its adapters are put on by put_loras; here their files are only looked at, before gigabytes are read."""
+def check_sampling(args: argparse.Namespace) -> None:
+    """Raise ValueError for flags of sample.py and insert.py that would have no effect."""
+    if getattr(args, "merge", False) and args.fp8_base:
+        raise ValueError(
+            "--merge with --fp8-base: rounded to 8 bits, most of a LoRA would be lost; "
+            "leave out one of them"
+        )
+    check_not_empty(args, "token", "class_word")
+    if args.eta and args.sampler == "dpmpp_2m":
+        raise ValueError(
+            "--eta has no effect with --sampler dpmpp_2m, which adds no noise; "
+            "leave it out, or choose another sampler"
+        )
+    if args.negative_prompt and args.guidance == 1:
+        raise ValueError(
+            "--negative-prompt has no effect with --guidance 1; raise the guidance, "
+            "or leave the negative prompt out"
+        )
+
+
+def check_not_empty(args: argparse.Namespace, *names: str) -> None:
+    for name in names:
+        value = getattr(args, name, None)
+        if value is not None and not value.strip():
+            raise ValueError(f"--{name.replace('_', '-')} is empty; give a word, or leave it out")
+
+
+def settings(args: argparse.Namespace) -> dict:
+    """The flags as JSON, for settings.json."""
+    skipped = ("inspect", "inspect_full", "config", "traceback")
+    values = {name: value for name, value in vars(args).items() if name not in skipped}
+    return json.loads(json.dumps(values, default=str))
+
+
+def metadata(args: argparse.Namespace) -> dict:
+    """The settings that an image carries: no folders of this machine that it was not made from."""
+    folders = ("out", "class_folder", "like", "prompts")
+    return {name: value for name, value in settings(args).items() if name not in folders}
+
+
+# Loading
+
+
+def load(args: argparse.Namespace):
+    """The checkpoint of the flags, an SDXL. Its networks are read on first use."""
     import alchemy
+
+    from .extras import optimizations
     from .formats.tensors import open_safetensors
 
-    for path, _ in getattr(args, "lora", None) or ():
-        open_safetensors(path)
+    # Look at the small files before gigabytes are read.
+    if getattr(args, "lora", None):
+        args.lora = [(lora_file(path), scale) for path, scale in args.lora]
+        for path, _ in args.lora:
+            open_safetensors(path)
     weights = ROOT / MINI if args.weights == MINI else args.weights
+    check_weights(args, Path(weights))
+    sdxl = alchemy.load(
+        weights,
+        args.device,
+        args.dtype,
+        config=args.model_config,
+        vae=args.vae,
+        revision=args.revision,
+    )
+    if sdxl.device.type == "cpu" and sdxl.size[0] >= 512:
+        log("warning: SDXL on a CPU takes minutes for each step; a GPU is used where torch has one")
+    if args.fp8_base or args.compile:
+        optimizations.prepare(sdxl, args.fp8_base, args.compile)
+    return sdxl
+
+
+def check_weights(args: argparse.Namespace, weights: Path) -> None:
+    """Raise ValueError for a --weights, --revision or --device that cannot work."""
     if distributed.world() > 1 and ":" in args.device:
         raise ValueError(
-            f"--device {args.device} is one GPU, and torchrun gives each process its own: leave it out, or give CUDA_VISIBLE_DEVICES"
+            f"--device {args.device} is one GPU, and torchrun gives each process its own; "
+            "leave it out, or set CUDA_VISIBLE_DEVICES"
         )
-    if args.revision and Path(weights).exists():
-        raise ValueError(
-            f"--revision is of a checkpoint on the Hub; {args.weights} is a place on this machine"
-        )
-    from .command.pace import ready
-
-    return ready(
-        args,
-        alchemy.load(
-            weights,
-            args.device,
-            args.dtype,
-            config=args.config,
-            vae=args.vae,
-            revision=args.revision,
-        ),
-    )
+    if args.revision and weights.exists():
+        raise ValueError(f"--revision is for a checkpoint on the Hub; {weights} is a local path")
+    inner = weights / "checkpoint"
+    if (inner / "model_index.json").exists() and not (weights / "model_index.json").exists():
+        raise ValueError(f"--weights {weights}: no checkpoint; did you mean {inner}?")
 
 
-def default_lora():
-    """The LoRA that train.py's defaults wrote, or, before that, the one that ships; as a list for --lora."""
-    return [(str(TAUGHT if TAUGHT.exists() else SHIPPED), 1.0)]
+def lora_file(path: str) -> str:
+    """The LoRA of a path: the file itself, or lora.safetensors in the folder of a run."""
+    if not Path(path).is_dir():
+        return path
+    inside = Path(path) / "lora.safetensors"
+    if not inside.exists():
+        raise ValueError(f"--lora {path}: the folder has no lora.safetensors; name a file")
+    return str(inside)
 
 
-def put_loras(sdxl, loras, embeddings=None, prompts=None, merge=False):
-    """Put the files of the flags on, merged into the weights if wanted; returns the words that the embeddings are. One that stands in
-    none of the prompts is warned of."""
+def default_lora() -> list[tuple[str, float]]:
+    """The LoRA of train.py's default run, or, if there is none yet, the bundled one."""
+    return [(str(TRAINED_LORA if TRAINED_LORA.exists() else BUNDLED_LORA), 1.0)]
+
+
+def apply_loras(
+    sdxl,
+    loras: list[tuple[str, float]] | None,
+    embeddings: list[str] | None = None,
+    prompts: list[str | None] | None = None,
+    merge: bool = False,
+) -> list[str]:
+    """Add the LoRA and embedding files to the model; returns the embeddings' tokens.
+
+    Warns of an embedding whose token is in none of the prompts. merge: fold the LoRAs into the
+    weights, which makes sampling faster.
+    """
     import alchemy
 
-    words = []
-    if embeddings:
-        from .formats.embeddings import load_embedding
+    from . import lora
+    from .formats.embeddings import load_embedding
 
-        for path in embeddings:
-            words.append(load_embedding(sdxl, path))
-            say(f"{path} is {words[-1]!r} in a prompt")
-            if prompts and not any(
-                words[-1].lower() in (prompt or "").lower() for prompt in prompts
-            ):
-                say(f"warning: {words[-1]!r} is in no prompt, and has no part in what is drawn")
+    tokens = []
+    for path in embeddings or ():
+        token = load_embedding(sdxl, path)
+        tokens.append(token)
+        log(f"{path}: its token is {token!r}")
+        if prompts and not any(token.lower() in (prompt or "").lower() for prompt in prompts):
+            log(f"warning: {token!r} is in no prompt, so {path} has no effect")
     for path, scale in loras or ():
         alchemy.load_lora(sdxl, path, scale)
     if merge:
-        from . import lora
-
         lora.merge(sdxl)
-    return words
+    return tokens
 
 
-def progress(iterable, total, name, shown=lambda item: ""):
-    """Yield what iterable yields beside a bar with rate and remaining time, or, without a terminal, a line every so often."""
+# Progress and messages
+
+
+def describe(sdxl, args: argparse.Namespace) -> str:
+    """Where a run takes place: "cpu, float32, weights/mini"."""
+    return f"{sdxl.device}, {str(sdxl.dtype).removeprefix('torch.')}, {args.weights}"
+
+
+def describe_steps(schedule, timesteps: list, steps: int) -> str:
+    """What really runs, in a line: "29 of 50 steps, first t 561 (sigma 3.02)"."""
+    t = timesteps[0][0]
+    alpha_bar = schedule.alpha_bar_at(t)
+    sigma = f"{((1 - alpha_bar) / alpha_bar) ** 0.5:.2f}" if alpha_bar else "infinite"
+    return f"{len(timesteps)} of {steps} steps, first t {t:g} (sigma {sigma})"
+
+
+def progress(iterable: Iterable, total: int, name: str, describe: Callable = str) -> Iterator:
+    """Yield the items beside a progress bar, or, without a terminal, a line every 10 seconds.
+
+    describe(item): what else to show. The first line comes after a second, with the time left.
+    """
+    if describe is str:
+        describe = no_description
     if sys.stderr.isatty():
         from tqdm import tqdm
 
         with tqdm(total=total, desc=name, dynamic_ncols=True) as bar:
             for item in iterable:
-                bar.set_postfix_str(shown(item), refresh=False)
+                bar.set_postfix_str(describe(item), refresh=False)
                 bar.update()
                 yield item
         return
-    start = said = time.monotonic()
+    start = time.monotonic()
+    reported = start - 9
     for count, item in enumerate(iterable, 1):
         now = time.monotonic()
-        if now - said > 10 or count == total:
+        if now - reported > 10 or count == total:
             rate = count / max(now - start, 1e-9)
-            print(
-                f"{name}: {count}/{total}, {rate:.2f}/s, {(total - count) / rate:.0f} s left {shown(item)}".rstrip(),
-                file=sys.stderr,
-                flush=True,
-            )
-            said = now
+            left = duration((total - count) / rate)
+            log(f"{name}: {count}/{total}, {rate:.2f}/s, {left} left {describe(item)}".rstrip())
+            reported = now
         yield item
 
 
-def is_picture(path):
-    """Whether --out names a file, and not a folder. Raises ValueError for a picture that is no PNG."""
+def no_description(item: object) -> str:
+    return ""
+
+
+def duration(seconds: float) -> str:
+    """ "8 s", "3 min" or "2.5 h"."""
+    if seconds < 100:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
+
+
+def count_of(number: int, noun: str) -> str:
+    """ "1 image", "3 images"."""
+    return f"{number} {noun}" + ("" if number == 1 else "s")
+
+
+def printable(text: str) -> str:
+    """The text with control characters and lone surrogates escaped."""
+    if text.isprintable():
+        return text
+    characters = []
+    for c in text:
+        characters.append(c if c.isprintable() else c.encode("unicode_escape").decode())
+    return "".join(characters)
+
+
+def log(text: str) -> None:
+    """A message on stderr; line breaks stay."""
+    print("\n".join(map(printable, text.split("\n"))), file=sys.stderr, flush=True)
+
+
+def log_error(text: str) -> None:
+    """One line on stderr that begins with "error: ", cut to a length that a terminal shows."""
+    text = printable(" ".join(text.split()))
+    if len(text) > MAX_MESSAGE:
+        text = f"{text[: MAX_MESSAGE // 2]} ... {text[-MAX_MESSAGE // 2 :]}"
+    log(f"error: {text}")
+
+
+def log_written(*paths: Path, main: Path | None = None) -> None:
+    """Report the written files on stdout; `main`, the one to open, on the last line."""
+    print("wrote " + " ".join(printable(str(path)) for path in paths), flush=True)
+    if main is not None:
+        print(f"open {printable(str(main))}", flush=True)
+
+
+# Where the results go
+
+
+def is_image_path(path: Path) -> bool:
+    """Whether --out names a file, not a folder. Raises ValueError for a format other than PNG."""
     if path.suffix.lower() in (".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff"):
-        raise ValueError(
-            f"--out {path}: pictures are written as .png, which keeps how they were made"
-        )
+        raise ValueError(f"--out {path}: images are written as .png, with their settings in them")
     return path.suffix.lower() == ".png"
 
 
-def free_path(path):
-    """path, or, where it exists, its name with the next free number: beach.png, beach-1.png, ..."""
-    path, number = Path(path), 0
-    free = path
-    while free.exists():
-        number += 1
-        free = path.with_stem(f"{path.stem}-{number}")
-    return free
+@contextmanager
+def output_folder(path: str | Path, flag: str = "--out", lock: bool = True) -> Iterator[Path]:
+    """The folder, made if need be, proved writable before the work begins, and locked.
 
-
-def folder(path, flag="--out"):
-    """The folder, made if need be and proved writable before the work begins."""
+    At the end, folders that were made and are still empty are removed. Rank 0 alone does this.
+    lock=False: several processes may write there at once. Raises ValueError.
+    """
     import tempfile
+
+    from . import files
 
     path = Path(path)
     if distributed.rank():
-        return path  # rank 0 makes it
+        yield path
+        return
+    with ExitStack() as stack:
+        try:
+            missing = [p for p in (path, *path.parents) if not p.exists()]
+            stack.callback(remove_empty, missing)
+            path.mkdir(parents=True, exist_ok=True)
+            tempfile.TemporaryFile(dir=path).close()
+        except OSError as error:
+            raise ValueError(
+                f"{flag} {path}: cannot write there ({error.strerror}); name another folder"
+            ) from None
+        if lock:
+            stack.enter_context(files.lock_folder(path, flag))
+        yield path
+
+
+def remove_empty(folders: list[Path]) -> None:
+    for folder in folders:
+        if folder.is_dir() and not any(folder.iterdir()):
+            folder.rmdir()
+
+
+def free_folder(wanted: str | Path, flag: str, *taken: Path) -> Path:
+    """The folder, or the next of its name (page-1, page-2) that is new or empty and not taken."""
+    path, count = Path(wanted), 0
+    used = [Path(folder).resolve() for folder in taken]
     try:
-        MADE.extend(p for p in (path, *path.parents) if not p.exists())
-        path.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=path):
-            return path
-    except OSError as error:
+        if not str(wanted) or path.exists() and not path.is_dir():
+            raise ValueError(f"{flag} {str(wanted)!r} is not a folder; name one")
+        while path.resolve() in used or path.exists() and any(path.iterdir()):
+            count += 1
+            path = Path(wanted).with_name(f"{Path(wanted).resolve().name}-{count}")
+    except OSError as error:  # a name that is too long, a folder that may not be read
         raise ValueError(
-            f"{flag} {path}: cannot write there ({error.strerror}); name another folder"
+            f"{flag} {wanted}: cannot write there ({error.strerror}); name another folder"
         ) from None
+    return path
 
 
-def say(text):
-    print(text, file=sys.stderr, flush=True)
+@contextmanager
+def page_folder(args: argparse.Namespace, out: Path) -> Iterator[Path | None]:
+    """The folder for the page of --inspect, or None. out: the folder of the results."""
+    if args.inspect_full and not args.inspect:
+        raise ValueError("--inspect-full goes with --inspect FOLDER")
+    if args.inspect is None:
+        yield None
+        return
+    with output_folder(free_folder(args.inspect, "--inspect", out), "--inspect") as page:
+        yield page
 
 
-def wrote(*paths):
-    """The last line of every run: the files it wrote, on stdout."""
-    print("wrote " + " ".join(str(p) for p in paths), flush=True)
+# Errors
 
 
-@distributed.one_voice()
-def run(main):
-    """Call main() as a script does: bad input, a full disk or too little memory end in one line and status 2."""
-    MADE.clear(), LEANER.clear()
-    warnings.showwarning = lambda message, *_, **__: say(f"warning: {message}")
+def is_out_of_memory(error: BaseException) -> bool:
+    return isinstance(error, MemoryError) or (
+        isinstance(error, RuntimeError)
+        and any(sign in str(error).lower() for sign in OUT_OF_MEMORY)
+    )
+
+
+@contextmanager
+def suggest_when_out_of_memory(suggest: Callable[[], str | None]) -> Iterator[None]:
+    """Inside, running out of memory ends in a line with the flags that suggest() names."""
     try:
-        return main()
-    except (ValueError, OSError, FloatingPointError) as error:
-        said = (
-            f"{error.filename}: {error.strerror}"
-            if isinstance(error, OSError) and error.filename
-            else str(error) or type(error).__name__
-        )
+        yield
     except (MemoryError, RuntimeError) as error:
-        if not isinstance(error, MemoryError) and not any(
-            sign in str(error).lower() for sign in FULL
-        ):
+        if not is_out_of_memory(error):
             raise
-        said = "out of memory: " + (
-            LEANER and LEANER[0]() or "use a smaller --size or --batch, or --dtype bfloat16"
-        )
-    except KeyboardInterrupt:
-        say("interrupted")
-        sys.exit(130)
-    for path in (p for p in MADE if p.is_dir() and not any(p.iterdir())):
-        path.rmdir()
-    say("error: " + " ".join(said.split()))
-    sys.exit(2)
+        raise MemoryError(suggest() or "") from error
+
+
+def message_of(error: BaseException) -> str:
+    """What the user reads of an exception."""
+    if is_out_of_memory(error):
+        hint = str(error) if isinstance(error, MemoryError) else ""
+        advice = "use a smaller --size or --batch, or --dtype bfloat16"
+        return f"out of memory: {hint or advice}"
+    if isinstance(error, OSError) and error.filename:
+        return f"{error.filename}: {error.strerror}"
+    if isinstance(error, (ValueError, OSError, FloatingPointError)):
+        return str(error) or type(error).__name__
+    return f"{type(error).__name__}: {error} (unexpected; --traceback shows where)"
+
+
+def run(main: Callable[[], None]) -> None:
+    """Call main() as a script does: an error ends in one line on stderr and exit status 2."""
+    if sys.stderr is None:  # closed by the caller
+        sys.stderr = open(os.devnull, "w")  # noqa: SIM115  for the rest of the process
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):  # a path may hold what the terminal cannot show
+            stream.reconfigure(errors="backslashreplace")
+    warnings.showwarning = lambda message, *_, **__: log(f"warning: {message}")
+    with distributed.one_voice():
+        try:
+            main()
+        except KeyboardInterrupt:
+            log("interrupted")
+            sys.exit(130)
+        except Exception as error:
+            unexpected = not isinstance(error, (ValueError, OSError, FloatingPointError))
+            debugged = "--traceback" in sys.argv or distributed.launched()
+            if unexpected and debugged and not is_out_of_memory(error):
+                raise
+            log_error(message_of(error))
+            sys.exit(2)
+
+
+# Old names, until their last callers are changed.
+say, wrote = log, log_written
+SUBJECT, TAUGHT, SHIPPED, PLACE = EXAMPLE_PHOTOS, TRAINED_LORA, BUNDLED_LORA, EXAMPLE_SCENE
+EXAMPLE = dict(class_word=EXAMPLE_CLASS, token=EXAMPLE_TOKEN)
+LEANER = []
+add_drawing, put_loras, is_picture = add_sampling, apply_loras, is_image_path
+
+
+def drawing(args):
+    return {"grid" if k == "spacing" else k: v for k, v in sampling_options(args).items()}
+
+
+def folder(path, flag="--out"):
+    with output_folder(path, flag, lock=False) as made:
+        pass
+    if not distributed.rank():
+        made.mkdir(parents=True, exist_ok=True)
+    return made
+
+
+def free_path(path):
+    from . import files
+
+    return files.free_path(path)
+
+
+def misfits(self, values):
+    found = []
+    for name, value in values.items():
+        try:
+            self.from_json(name, list(value) if isinstance(value, tuple) else value)
+        except ValueError:
+            found.append(name)
+    return found
+
+
+Parser.misfits = misfits

@@ -1,62 +1,180 @@
-"""Files written so that a crash, a full disk or a kill leaves the old one or the whole new one, never half of it."""
+"""Files that a crash, a full disk or a kill leaves as they were or whole; a lock on a folder."""
 
+import contextlib
 import json
 import os
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from safetensors import SafetensorError
-from safetensors.torch import save_file
-
-MASK = os.umask(0o077)  # the only way to ask is to set it
-os.umask(MASK)
+UMASK = os.umask(0o077)  # the only way to read it is to set it
+os.umask(UMASK)
+TEMPORARY = ".tmp-"  # folders that hold one unfinished file; a kill leaves them behind
 
 
-def replace(path, write):
-    """write(path of a new file beside it), sync, rename: path is the old file or the whole new one, whatever happens."""
-    path = Path(path)
-    new = path.with_name(f".{path.name}.new")
+def replace(path: str | Path, write: Callable[[Path], object]) -> None:
+    """write(a new file), sync it, rename it to path: path is the old file or the whole new one.
+
+    The new file is in a private folder beside it, so that two processes never share one.
+    """
+    write_and_move(Path(path), write, os.replace)
+
+
+def create(path: str | Path, write: Callable[[Path], object]) -> Path:
+    """The same, but over no file: beach.png, or else beach-1.png, beach-2.png, ... Returns it."""
+    candidates = numbered(Path(path))
+
+    def move(new, _):
+        for candidate in candidates:
+            with contextlib.suppress(FileExistsError):
+                move_exclusive(new, candidate)
+                return candidate
+
+    return write_and_move(Path(path), write, move)
+
+
+def write_and_move(path: Path, write: Callable, move: Callable) -> Path:
     try:
-        write(new)
-        new.chmod(0o666 & ~MASK)  # safetensors makes files that only their owner can read
-        with open(new, "rb+") as f:
-            os.fsync(f.fileno())
-        new.replace(path)
-    except (
-        OSError,
-        SafetensorError,
-    ) as error:  # the second is how safetensors says that the disk is full
-        raise OSError(
-            f"{path}: could not be written ({getattr(error, 'strerror', None) or error})"
-        ) from None
-    finally:
-        new.unlink(missing_ok=True)
+        with tempfile.TemporaryDirectory(prefix=TEMPORARY, dir=path.parent) as folder:
+            new = Path(folder) / path.name
+            write(new)
+            new.chmod(0o666 & ~UMASK)  # safetensors makes files that only their owner can read
+            with open(new, "rb+") as file:
+                os.fsync(file.fileno())
+            moved = move(new, path)
+        sync_folder(path.parent)
+        return moved
+    except OSError as error:
+        reason = error.strerror or error
+        raise OSError(f"{path}: could not be written ({reason})") from None
 
 
-def save_tensors(tensors, path, facts):
-    """{name: tensor} to safetensors, with facts (a dict) in its header: strings as they are, all else as JSON."""
-    header = {
-        k: v if isinstance(v, str) else json.dumps(v, ensure_ascii=False) for k, v in facts.items()
-    }
+def move_exclusive(new: Path, path: Path) -> None:
+    """Rename; FileExistsError where there is such a file."""
+    try:
+        os.link(new, path)
+    except FileExistsError:
+        raise
+    except OSError:  # a file system without hard links
+        os.close(os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY))
+        os.replace(new, path)
+
+
+def sync_folder(folder: Path) -> None:
+    """Write the folder itself to the disk, or a power cut may lose the rename."""
+    with contextlib.suppress(OSError):  # Windows cannot
+        descriptor = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+
+def remove_leftovers(folder: Path) -> None:
+    """Remove what killed processes left unfinished in a folder that is locked."""
+    for path in Path(folder).glob(f"{TEMPORARY}*"):
+        shutil.rmtree(path, ignore_errors=True)
+
+
+def numbered(path: Path) -> Iterator[Path]:
+    """beach.png, beach-1.png, beach-2.png, ..."""
+    yield path
+    count = 1
+    while True:
+        yield path.with_name(f"{path.stem}-{count}{path.suffix}")
+        count += 1
+
+
+def free_path(path: str | Path) -> Path:
+    """The first of the numbered names that does not exist."""
+    return next(candidate for candidate in numbered(Path(path)) if not candidate.exists())
+
+
+def save_tensors(tensors: dict, path: str | Path, metadata: dict) -> None:
+    """{name: tensor} to safetensors, with metadata in its header: strings as they are, the rest
+    as JSON. Equal contents give equal bytes.
+    """
+    from safetensors import SafetensorError
+    from safetensors.torch import save_file
+
+    header = {}
+    for key, value in metadata.items():
+        text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+        header[key] = text
+    tensors = {name: tensor.detach().contiguous().cpu() for name, tensor in tensors.items()}
 
     def write(new):
-        save_file({k: t.detach().contiguous().cpu() for k, t in tensors.items()}, new, header)
-        with open(
-            new, "rb+"
-        ) as f:  # safetensors shuffles the facts; put back in order, equal runs write equal files
-            size = int.from_bytes(f.read(8), "little")
-            ordered = json.loads(f.read(size)) | {"__metadata__": header}
-            f.seek(8)
-            f.write(
-                json.dumps(ordered, ensure_ascii=False, separators=(",", ":")).encode().ljust(size)
-            )
+        try:
+            save_file(tensors, new, header)
+        except SafetensorError as error:  # what it raises where the disk is full
+            raise OSError(str(error)) from None
+        # safetensors shuffles the metadata; put it back in order.
+        with open(new, "rb+") as file:
+            size = int.from_bytes(file.read(8), "little")
+            ordered = json.loads(file.read(size)) | {"__metadata__": header}
+            text = json.dumps(ordered, ensure_ascii=False, separators=(",", ":"))
+            file.seek(8)
+            file.write(text.encode().ljust(size))
 
     replace(path, write)
 
 
-def save_json(value, path):
-    replace(
-        path,
-        lambda new: new.write_text(
-            json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8"
-        ),
-    )
+def save_json(value: object, path: str | Path) -> None:
+    save_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", path)
+
+
+def save_text(text: str, path: str | Path) -> None:
+    replace(path, lambda new: new.write_text(text, encoding="utf-8"))
+
+
+@contextlib.contextmanager
+def lock_folder(folder: str | Path, flag: str = "--out") -> Iterator[None]:
+    """Keep other runs out of a folder; the operating system releases the lock of a killed process.
+
+    Raises ValueError where another run holds it.
+    """
+    path = Path(folder) / ".lock"
+    while True:
+        file = open(path, "a")  # noqa: SIM115  closed below
+        if not try_lock(file):
+            file.close()
+            raise ValueError(
+                f"{flag} {folder}: another run is writing there; wait, or name another folder"
+            )
+        # The run that held it may have removed the file between open and lock.
+        with contextlib.suppress(FileNotFoundError):
+            if same_file(file, path):
+                break
+        file.close()
+    try:
+        yield
+    finally:
+        with contextlib.suppress(OSError):  # Windows removes no open file
+            path.unlink()
+        file.close()
+
+
+def same_file(file, path: Path) -> bool:
+    return os.path.samestat(os.fstat(file.fileno()), path.stat())
+
+
+def try_lock(file) -> bool:
+    """False where another process holds the lock. A file system without locks counts as free."""
+    try:
+        import fcntl
+    except ImportError:  # Windows
+        import msvcrt
+
+        try:
+            msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)
+        except OSError:
+            return False
+        return True
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError:
+        return True
+    return True

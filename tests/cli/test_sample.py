@@ -73,7 +73,7 @@ def test_a_picture_tells_how_it_was_made_and_like_makes_it_again(
         "36x28",
         "--sampler",
         "euler_ancestral",
-        "--grid",
+        "--timestep-spacing",
         "trailing",
         "--eta",
         0.5,
