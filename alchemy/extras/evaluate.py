@@ -12,7 +12,7 @@ DINO-subject  DINO of the subject's region alone, on the mean colour (--mask)
 leakage       DINO of the backgrounds, the subject painted over; of the photos, the most similar
               one counts (--mask)
 DIV           mean of 1 - cosine over the pairs of generated images of one prompt
-PRES          mean cosine over all pairs of a class image and a photo; a lost class is high (--prior)
+PRES          mean cosine of all class images and photos; high where the class is lost (--prior)
 DIV-prior     DIV of the class images (--prior)
 
 DINO, CLIP-I and CLIP-T are DreamBooth's (Ruiz et al. 2023, section 4.1), PRES and DIV those of its
