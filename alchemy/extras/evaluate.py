@@ -27,7 +27,7 @@ import math
 import re
 from itertools import combinations, starmap
 from pathlib import Path
-from typing import Callable, Iterable
+from typing import Iterable
 
 from PIL import Image, ImageOps
 from torch import Tensor
@@ -135,24 +135,6 @@ def score(
 
     summary = {column: mean(row[column] for row in rows) for column in COLUMNS}
     return rows, summary | {"DIV": diversity(features, [row["prompt"] for row in rows])}
-
-
-def validation_scores(
-    encode: Callable,
-    subject: list[Image.Image],
-    photos: list[Image.Image],
-    class_: list[Image.Image],
-    base_class: list[Image.Image],
-) -> dict[str, float]:
-    """How a training run stands: likeness of the subject's previews to the photos, and of the class
-    previews to the base model's images of the class; `score` is the mean of the two.
-
-    encode: an Encoder, or encoders.load_toy() for the miniature. The subject figure rises while the
-    subject is learned, the class figure falls as the class is lost: the best step has both.
-    """
-    likeness = float(fidelity(encode(subject), encode(photos)).mean())
-    prior = float(fidelity(encode(class_), encode(base_class)).mean())
-    return {"subject": likeness, "class": prior, "score": (likeness + prior) / 2}
 
 
 # The command.

@@ -11,6 +11,7 @@ from helpers.vision import save_clip, save_dino
 from PIL import Image
 
 from alchemy.extras import encoders, evaluate
+from alchemy.extras.validation import Validation
 from alchemy.formats import png
 
 
@@ -25,6 +26,10 @@ def folders(tmp_path_factory, reference):
 
 def unit(*rows):
     return F.normalize(torch.tensor(rows), dim=-1)
+
+
+def approx(class_, **scores):
+    return pytest.approx({"class": class_} | scores)
 
 
 def by_colour(pictures):
@@ -86,10 +91,19 @@ def test_leakage_is_of_the_most_similar_photo_and_the_subject_of_all(tmp_path):
     assert means["leakage"] == pytest.approx(1)
 
 
-def test_validation_scores_subject_and_class_apart():
+def test_validation_scores_subject_and_class_apart_and_names_the_best_step(tmp_path):
     red, blue = Image.new("RGB", (4, 4), "red"), Image.new("RGB", (4, 4), "blue")
-    found = evaluate.validation_scores(by_colour, [red], [red, blue], [blue], [blue])
-    assert found == pytest.approx({"subject": 0.5, "class": 1.0, "score": 0.75})
+    purple = Image.new("RGB", (4, 4), (255, 0, 255))
+    for name, image in (("a.png", red), ("b.png", blue)):
+        image.save(tmp_path / name)
+    validation = Validation(by_colour, sorted(tmp_path.iterdir()), [red, blue])
+    assert validation.best() is None
+    assert validation.add(0, [red], [red, blue]) == approx(subject=0.5, class_=1, score=0.75)
+    assert validation.add(20, [purple], [red, blue]) == approx(
+        subject=0.5**0.5, class_=1, score=(0.5**0.5 + 1) / 2
+    )
+    assert validation.add(40, [purple], [blue, red])["class"] == pytest.approx(0)
+    assert validation.best() == 20
 
 
 def test_the_command_writes_table_csv_json_and_sheet(folders, tmp_path, monkeypatch):

@@ -96,7 +96,20 @@ FAULTS = {
             "if False:",
         ),
         ("too few prompts", "if len(lines) != len(paths):", "if False:"),
-        ("validation looks at the class alone", "(likeness + prior) / 2", "prior"),
+    ),
+    ("extras/validation", "extras/evaluate"): (
+        ("the score is the class alone", "(likeness + prior) / 2", "prior"),
+        (
+            "the class is compared with its seeds mixed",
+            "self.encode(class_) * self.base_class",
+            "self.encode(class_) * self.base_class.flip(0)",
+        ),
+        ("the best step is the worst", "return max(self.scores", "return min(self.scores"),
+        (
+            "class and subject are swapped",
+            "self.encode(subject), self.photos",
+            "self.encode(class_), self.photos",
+        ),
     ),
     ("extras/benchmark", "extras/benchmark"): (
         ("a dog is an object", 'LIVE = ("cat", "dog")', 'LIVE = ("cat",)'),
