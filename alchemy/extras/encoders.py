@@ -113,28 +113,19 @@ def load_weights(
     name_of: a parameter's name to its tensor's; ignored: how the names of tensors begin that are
     not used. Strict: one missing, left over or of another shape is a ValueError.
     """
-    tensors = names_in(files)
-    parameters = network.state_dict()
-    stored = {key: name_of(key) for key in parameters}
-    missing = [name for name in stored.values() if name not in tensors]
-    used = set(stored.values())
-    extra = [name for name in tensors if name not in used and not name.startswith(ignored)]
-    extra = [name for name in extra if not EXTRAS.search(name)]
-    if missing or extra:
-        first = ", ".join((missing + extra)[:3])
-        raise ValueError(
-            f"{files[0]}: {len(missing)} tensors missing, {len(extra)} left over: {first}"
-        )
-    for key, name in stored.items():
-        tensor, wanted = tensors[name].get_tensor(name), parameters[key].shape
-        while tensor.ndim > len(wanted) and len(tensor) == 1:  # DINO's are batches of one
-            tensor = tensor[0]
-        if tensor.shape != wanted:
-            raise ValueError(
-                f"{files[0]}: {name} is {tuple(tensor.shape)}, by config.json {tuple(wanted)}"
-            )
-        parameters[key] = tensor.to(device, torch.float32)
-    network.load_state_dict(parameters, assign=True)
+    keys = {name_of(key): key for key in network.state_dict()}
+    weights = {}
+    for name, file in names_in(files).items():
+        if name.startswith(ignored) or EXTRAS.search(name):
+            continue
+        tensor = file.get_tensor(name).to(device, torch.float32)
+        # DINO's CLS token and positions are batches of one.
+        weights[keys.get(name, name)] = tensor.squeeze() if tensor.shape[:1] == (1,) else tensor
+    try:
+        network.load_state_dict(weights, assign=True)
+    except RuntimeError as error:
+        reason = " ".join(str(error).split())[:300]
+        raise ValueError(f"{files[0]} does not fit its config.json: {reason}") from None
     network.eval().requires_grad_(False)
 
 

@@ -63,7 +63,11 @@ FAULTS = {
             "torch.cat(features)",
         ),
         ("texts are not of length 1", "F.normalize(pooled.cpu(), dim=-1)", "pooled.cpu()"),
-        ("a tensor left over is taken", "if missing or extra:", "if missing:"),
+        (
+            "a tensor left over is taken",
+            "(weights, assign=True)",
+            "(weights, strict=False, assign=True)",
+        ),
         ("any model is taken for DINO", "not in kinds:", "is None:"),
         ("the revision is dropped", 'find(name, [""], revision=revision)', 'find(name, [""])'),
     ),
