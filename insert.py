@@ -190,12 +190,10 @@ def main(argv=None):
         k: sdxl.defaults[k] if getattr(args, k) is None else getattr(args, k)
         for k in ("sampler", "steps", "guidance", "strength", "threshold", "dilate")
     }
-    row, started = samplers.find(chosen["sampler"]), []
+    sampler, started = samplers.find_sampler(chosen["sampler"]), []
 
     def timesteps(strength):
-        return sdxl.schedule.timesteps(
-            chosen["steps"], args.spacing or row.grid, strength, row.fractional
-        )
+        return sampler.timesteps(sdxl.schedule, chosen["steps"], args.spacing, strength)
 
     def bar(steps):
         second = bool(image or started)
@@ -236,7 +234,7 @@ def main(argv=None):
         crop=args.crop,
         negative_prompt=args.negative_prompt,
         progress=bar,
-        grid=args.spacing,
+        spacing=args.spacing,
         eta=args.eta,
         **chosen,
     )

@@ -156,12 +156,8 @@ def main(argv=None):
     )
     strength = sdxl.defaults["strength"] if args.strength is None else args.strength
     image = image and ImageOps.fit(image, size[::-1], Image.LANCZOS)
-    row = samplers.find(options["sampler"])
-    grid = sdxl.schedule.timesteps(
-        options["steps"],
-        options.get("grid") or row.grid,
-        strength if image else 1.0,
-        row.fractional,
+    grid = samplers.find_sampler(options["sampler"]).timesteps(
+        sdxl.schedule, options["steps"], options.get("spacing"), strength if image else 1.0
     )
     cli.say(
         f"{options['sampler']}: {pace.ran(sdxl.schedule, grid, options['steps'])}, {size[1]}x{size[0]}"

@@ -696,7 +696,7 @@ add_drawing, put_loras, is_picture = add_sampling, apply_loras, is_image_path
 
 
 def drawing(args):
-    return {"grid" if k == "spacing" else k: v for k, v in sampling_options(args).items()}
+    return sampling_options(args)
 
 
 def folder(path, flag="--out"):

@@ -1,50 +1,59 @@
-"""Text-to-image and image-to-image: a prompt, through the denoising loop, to a PIL image."""
+"""Text-to-image and image-to-image: from a prompt, through the denoising loop, to a PIL image."""
+
+import secrets
+from collections.abc import Callable, Iterable
+from os import PathLike
 
 import torch
 import torch.nn.functional as F
+from PIL import Image, ImageOps
+from torch import Tensor
 
 from . import images
-from .sampling import denoise, generators, keep_background, noise
+from .samplers import Sampler
+from .sampling import Hook, Step, denoise, generators, keep_background, noise
+from .sdxl import SDXL, Conditioning
+
+Progress = Callable[[Iterable[Step]], Iterable[Step]]  # e.g. tqdm
 
 
-def latent_mask(mask, factor):
-    """A pixel mask (H,W) in [0,1] to (1,1,H/f,W/f): the largest of each cell, so that no masked pixel is lost."""
+def latent_mask(mask: Tensor, factor: int) -> Tensor:
+    """A pixel mask (H,W) in [0,1] to (1,1,H/f,W/f), by the maximum: no masked pixel is lost."""
     return F.max_pool2d(mask[None, None], factor)
 
 
 @torch.no_grad()
 def sample(
-    sdxl,
-    conditioning,
-    unconditional,
-    seed,
-    size,
+    sdxl: SDXL,
+    conditioning: Conditioning,
+    unconditional: Conditioning | None,
+    seed: int,
+    size: tuple[int, int],
     *,
-    image=None,
-    mask=None,
-    strength=1.0,
-    hook=None,
-    progress=None,
+    image: Image.Image | None = None,
+    mask: Tensor | None = None,
+    strength: float = 1.0,
+    hook: Hook | None = None,
+    progress: Progress | None = None,
     **options,
-):
-    """Conditioning of one picture to that picture, PIL, size (H, W). options: sampler, grid, steps, guidance, eta of denoise.
+) -> Image.Image:
+    """One image of size (H, W) from its encoded prompt. options: those of denoise.
 
-    image: a PIL picture of that size to start from. mask (H,W) in [0,1]: where 0, the latents stay the picture's.
-    progress(iterable of Steps, total) -> iterable stands between the loop and its end: a bar, a recorder.
+    image: of that size, to start from (Img2Img).
+    mask: (H,W) in [0,1]; where it is 0, the latents stay the image's.
+    progress: wraps the iterator of Steps, as tqdm does.
     """
-    if size[0] % sdxl.vae_scale_factor or size[1] % sdxl.vae_scale_factor:
-        raise ValueError(
-            f"size {size[1]}x{size[0]} does not fit: both sides must be multiples of {sdxl.vae_scale_factor}"
-        )
+    f = sdxl.vae_scale_factor
+    check_size(size, f)
     if mask is not None and image is None:
         raise ValueError("a mask needs an image: it says what of the image may change")
-    made = generators([seed])
-    start = noise(
-        (1, 4, size[0] // sdxl.vae_scale_factor, size[1] // sdxl.vae_scale_factor), made
-    ).to(sdxl.device)
-    latents = image and sdxl.vae.encode(images.to_tensor(image).to(sdxl.device))[0]
+    rngs = generators([seed])
+    start = noise((1, 4, size[0] // f, size[1] // f), rngs).to(sdxl.device)
+    latents = None
+    if image is not None:
+        latents = sdxl.vae.encode(images.to_tensor(image).to(sdxl.device))[0]
     if mask is not None:
-        hook = keep_background(latents, start, latent_mask(mask.to(start), sdxl.vae_scale_factor))
+        hook = keep_background(latents, start, latent_mask(mask.to(start), f))
     steps = denoise(
         sdxl,
         start,
@@ -52,71 +61,144 @@ def sample(
         unconditional,
         image=latents,
         strength=strength,
-        generators=made,
+        generators=rngs,
         hook=hook,
         **options,
     )
-    for step in progress(steps) if progress else steps:
-        pass
-    if not step.x_prev.isfinite().all():
+    *_, last = progress(steps) if progress else steps
+    if not last.x_prev.isfinite().all():
         raise FloatingPointError(
-            "the UNet's latents became NaN or infinite: is a LoRA damaged, or its scale too large?"
+            "the latents became NaN or infinite: is a LoRA damaged, or its scale too large?"
         )
-    return images.to_image(sdxl.vae.decode(step.x_prev)[0])
+    return images.to_image(sdxl.vae.decode(last.x_prev)[0])
 
 
-def resolve_options(sdxl, negative_prompt, size, options):
-    """Fill in the checkpoint's defaults; the prompt's opposite as Conditioning (zeros where none is given)."""
-    size = size or sdxl.size
-    chosen = {k: sdxl.defaults[k] for k in ("sampler", "steps", "guidance")} | {
-        k: v for k, v in options.items() if v is not None
-    }
-    return size, sdxl.encode_prompt([negative_prompt], size), chosen
+def check_size(size: tuple[int, int], factor: int) -> None:
+    """Raise ValueError for a size (H, W) at which no image can be generated."""
+    height, width = size
+    if min(size) < factor or height % factor or width % factor:
+        raise ValueError(f"size {width}x{height}: both sides must be multiples of {factor}")
+    problem = images.size_problem((width, height))
+    if problem:
+        raise ValueError(f"size {width}x{height}: {problem}")
+
+
+def resolve_options(
+    sdxl: SDXL,
+    negative_prompt: str | None,
+    size: int | tuple[int, int] | None,
+    options: dict,
+) -> tuple[tuple[int, int], Conditioning, dict]:
+    """Replace None by the checkpoint's defaults: size (H, W), the encoded negative prompt, options.
+
+    A size of one number is a square; a negative prompt of None is encoded as zeros.
+    """
+    if size is None:
+        size = sdxl.size
+    if isinstance(size, int):
+        size = (size, size)
+    chosen = {name: sdxl.defaults[name] for name in ("sampler", "steps", "guidance")}
+    chosen |= {name: value for name, value in options.items() if value is not None}
+    return tuple(size), sdxl.encode_prompt([negative_prompt], size), chosen
+
+
+def check_prompt(prompt: str) -> None:
+    """Raise ValueError for a list of prompts, which would be one image of its first."""
+    if not isinstance(prompt, str):
+        raise ValueError(f"the prompt is a {type(prompt).__name__}; give one string per call")
 
 
 def text_to_image(
-    sdxl, prompt, *, size=None, seed=0, negative_prompt=None, progress=None, **options
-):
-    """A prompt to a PIL picture. size (H, W), None: what the checkpoint was trained at; options: see sample."""
+    sdxl: SDXL,
+    prompt: str,
+    *,
+    size: int | tuple[int, int] | None = None,
+    seed: int | None = 0,
+    negative_prompt: str | None = None,
+    sampler: str | Sampler | None = None,
+    spacing: str | None = None,
+    steps: int | None = None,
+    guidance: float | None = None,
+    eta: float | None = None,
+    hook: Hook | None = None,
+    progress: Progress | None = None,
+) -> Image.Image:
+    """Generate an image from a prompt.
+
+    size: (H, W) in pixels or one number; None is the size that the checkpoint was trained at.
+    seed: determines the noise; None draws one.
+    negative_prompt: what guidance leads away from; None is SDXL's empty conditioning (zeros).
+    sampler, spacing, steps, guidance, eta: see alchemy.denoise; None is the checkpoint's default.
+    hook: called with each Step; a tensor that it returns replaces step.x_prev.
+    progress: wraps the iterator of Steps, as tqdm does.
+
+    Raises ValueError for a size that is not a multiple of the VAE's factor, or wrong options.
+    """
+    check_prompt(prompt)
+    options = dict(sampler=sampler, spacing=spacing, steps=steps, guidance=guidance, eta=eta)
     size, unconditional, options = resolve_options(sdxl, negative_prompt, size, options)
+    check_size(size, sdxl.vae_scale_factor)
+    conditioning = sdxl.encode_prompt([prompt], size)
+    seed = secrets.randbits(31) if seed is None else seed
     return sample(
-        sdxl,
-        sdxl.encode_prompt([prompt], size),
-        unconditional,
-        seed,
-        size,
-        progress=progress,
-        **options,
+        sdxl, conditioning, unconditional, seed, size, hook=hook, progress=progress, **options
     )
 
 
 def image_to_image(
-    sdxl,
-    prompt,
-    image,
+    sdxl: SDXL,
+    prompt: str,
+    image: Image.Image | str | PathLike,
     *,
-    strength,
-    mask=None,
-    seed=0,
-    negative_prompt=None,
-    progress=None,
-    **options,
-):
-    """Redraw a PIL picture (sides multiples of the VAE's factor) after a prompt. strength in (0, 1]: how far back to noise.
+    strength: float | None = None,
+    mask: Tensor | Image.Image | str | PathLike | None = None,
+    seed: int | None = 0,
+    negative_prompt: str | None = None,
+    sampler: str | Sampler | None = None,
+    spacing: str | None = None,
+    steps: int | None = None,
+    guidance: float | None = None,
+    eta: float | None = None,
+    progress: Progress | None = None,
+) -> Image.Image:
+    """Change an image according to a prompt (Img2Img).
 
-    mask (H,W) tensor in [0,1]: only where it is above 0 may anything change, by that much; elsewhere the result is the picture to the bit.
+    image: PIL image or path. It is scaled and cropped to sides that are multiples of the VAE's
+        factor, where they are not.
+    strength: in (0, 1], how far the image is noised; None is the checkpoint's default.
+    mask: (H,W) in [0,1], PIL image or path, of the image's size: what may change, and by how much.
+        Where it is 0 the result is bit-identical to the image.
+    seed, negative_prompt, sampler, spacing, steps, guidance, eta, progress: see text_to_image.
     """
+    check_prompt(prompt)
+    image = images.as_image(image)
+    if mask is not None:
+        mask = images.as_mask(mask, image.size[::-1])
+    image, mask = fit_to_latents(image, mask, sdxl.vae_scale_factor)
+    options = dict(sampler=sampler, spacing=spacing, steps=steps, guidance=guidance, eta=eta)
     size, unconditional, options = resolve_options(sdxl, negative_prompt, image.size[::-1], options)
-    drawn = sample(
+    generated = sample(
         sdxl,
         sdxl.encode_prompt([prompt], size),
         unconditional,
-        seed,
+        secrets.randbits(31) if seed is None else seed,
         size,
         image=image,
         mask=mask,
-        strength=strength,
+        strength=sdxl.defaults["strength"] if strength is None else strength,
         progress=progress,
         **options,
     )
-    return drawn if mask is None else images.composite(image, drawn, mask)
+    return generated if mask is None else images.composite(image, generated, mask)
+
+
+def fit_to_latents(
+    image: Image.Image, mask: Tensor | None, factor: int
+) -> tuple[Image.Image, Tensor | None]:
+    """Scale and crop an image, and its mask (H,W), to the next smaller multiples of factor."""
+    size = tuple(max(side // factor, 1) * factor for side in image.size)  # (W, H)
+    if size == image.size:
+        return image, mask
+    if mask is not None:
+        mask = F.interpolate(mask[None, None], size[::-1], mode="area")[0, 0]
+    return ImageOps.fit(image, size, Image.LANCZOS), mask

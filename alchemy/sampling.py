@@ -1,148 +1,179 @@
-"""The denoising loop: the one through which every picture goes, from noise or from a picture, with a mask or without.
+"""The denoising loop, through which every image is generated: a generator of Steps.
 
-denoise(...) is a generator of Steps. Who iterates can look, keep, stop; a hook can change x_prev. Progress bars, previews, masks and
-recorders are all one or the other.
+Whoever iterates can look at a Step and stop; `hook` is the one way to change it. Progress bars,
+previews, masks and recorders are one or the other.
 """
 
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 
-from . import samplers
-from .sdxl import to_device
+from .samplers import Sampler, find_sampler
+from .sdxl import Conditioning, to_device
 
 
 @dataclass
 class Step:
-    """One step from timestep t to t_prev (None: the end). All tensors (B,4,h,w); eps is the guided mix of eps_uncond and eps_cond."""
+    """One step of the denoising loop, from timestep t to t_prev (None: the end).
+
+    alpha_bar, alpha_bar_prev: ᾱ before and after. All tensors are (B,4,h,w).
+    x_t: the UNet's input. eps_uncond (None without guidance), eps_cond: its predictions as ε.
+    eps, x_0: the guided prediction as ε and as clean latents. x_prev: the latents after the step.
+    """
 
     index: int
     t: float
     t_prev: float | None
     alpha_bar: float
     alpha_bar_prev: float
-    x_t: torch.Tensor
-    eps_uncond: torch.Tensor | None
-    eps_cond: torch.Tensor
-    eps: torch.Tensor
-    x_0: torch.Tensor
-    x_prev: torch.Tensor
+    x_t: Tensor
+    eps_uncond: Tensor | None
+    eps_cond: Tensor
+    eps: Tensor
+    x_0: Tensor
+    x_prev: Tensor | None = None
 
 
-def generators(seeds):
-    """A CPU generator for each seed: the draws of a picture depend on its seed alone, not on batch, device or neighbours."""
+Hook = Callable[[Step], Tensor | None]
+
+
+def generators(seeds: Sequence[int]) -> list[torch.Generator]:
+    """One CPU generator per seed, so that an image depends on its own seed alone."""
     return [torch.Generator().manual_seed(seed) for seed in seeds]
 
 
-def noise(shape, seeds):
-    """Unit Gaussian (B,4,h,w) float32 on the CPU. seeds: B integers, or generators, which then go on from there."""
-    made = generators(seeds) if isinstance(seeds[0], int) else seeds
-    if len(made) != shape[0]:
-        raise ValueError(f"{len(made)} seeds for a batch of {shape[0]}")
-    return torch.stack([torch.randn(shape[1:], generator=g) for g in made])
+def noise(shape: Sequence[int], seeds: Sequence[int] | Sequence[torch.Generator]) -> Tensor:
+    """Unit Gaussian noise of that shape (B,4,h,w), float32 on the CPU.
+
+    seeds: B integers, or B generators, which advance.
+    """
+    rngs = generators(seeds) if isinstance(seeds[0], int) else seeds
+    if len(rngs) != shape[0]:
+        raise ValueError(f"{len(rngs)} seeds for a batch of {shape[0]}")
+    return torch.stack([torch.randn(shape[1:], generator=rng) for rng in rngs])
+
+
+def classifier_free_guidance(
+    unet: Callable[..., Tensor],
+    conditioning: Conditioning,
+    unconditional: Conditioning | None,
+    guidance: float,
+) -> Callable[[Tensor, float], tuple[Tensor, Tensor, Tensor | None]]:
+    """A function (x_t, t) -> (guided, conditional, unconditional) predictions of the UNet.
+
+        guided = uncond + w · (cond − uncond)          Ho & Salimans 2022, eq. 6
+
+    There is no unconditional prediction (None) where w is 1 or `unconditional` is None.
+    """
+    if unconditional is None or guidance == 1:
+
+        def predict_conditional(x_t, t):
+            cond = unet(x_t, t, *conditioning.parts())
+            return cond, cond, None
+
+        return predict_conditional
+
+    both = type(conditioning).cat([unconditional, conditioning])  # one batch of 2B
+
+    def predict_guided(x_t, t):
+        uncond, cond = unet(torch.cat([x_t, x_t]), t, *both.parts()).chunk(2)
+        return uncond + guidance * (cond - uncond), cond, uncond
+
+    return predict_guided
 
 
 @torch.no_grad()
 def denoise(
     sdxl,
-    noise,
-    conditioning,
-    unconditional=None,
+    noise: Tensor,
+    conditioning: Conditioning,
+    unconditional: Conditioning | None = None,
     *,
-    image=None,
-    strength=1.0,
-    sampler="euler",
-    grid=None,
-    steps=30,
-    guidance=5.0,
-    eta=None,
-    generators=None,
-    hook=None,
-):
-    """Yield a Step for each pair of the grid, from noise (B,4,h,w), unit Gaussian, to clean latents (the last x_prev).
+    image: Tensor | None = None,
+    strength: float = 1.0,
+    sampler: str | Sampler = "euler",
+    spacing: str | None = None,
+    steps: int = 30,
+    guidance: float = 5.0,
+    eta: float | None = None,
+    generators: list[torch.Generator] | None = None,
+    hook: Hook | None = None,
+) -> Iterator[Step]:
+    """Yield a Step per timestep, from noise to clean latents; the result is the last x_prev.
 
-    sdxl: anything with a .unet and a .schedule. unconditional: what guidance leads away from, or None for no guidance; guidance 1 is
-    none either. image: clean latents (B,4,h,w) to start from (Img2Img), noised to the level of `strength` in (0, 1]; at 1 it has no
-    part. grid: leading, trailing or linspace (None: the checkpoint's). eta: None is the sampler's own. generators: one per image,
-    needed where the sampler draws noise. hook(step) -> x_prev to use instead, or None.
+    sdxl: an SDXL, or anything with a .unet and a .schedule.
+    noise: unit Gaussian (B,4,h,w), see alchemy.noise.
+    conditioning, unconditional: from sdxl.encode_prompt, B prompts each. Without an
+        unconditional there is no guidance.
+    image: clean latents (B,4,h,w) to start from (Img2Img): sdxl.vae.encode(...)[0].
+    strength: in (0, 1], how far `image` is noised; at 1 it has no influence.
+    sampler: a name in samplers.SAMPLERS, or a Sampler of your own.
+    spacing: timesteps "leading", "trailing" or "linspace"; None is the checkpoint's.
+    steps: number of steps at strength 1.
+    guidance: weight of classifier-free guidance; 1 is none.
+    eta: how much of the noise is drawn anew at each step, 0 to 1; None is the sampler's own.
+    generators: one per image (alchemy.generators), for samplers that draw noise.
+    hook: called with each Step; a tensor that it returns replaces step.x_prev.
+
+    Raises ValueError for options out of range, when the iteration begins.
     """
-    schedule, row = sdxl.schedule, samplers.find(sampler)
-    eta = row.eta if eta is None else eta
-    if eta and generators is None:
+    schedule, sampler = sdxl.schedule, find_sampler(sampler)
+    eta = sampler.eta if eta is None else eta
+    if eta > 0 and generators is None:
         raise ValueError(
-            f"sampler {sampler!r} with eta {eta} draws noise at each step: give generators=alchemy.generators(seeds)"
+            f"this sampler draws noise at each step (eta is {eta:g}): "
+            "give generators=alchemy.generators(seeds)"
         )
-    pairs = schedule.timesteps(
-        steps, grid or row.grid, strength if image is not None else 1.0, row.fractional
-    )
-    guided = unconditional is not None and guidance != 1
-    told = (
-        type(conditioning).cat([unconditional, conditioning]) if guided else conditioning
-    )  # one batch of 2B
+    timesteps = sampler.timesteps(schedule, steps, spacing, strength if image is not None else 1.0)
+    predict = classifier_free_guidance(sdxl.unet, conditioning, unconditional, guidance)
 
-    ab = schedule.alpha_bar_at(pairs[0][0])
+    # Start from noise, or from the image at the noise level of its first timestep.
+    ab_t = schedule.alpha_bar_at(timesteps[0][0])
     if image is None or strength == 1:
-        x = row.start(noise, ab, grid or schedule.spacing)
+        x_t = sampler.start(noise, ab_t, spacing or schedule.spacing)
     else:
-        x = ab**0.5 * image + (1 - ab) ** 0.5 * noise
-    for index, (t, t_prev) in enumerate(pairs):
-        ab = schedule.alpha_bar_at(t)
-        ab_prev = (
-            schedule.alpha_bar_at(t_prev)
-            if t_prev is not None
-            else row.last or float(schedule.alpha_bar[0])
-        )
+        x_t = ab_t**0.5 * image + (1 - ab_t) ** 0.5 * noise
 
-        prediction = sdxl.unet(torch.cat([x, x]) if guided else x, t, *told.parts())
-        uncond, cond = prediction.chunk(2) if guided else (None, prediction)
-        mixed = (
-            uncond + guidance * (cond - uncond) if guided else cond
-        )  # classifier-free guidance, Ho & Salimans 2022, eq. 6
-        x_0, eps = schedule.to_x0_eps(mixed, x, ab)
-        if row.fresh:  # c_skip · x_t + c_out · x_0, as LCM's parameterization has it, with diffusers' time times 10 and σ_data 0.5
-            x_0 = x / (400 * t * t + 1) + 20 * t / (400 * t * t + 1) ** 0.5 * x_0
+    def randn():
+        z = torch.stack([torch.randn(x_t.shape[1:], generator=rng) for rng in generators])
+        return to_device(z, x_t.device).to(x_t)
 
-        sigma = samplers.sigma(ab, ab_prev, eta, row.fresh)
-        z = (
-            to_device(
-                torch.stack([torch.randn(x.shape[1:], generator=g) for g in generators]), x.device
-            ).to(x)
-            if sigma
-            else None
-        )
-        towards = x_0, eps
-        if (
-            row.order == 2 and index and t_prev is not None
-        ):  # of the first step there is no last one, and the end is at λ = ∞
-            towards = samplers.extrapolate(step, x_0, x, ab, ab_prev)
-        step = Step(
-            index,
-            t,
-            t_prev,
-            ab,
-            ab_prev,
-            x,
-            schedule.to_x0_eps(uncond, x, ab)[1] if guided else None,
-            schedule.to_x0_eps(cond, x, ab)[1],
-            eps,
-            x_0,
-            samplers.step(*towards, ab_prev, sigma, z),
-        )
-        changed = hook(step) if hook else None
-        step.x_prev = step.x_prev if changed is None else changed
+    previous = None
+    for index, (t, t_prev) in enumerate(timesteps):
+        ab_t = schedule.alpha_bar_at(t)
+        ab_prev = sampler.target_alpha_bar(schedule, t_prev)
+
+        # Predict the clean latents and the noise.
+        pred, pred_cond, pred_uncond = predict(x_t, t)
+        x_0, eps = schedule.to_x0_eps(pred, x_t, ab_t)
+        eps_cond = schedule.to_x0_eps(pred_cond, x_t, ab_t)[1]
+        eps_uncond = None
+        if pred_uncond is not None:
+            eps_uncond = schedule.to_x0_eps(pred_uncond, x_t, ab_t)[1]
+        step = Step(index, t, t_prev, ab_t, ab_prev, x_t, eps_uncond, eps_cond, eps, x_0)
+
+        # Move to the next noise level; the hook may replace the result.
+        step.x_prev = sampler.update(step, previous, eta, randn)
+        replacement = hook(step) if hook else None
+        if replacement is not None:
+            step.x_prev = replacement
         yield step
-        x = step.x_prev
+        x_t, previous = step.x_prev, step
 
 
-def keep_background(known, noise, mask):
-    """A hook that holds latents known (B,4,h,w) where mask (1,1,h,w) is 0 and lets the model draw where it is 1.
+def keep_background(known: Tensor, noise: Tensor, mask: Tensor) -> Hook:
+    """A hook for masked Img2Img: latents change only where the mask (1,1,h,w) in [0,1] is not 0.
 
-    The known is noised, with the same noise throughout, to the level that the step has just reached, and is clean at the end; one
-    level earlier would leave noise in the result.
+    Elsewhere they are the known latents (B,4,h,w), with the same noise throughout, at the noise
+    level that the step has just reached, and clean at the end. At the level before the step,
+    noise would remain in the result.
     """
 
-    def hook(step):
+    def blend(step: Step) -> Tensor:
         ab = step.alpha_bar_prev if step.t_prev is not None else 1.0
-        return mask * step.x_prev + (1 - mask) * (ab**0.5 * known + (1 - ab) ** 0.5 * noise)
+        background = ab**0.5 * known + (1 - ab) ** 0.5 * noise
+        return mask * step.x_prev + (1 - mask) * background
 
-    return hook
+    return blend

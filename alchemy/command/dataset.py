@@ -13,7 +13,7 @@ DECIDE = (
     "seed",
     "size",
     "sampler",
-    "grid",
+    "spacing",
     "steps",
     "guidance",
     "eta",

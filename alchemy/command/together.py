@@ -104,7 +104,7 @@ def drawing(args):
             "--merge has no part in --fp8-base: added to weights of 8 bits, most of a LoRA would be rounded away; leave out one of them"
         )
     not_empty(args, "token")
-    if args.eta and args.sampler and SAMPLERS[args.sampler].order == 2:
+    if args.eta and args.sampler and args.sampler == "dpmpp_2m":
         raise ValueError(
             f"--eta has no part in --sampler {args.sampler}, which draws no noise: leave it out, or name another sampler"
         )

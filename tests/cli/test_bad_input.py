@@ -61,7 +61,7 @@ from helpers.running import (
             ["--resume", "not allowed with argument --overwrite"],
         ),
         ("sample.py", ["--sampler", "dpm"], ["--sampler", "dpm", "euler_ancestral"]),
-        ("sample.py", ["--timestep-spacing", "karras"], ["--grid", "karras", "trailing"]),
+        ("sample.py", ["--timestep-spacing", "karras"], ["--timestep-spacing", "karras", "trailing"]),
         ("sample.py", ["--steps", "-3"], ["--steps", "at least 1"]),
         ("sample.py", ["--count", "0"], ["--count", "at least 1"]),
         ("sample.py", ["--strength", "0"], ["--strength", "above 0 and at most 1"]),

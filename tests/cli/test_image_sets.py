@@ -100,7 +100,7 @@ def test_another_data_set_in_the_folder_is_refused_before_anything_is_drawn(draw
         (("--sampler", "ddim"), "sampler"),
         (("--negative-prompt", "a cat"), "negative_prompt"),
         (("--size", "24x32"), "size"),
-        (("--timestep-spacing", "trailing"), "grid"),
+        (("--timestep-spacing", "trailing"), "spacing"),
         (("--eta", 0.5), "eta"),
         (("--dtype", "float32"), "dtype"),
         (("--lora", "again.safetensors"), "lora"),

@@ -81,7 +81,7 @@ def test_each_block_draws_a_picture(readme):
 def test_20_steps_of_heun_lead_to_within_a_tenth_of_where_60_of_euler_do(readme):
     noise = alchemy.noise((1, 4, 8, 8), [0])
     *_, last = alchemy.denoise(
-        readme.sdxl, noise, readme.told, readme.untold, grid="linspace", steps=60
+        readme.sdxl, noise, readme.told, readme.untold, spacing="linspace", steps=60
     )
     assert (
         deviation(readme.heun(noise, 20), last.x_prev) < 0.1
@@ -105,7 +105,7 @@ def test_of_steps_half_as_long_heun_keeps_a_quarter_of_the_error_and_euler_half(
     exact = (schedule.alpha_bar_at(0) * (1 - schedule.alpha_bar_at(999))) ** 0.5 * noise
     heun, euler = [], []
     for steps in (50, 100):
-        *_, last = alchemy.denoise(toy, noise, told, grid="linspace", steps=steps)
+        *_, last = alchemy.denoise(toy, noise, told, spacing="linspace", steps=steps)
         (
             heun.append(deviation(readme.heun(noise, steps), exact)),
             euler.append(deviation(last.x_prev, exact)),
@@ -154,7 +154,7 @@ def test_outside_the_interval_the_network_is_called_once_a_step(readme, monkeypa
 
 def test_the_hook_pulls_the_mean_colour_by_a_tenth_of_what_it_lacks(readme, close):
     for step in readme.pulled:
-        plain = samplers.step(step.x_0, step.eps, step.alpha_bar_prev)
+        plain = samplers.renoise(step.x_0, step.eps, step.alpha_bar_prev)
         lacks = readme.goal - step.x_0.mean((2, 3), keepdim=True)
         close(step.x_prev, plain + 0.1 * step.alpha_bar_prev**0.5 * lacks, 1e-6)
     *_, plain = alchemy.denoise(readme.sdxl, readme.noise, readme.told, readme.untold, steps=12)

@@ -1,106 +1,95 @@
-"""The noise schedule against diffusers' tables and grids (tests/reference/schedule.safetensors) and against numbers known of SDXL."""
+"""The noise schedule against diffusers' tables (tests/reference/schedule.safetensors)."""
 
 import dataclasses
 
 import pytest
 import torch
 
-from alchemy.command import pace
-from alchemy.schedule import Schedule
+from alchemy.schedule import Schedule, noise_ratio
 
 SPACINGS = ("leading", "trailing", "linspace")
 COUNTS = (1, 7, 16, 20, 25, 30, 40, 50, 999, 1000)
 SDXL = Schedule.from_config({})
-V = Schedule.from_config(
-    {
-        "prediction_type": "v_prediction",
-        "rescale_betas_zero_snr": True,
-        "timestep_spacing": "trailing",
-    }
-)
+ZERO_SNR = {"prediction_type": "v_prediction", "rescale_betas_zero_snr": True}
+V = Schedule.from_config(ZERO_SNR | {"timestep_spacing": "trailing"})
 
 
-def firsts(grid):
-    return [t for t, _ in grid]
+def first_of(pairs):
+    return [t for t, _ in pairs]
 
 
-def sigma(ab):
-    return ((1 - ab) / ab) ** 0.5
-
-
-def test_alpha_bar_is_the_reference_in_float64(reference, close):
-    close(SDXL.alpha_bar, reference("schedule")["alpha_bar"], 1e-12)
-    close(V.alpha_bar, reference("schedule")["alpha_bar_zero_snr"], 1e-12)
-    close(SDXL.alpha_bar, reference("schedule")["diffusers/alpha_bar"], 3e-5)
-
-
-def test_alpha_bar_has_the_known_ends_of_sdxl():
-    assert SDXL.alpha_bar_at(0) == pytest.approx(0.99915, abs=1e-9) and SDXL.alpha_bar_at(
-        999
-    ) == pytest.approx(0.0046601, abs=5e-8)
-    assert sigma(SDXL.alpha_bar_at(999)) == pytest.approx(14.6146, abs=5e-5) and sigma(
-        SDXL.alpha_bar_at(0)
-    ) == pytest.approx(0.029167, abs=5e-7)
+def test_alpha_bar_matches_the_reference(reference, close):
+    stored = reference("schedule")
+    close(SDXL.alpha_bar, stored["alpha_bar"], 1e-12)
+    close(V.alpha_bar, stored["alpha_bar_zero_snr"], 1e-12)
+    close(SDXL.alpha_bar, stored["diffusers/alpha_bar"], 3e-5)
 
 
 @pytest.mark.parametrize(
-    "steps, t, level",
-    [(20, 951, 11.028), (25, 961, 11.676), (30, 958, 11.477), (40, 976, 12.739), (50, 981, 13.120)],
+    "t, sigma",
+    [
+        (0, 0.029167),
+        (999, 14.6146),
+        (951, 11.028),
+        (961, 11.676),
+        (958, 11.477),
+        (976, 12.739),
+        (981, 13.120),
+    ],
 )
-def test_leading_grid_starts_at_the_known_t_and_sigma(steps, t, level):
-    first = SDXL.timesteps(steps)[0][0]
-    assert first == t and sigma(SDXL.alpha_bar_at(first)) == pytest.approx(level, abs=5e-4)
+def test_sigma_has_the_values_known_for_sdxl(t, sigma):
+    assert noise_ratio(SDXL.alpha_bar_at(t)) == pytest.approx(sigma, rel=1e-4)
+
+
+def test_linear_betas_are_linear():
+    beta = torch.linspace(0.1, 0.2, 5, dtype=torch.float64)
+    config = dict(beta_schedule="linear", beta_start=0.1, beta_end=0.2, num_train_timesteps=5)
+    assert torch.equal(Schedule.from_config(config).alpha_bar, torch.cumprod(1 - beta, 0))
 
 
 @pytest.mark.parametrize("spacing", SPACINGS)
-def test_timesteps_are_those_of_diffusers(reference, spacing):
+def test_timesteps_match_diffusers(reference, spacing):
     for steps in COUNTS:
-        theirs = reference("schedule")[f"timesteps/{spacing}_{steps}"].tolist()
+        expected = reference("schedule")[f"timesteps/{spacing}_{steps}"].tolist()
         if (spacing, steps) == ("leading", 1000):
-            theirs = [t - 1 for t in theirs]  # diffusers' begins at t = 1000, which no table has
-        assert firsts(SDXL.timesteps(steps, spacing)) == theirs, steps
+            expected = [t - 1 for t in expected]  # diffusers' begins at t = 1000, beyond the table
+        assert first_of(SDXL.timesteps(steps, spacing)) == expected, steps
 
 
-def test_fractional_timesteps_are_those_of_diffusers_euler_to_the_bit(reference):
+def test_fractional_timesteps_are_bit_equal_to_diffusers_euler(reference):
     for steps in COUNTS:
-        assert (
-            firsts(SDXL.timesteps(steps, "linspace", fractional=True))
-            == reference("schedule")[f"timesteps/linspace_fractional_{steps}"].tolist()
-        )
+        expected = reference("schedule")[f"timesteps/linspace_fractional_{steps}"].tolist()
+        assert first_of(SDXL.timesteps(steps, "linspace", fractional=True)) == expected
 
 
-def test_sigma_is_that_of_diffusers_euler_at_fractional_t_too(reference, close):
+def test_sigma_matches_diffusers_euler_at_fractional_t(reference, close):
     for spacing in SPACINGS:
         for steps in (7, 30, 50):
-            ours = torch.tensor(
-                [
-                    sigma(SDXL.alpha_bar_at(t))
-                    for t in firsts(SDXL.timesteps(steps, spacing, fractional=True))
-                ]
-            )
-            close(ours, reference("schedule")[f"sigmas/{spacing}_{steps}"][:-1], 2e-6)
+            ts = first_of(SDXL.timesteps(steps, spacing, fractional=True))
+            sigmas = torch.tensor([noise_ratio(SDXL.alpha_bar_at(t)) for t in ts])
+            close(sigmas, reference("schedule")[f"sigmas/{spacing}_{steps}"][:-1], 2e-6)
 
 
-def test_sigma_not_alpha_bar_is_what_is_interpolated():
-    assert sigma(SDXL.alpha_bar_at(500.25)) == pytest.approx(
-        0.75 * sigma(SDXL.alpha_bar_at(500)) + 0.25 * sigma(SDXL.alpha_bar_at(501)), rel=1e-13
-    )
+def test_between_timesteps_sigma_is_interpolated_not_alpha_bar():
+    low, high = (noise_ratio(SDXL.alpha_bar_at(t)) for t in (500, 501))
+    between = noise_ratio(SDXL.alpha_bar_at(500.25))
+    assert between == pytest.approx(0.75 * low + 0.25 * high, rel=1e-13)
 
 
 @pytest.mark.parametrize("spacing", SPACINGS)
-def test_previous_timestep_is_the_next_grid_point_and_none_at_the_end(spacing):
+def test_t_prev_is_the_next_timestep_and_none_at_the_end(spacing):
     for steps in (*COUNTS, 61):
-        grid = SDXL.timesteps(steps, spacing)
-        assert [t_prev for _, t_prev in grid] == firsts(grid)[1:] + [None] and len(grid) == steps
-        assert all(0 <= b < a <= 999 for a, b in grid[:-1])
+        pairs = SDXL.timesteps(steps, spacing)
+        assert len(pairs) == steps
+        assert [t_prev for _, t_prev in pairs] == first_of(pairs)[1:] + [None]
+        assert all(0 <= t_prev < t <= 999 for t, t_prev in pairs[:-1])
 
 
-def test_trailing_grid_starts_at_the_last_timestep_whatever_the_count():
+def test_trailing_starts_at_the_last_timestep_for_any_count():
     # diffusers' np.arange(1000, 0, -1000/N) has an element too many for N = 61, 103, ...
-    assert all(
-        firsts(SDXL.timesteps(n, "trailing"))[0] == 999 and len(SDXL.timesteps(n, "trailing")) == n
-        for n in range(1, 1001)
-    )
+    for steps in range(1, 1001):
+        ts = first_of(SDXL.timesteps(steps, "trailing"))
+        assert ts[0] == 999 and len(ts) == steps
 
 
 @pytest.mark.parametrize(
@@ -112,19 +101,13 @@ def test_trailing_grid_starts_at_the_last_timestep_whatever_the_count():
         (50, [*range(999, 0, -20)]),
     ],
 )
-def test_lcms_grid_is_of_the_50_timesteps_that_it_was_distilled_at(steps, timesteps):
-    assert firsts(SDXL.timesteps(steps, "lcm")) == timesteps
-    with pytest.raises(ValueError, match="between 1 and 50"):
-        SDXL.timesteps(51, "lcm")
+def test_lcm_timesteps_are_among_the_50_of_its_distillation(steps, timesteps):
+    assert first_of(SDXL.timesteps(steps, "lcm")) == timesteps
 
 
-def test_steps_offset_comes_from_the_checkpoint():
-    assert SDXL.timesteps(50)[-1] == (1, None) and Schedule.from_config(
-        {"steps_offset": 0}
-    ).timesteps(50)[-1] == (0, None)
-
-
-def test_spacing_comes_from_the_checkpoint_unless_given():
+def test_offset_and_spacing_come_from_the_checkpoint_unless_given():
+    assert SDXL.timesteps(50)[-1] == (1, None)
+    assert Schedule.from_config({"steps_offset": 0}).timesteps(50)[-1] == (0, None)
     assert V.timesteps(30) == V.timesteps(30, "trailing") != V.timesteps(30, "leading")
 
 
@@ -132,39 +115,49 @@ def test_spacing_comes_from_the_checkpoint_unless_given():
     "steps, strength, runs",
     [(50, 0.58, 29), (100, 0.29, 29), (50, 0.3, 15), (30, 0.8, 24), (30, 1.0, 30), (10, 0.99, 9)],
 )
-def test_strength_is_not_truncated_in_floating_point(steps, strength, runs):
+def test_strength_keeps_the_last_steps_without_rounding_errors(steps, strength, runs):
     assert SDXL.timesteps(steps, strength=strength) == SDXL.timesteps(steps)[steps - runs :]
 
 
-def test_what_cannot_run_is_refused():
-    for wrong in (
-        dict(steps=0),
-        dict(steps=1001),
-        dict(steps=3, strength=0.3),
-        dict(steps=9, strength=0.0),
-        dict(steps=9, strength=1.1),
-        dict(steps=9, spacing="karras"),
-    ):
-        with pytest.raises(ValueError):
-            SDXL.timesteps(**wrong)
-    for wrong in (
-        {"prediction_type": "sample"},
-        {"beta_schedule": "squaredcos_cap_v2"},
-        {"timestep_spacing": "log"},
-    ):
-        with pytest.raises(ValueError, match=next(iter(wrong))):
-            Schedule.from_config(wrong)
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        (dict(steps=0), "steps is 0"),
+        (dict(steps=1001), "steps is 1001"),
+        (dict(steps=51, spacing="lcm"), "between 1 and 50"),
+        (dict(steps=3, strength=0.3), "is no step"),
+        (dict(steps=9, strength=0.0), "strength is 0.0"),
+        (dict(steps=9, strength=1.1), "strength is 1.1"),
+        (dict(steps=9, spacing="karras"), "timestep spacing is 'karras'"),
+    ],
+)
+def test_options_out_of_range_are_errors(options, message):
+    with pytest.raises(ValueError, match=message):
+        SDXL.timesteps(**options)
 
 
-def test_zero_terminal_snr_ends_in_zero_keeps_its_first_and_needs_v():
-    assert V.alpha_bar[-1] == 0 and float(V.alpha_bar[0]) == pytest.approx(
-        SDXL.alpha_bar_at(0), rel=1e-14
-    )
-    with pytest.raises(ValueError, match="v-prediction"):
-        Schedule.from_config({"rescale_betas_zero_snr": True})
+@pytest.mark.parametrize(
+    "config, message",
+    [
+        ({"prediction_type": "sample"}, "prediction_type is 'sample'"),
+        ({"beta_schedule": "squaredcos_cap_v2"}, "beta_schedule"),
+        ({"timestep_spacing": "log"}, "timestep_spacing"),
+        ({"trained_betas": [0.1, 0.2]}, "trained_betas"),
+        ({"_class_name": "FlowMatchEulerDiscreteScheduler"}, "flow matching"),
+        ({"rescale_betas_zero_snr": True}, "needs v-prediction"),
+    ],
+)
+def test_an_unsupported_scheduler_config_is_an_error(config, message):
+    with pytest.raises(ValueError, match=message):
+        Schedule.from_config(config)
 
 
-def test_epsilon_is_turned_into_x_0_by_hand():
+def test_zero_terminal_snr_ends_at_zero_and_keeps_the_first_alpha_bar():
+    assert V.alpha_bar[-1] == 0 and noise_ratio(V.alpha_bar_at(999)) == float("inf")
+    assert float(V.alpha_bar[0]) == pytest.approx(SDXL.alpha_bar_at(0), rel=1e-14)
+
+
+def test_epsilon_gives_x_0_as_computed_by_hand():
     x_0, eps = SDXL.to_x0_eps(torch.tensor([0.5]), torch.tensor([2.0]), 0.64)
     assert torch.allclose(x_0, torch.tensor([(2.0 - 0.6 * 0.5) / 0.8])) and eps.item() == 0.5
 
@@ -172,47 +165,33 @@ def test_epsilon_is_turned_into_x_0_by_hand():
 @pytest.mark.parametrize("schedule", [SDXL, V], ids=["epsilon", "v"])
 @pytest.mark.parametrize("t", [0, 500, 998])
 def test_target_and_to_x0_eps_are_inverse(schedule, t, close):
-    x_0, eps = torch.randn(
-        2, 3, 4, 5, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(t)
-    )
+    rng = torch.Generator().manual_seed(t)
+    x_0, eps = torch.randn(2, 3, 4, 5, 6, dtype=torch.float64, generator=rng)
     ts = torch.tensor([t] * 3)
-    back = schedule.to_x0_eps(
-        schedule.target(x_0, eps, ts), schedule.add_noise(x_0, eps, ts), schedule.alpha_bar_at(t)
-    )
+    target, x_t = schedule.target(x_0, eps, ts), schedule.add_noise(x_0, eps, ts)
+    back = schedule.to_x0_eps(target, x_t, schedule.alpha_bar_at(t))
     close(back[0], x_0, 1e-9)
     close(back[1], eps, 1e-9)
 
 
-def test_v_is_salimans_and_hos_and_needs_no_division_at_zero_snr():
-    x_0, eps, last = (
-        torch.full((1, 1, 1, 1), 3.0),
-        torch.full((1, 1, 1, 1), 2.0),
-        torch.tensor([999]),
-    )
-    assert V.target(x_0, eps, last).item() == -3.0 and V.add_noise(x_0, eps, last).item() == 2.0
+def test_v_prediction_needs_no_division_at_zero_snr():
+    """v = √ᾱ ε − √(1−ᾱ) x_0, Salimans & Ho 2022; at ᾱ = 0 it is −x_0."""
+    x_0, eps = torch.full((1, 1, 1, 1), 3.0), torch.full((1, 1, 1, 1), 2.0)
+    last = torch.tensor([999])
+    assert V.target(x_0, eps, last).item() == -3.0
+    assert V.add_noise(x_0, eps, last).item() == 2.0
     assert [part.item() for part in V.to_x0_eps(-x_0, eps, 0.0)] == [3.0, 2.0]
 
 
-def test_noise_is_added_by_each_images_own_timestep():
+def test_each_image_of_a_batch_is_noised_to_its_own_timestep():
     ts, one = torch.tensor([10, 900]), torch.ones(2, 1, 1, 1, dtype=torch.float64)
-    for given, t in zip(SDXL.add_noise(one, 2 * one, ts).flatten().tolist(), ts.tolist()):
-        assert given == pytest.approx(
-            SDXL.alpha_bar_at(t) ** 0.5 + 2 * (1 - SDXL.alpha_bar_at(t)) ** 0.5, rel=1e-14
-        )
-    assert SDXL.snr(ts).tolist() == pytest.approx(
-        [sigma(SDXL.alpha_bar_at(t)) ** -2 for t in (10, 900)], rel=1e-12
-    )
+    x_t, snr = SDXL.add_noise(one, 2 * one, ts).flatten(), SDXL.snr(ts)
+    for i, t in enumerate((10, 900)):
+        ab = SDXL.alpha_bar_at(t)
+        assert x_t[i].item() == pytest.approx(ab**0.5 + 2 * (1 - ab) ** 0.5, rel=1e-14)
+        assert snr[i].item() == pytest.approx(noise_ratio(ab) ** -2, rel=1e-12)
 
 
-def test_what_really_runs_is_said_in_a_line():
-    grid = SDXL.timesteps(50, strength=0.58)
-    assert (
-        pace.ran(SDXL, grid, 50)
-        == f"29 of 50 steps, first t 561 (sigma {sigma(SDXL.alpha_bar_at(561)):.2f})"
-    )
-    assert "infinite" in pace.ran(V, V.timesteps(30), 30)
-
-
-def test_a_schedule_does_not_change():
+def test_a_schedule_is_immutable():
     with pytest.raises(dataclasses.FrozenInstanceError):
         SDXL.spacing = "trailing"

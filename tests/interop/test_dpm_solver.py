@@ -23,7 +23,7 @@ def test_the_same_trajectory(tmp_path, noise, grid, steps):  # noqa: F811
     ours = [
         step.x_prev
         for step in alchemy.denoise(
-            sdxl, noise, told, untold, sampler="dpmpp_2m", grid=grid, steps=steps, guidance=2.0
+            sdxl, noise, told, untold, sampler="dpmpp_2m", spacing=grid, steps=steps, guidance=2.0
         )
     ]
 

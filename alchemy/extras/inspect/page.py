@@ -31,7 +31,7 @@ def inspect(
     hook=None,
     progress=None,
     sampler=None,
-    grid=None,
+    spacing=None,
     steps=None,
     guidance=None,
     eta=None,
@@ -46,10 +46,10 @@ def inspect(
         sdxl,
         negative_prompt,
         size,
-        dict(sampler=sampler, grid=grid, steps=steps, guidance=guidance, eta=eta),
+        dict(sampler=sampler, spacing=spacing, steps=steps, guidance=guidance, eta=eta),
     )
-    row = samplers.find(options["sampler"])
-    pairs = sdxl.schedule.timesteps(options["steps"], grid or row.grid, fractional=row.fractional)
+    row = samplers.find_sampler(options["sampler"])
+    pairs = row.timesteps(sdxl.schedule, options["steps"], spacing)
     recorder = Recorder(
         sdxl, prompt, len(pairs), negative_prompt=negative_prompt, full=full, **options
     )

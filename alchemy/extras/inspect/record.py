@@ -51,7 +51,7 @@ class Recorder:
             None,
             None,
         )  # focus: the token to be shown first
-        self.row = samplers.find(sampler)
+        self.row = samplers.find_sampler(sampler)
         self.eta = self.row.eta if eta is None else eta
         self.total, self.kept, self.seen = total, spread(total, MOST_STEPS), {}
         self.size = None  # (h, w) of the latents, known when the network is first called
@@ -113,7 +113,10 @@ class Recorder:
         self.seen[key] = total + (p[:, : self.words] if key[0] == "attn2" else p), count + 1
 
     def take(self, step):
-        sigma = samplers.sigma(step.alpha_bar, step.alpha_bar_prev, self.eta, self.row.fresh)
+        if self.row.update is samplers.lcm_step:
+            sigma = self.eta * (1 - step.alpha_bar_prev) ** 0.5
+        else:
+            sigma = samplers.ddim_sigma(step.alpha_bar, step.alpha_bar_prev, self.eta)
         self.steps.append(
             {
                 "index": step.index,

@@ -91,7 +91,7 @@ def trajectories(sdxl, size, steps):
             noise,
             told,
             untold,
-            grid="leading",
+            spacing="leading",
             steps=steps,
             generators=made,
             hook=rule and hook,

@@ -1,0 +1,232 @@
+"""Faults of the schedule, the samplers, the denoising loop and the images.
+
+(module in alchemy/, test files): (what it is, the exact old text, the new text), ...
+"""
+
+FAULTS = {
+    ("schedule", "core/schedule"): (
+        ("β grows linearly, not its root", "first**0.5, last**0.5, count", "first, last, count"),
+        (
+            "linear betas are squared",
+            "torch.linspace(first, last, count, dtype=torch.float64)\n",
+            "torch.linspace(first, last, count, dtype=torch.float64) ** 2\n",
+        ),
+        (
+            "zero SNR shifts without scaling",
+            "(root - root[-1]) * root[0] / (root[0] - root[-1])",
+            "root - root[-1]",
+        ),
+        (
+            "alpha_bar is interpolated, not sigma",
+            "return 1 / (1 + sigma**2)",
+            "return float(self.alpha_bar[low] * (1 + low - t) + self.alpha_bar[low + 1] * (t - low))",
+        ),
+        (
+            "a fractional t is floored",
+            "sigma_low + (t - low) * (sigma_high - sigma_low)",
+            "sigma_low",
+        ),
+        ("no offset by default", 'get("steps_offset", 1)', 'get("steps_offset", 0)'),
+        (
+            "trailing is floored",
+            "round(total - i * (total / steps)) - 1",
+            "int(total - i * (total / steps)) - 1",
+        ),
+        (
+            "t_prev by subtraction",
+            "zip(ts, ts[1:] + [None], strict=True)",
+            "zip(ts, [t - len(self.alpha_bar) // steps for t in ts[:-1]] + [None], strict=True)",
+        ),
+        ("linspace is floored", "steps)[::-1].round()]", "steps)[::-1]]"),
+        ("Euler's linspace in float64", "steps, dtype=np.float32)", "steps)"),
+        (
+            "LCM's timesteps from the clean end",
+            "LCM_TIMESTEPS - LCM_TIMESTEPS * i // steps for",
+            "LCM_TIMESTEPS * (i + 1) // steps for",
+        ),
+        ("strength truncates 28.999", "int(steps * strength + 1e-6)", "int(steps * strength)"),
+        ("strength keeps the noisy end", "[steps - count :]", "[:count]"),
+        (
+            "x_0 is not divided by the root of alpha_bar",
+            "(x_t - s * prediction) / a, prediction",
+            "x_t - s * prediction, prediction",
+        ),
+        (
+            "v has the other sign",
+            "return a * x_t - s * prediction, a * prediction +",
+            "return a * x_t + s * prediction, -a * prediction +",
+        ),
+        (
+            "the target of v has the other sign",
+            "return a * eps - s * x_0",
+            "return s * x_0 - a * eps",
+        ),
+        ("SNR upside down", "return ab / (1 - ab)", "return (1 - ab) / ab"),
+        ("trained betas are ignored", 'config.get("trained_betas") is not None', "False"),
+        ("flow matching is accepted", 'if "flow" in', 'if "no such" in'),
+    ),
+    ("samplers", "core/samplers"): (
+        (
+            "Euler's start is not scaled",
+            'if self.scaled_start and spacing != "leading":',
+            "if False:",
+        ),
+        (
+            "the leading start is scaled",
+            'self.scaled_start and spacing != "leading"',
+            "self.scaled_start",
+        ),
+        (
+            "DDIM ends at alpha_bar 1",
+            "Sampler(ddim_step, final_alpha_bar=None)",
+            "Sampler(ddim_step)",
+        ),
+        (
+            "DDPM draws no noise",
+            '"ddpm": Sampler(ddim_step, eta=1.0)',
+            '"ddpm": Sampler(ddim_step)',
+        ),
+        ("the larger of DDPM's variances", "eta * variance_ratio**0.5 *", "eta *"),
+        (
+            "the direction ignores sigma",
+            "max(1 - alpha_bar - sigma**2, 0.0)",
+            "(1 - alpha_bar)",
+        ),
+        (
+            "a root of less than 0",
+            "max(1 - alpha_bar - sigma**2, 0.0)",
+            "(1 - alpha_bar - sigma**2)",
+        ),
+        (
+            "the last x_0 counts double",
+            "(then - now) / (now - before) / 2",
+            "(then - now) / (now - before)",
+        ),
+        (
+            "extrapolated the other way",
+            "step.x_0 + (step.x_0 - previous.x_0)",
+            "step.x_0 - (step.x_0 - previous.x_0)",
+        ),
+        (
+            "extrapolated to the clean end",
+            "if previous is None or step.t_prev is None:",
+            "if previous is None:",
+        ),
+        (
+            "ε is not of the extrapolated x_0",
+            "return renoise(x_0, eps, step",
+            "return renoise(x_0, step.eps, step",
+        ),
+        (
+            "LCM keeps noise",
+            "sigma = eta * (1 - step.alpha_bar_prev) ** 0.5",
+            "sigma = ddim_sigma(step.alpha_bar, step.alpha_bar_prev, eta)",
+        ),
+        (
+            "LCM without its boundary condition",
+            "20 * step.t / scaled_time**0.5 * step.x_0",
+            "step.x_0",
+        ),
+        ("LCM's time is not scaled", "400 * step.t * step.t + 1", "4 * step.t * step.t + 1"),
+        ("LCM on the checkpoint's timesteps", 'eta=1.0, spacing="lcm"', "eta=1.0"),
+    ),
+    ("samplers", "core/sampling"): (
+        (
+            "DDIM's last alpha_bar is 1",
+            "return float(schedule.alpha_bar[0])",
+            "return 1.0",
+        ),
+        ("Euler's timesteps are rounded", "strength, self.fractional)", "strength)"),
+    ),
+    ("sampling", "core/sampling"): (
+        (
+            "alpha_bar of the wrong end",
+            "        ab_t = schedule.alpha_bar_at(t)\n",
+            "        ab_t = schedule.alpha_bar_at(t_prev or 0)\n",
+        ),
+        (
+            "the mask blends at the level before",
+            "step.alpha_bar_prev if step.t_prev",
+            "step.alpha_bar if step.t_prev",
+        ),
+        (
+            "the background's end is not clean",
+            "step.alpha_bar_prev if step.t_prev is not None else 1.0",
+            "step.alpha_bar_prev",
+        ),
+        (
+            "the mask is inverted",
+            "mask * step.x_prev + (1 - mask) * background",
+            "(1 - mask) * step.x_prev + mask * background",
+        ),
+        (
+            "guidance goes the other way",
+            "uncond + guidance * (cond - uncond)",
+            "uncond + guidance * (uncond - cond)",
+        ),
+        (
+            "guidance counts from the conditional",
+            "uncond + guidance * (cond - uncond)",
+            "cond + guidance * (cond - uncond)",
+        ),
+        (
+            "the halves of the batch are swapped",
+            ".cat([unconditional, conditioning])",
+            ".cat([conditioning, unconditional])",
+        ),
+        (
+            "Img2Img adds noise without scaling",
+            "ab_t**0.5 * image + (1 - ab_t) ** 0.5 * noise",
+            "image + (1 - ab_t) ** 0.5 * noise",
+        ),
+        (
+            "the image has an influence at strength 1",
+            "if image is None or strength == 1:",
+            "if image is None:",
+        ),
+        (
+            "strength cuts steps without an image",
+            "strength if image is not None else 1.0",
+            "strength",
+        ),
+        (
+            "noise depends on the batch",
+            "[torch.randn(shape[1:], generator=rng) for rng in rngs]",
+            "list(torch.randn(shape, generator=rngs[0]))",
+        ),
+        (
+            "later noise depends on the batch",
+            "generator=rng) for rng in generators]",
+            "generator=generators[0]) for _ in generators]",
+        ),
+        ("seed 0 is no seed", "manual_seed(seed)", "manual_seed(seed or 1)"),
+        ("the hook's answer is dropped", "if replacement is not None:", "if False:"),
+        (
+            "the step before is not remembered",
+            "x_t, previous = step.x_prev, step",
+            "x_t = step.x_prev",
+        ),
+    ),
+    ("pipeline", "core/sampling"): (
+        (
+            "a thin mask is lost",
+            "F.max_pool2d(mask[None, None], factor)",
+            "mask[None, None, ::factor, ::factor]",
+        ),
+    ),
+    ("images", "core/images"): (
+        ("EXIF is ignored", "ImageOps.exif_transpose(image)", "image"),
+        ("16 bits are clipped", '.mode.startswith("I")', '.mode.startswith("no")'),
+        (
+            "a mask's transparency goes onto white",
+            '"white" if mode == "RGB" else "black"',
+            '"white"',
+        ),
+        ("a palette's transparency is lost", ' or "transparency" in image.info', ""),
+        ("rounded down", "* 127.5).round()", "* 127.5)"),
+        ("composited the other way", "* (b - a)", "* (a - b)"),
+        ("a composite is rounded down", "np.round(mixed)", "mixed"),
+        ("a line of an image is read", "max(size) > MAX_ASPECT_RATIO", "0 > MAX_ASPECT_RATIO"),
+        ("a mask of another size is accepted", "if mask.shape != size:", "if False:"),
+    ),
+}

@@ -1,0 +1,47 @@
+"""The metadata in PNG files."""
+
+import json
+
+import numpy as np
+import pytest
+from helpers.planted import noise_picture
+from PIL import PngImagePlugin
+
+from alchemy import images
+from alchemy.formats.png import facts_of, save
+
+
+def pixels(picture):
+    return np.asarray(picture).tolist()
+
+
+FACTS = {
+    "prompt": "a photo of a “dog”, 犬, \x07 & <b>",
+    "seed": 0,
+    "lora": [["a.safetensors", 0.8]],
+    "guidance": 5.0,
+    "size": None,
+}
+
+
+def test_facts_return_from_a_png_with_the_pixels_to_the_bit(tmp_path):
+    picture = noise_picture(20, 30)
+    save(picture, tmp_path / "a.png", FACTS)
+    assert facts_of(tmp_path / "a.png") == FACTS and pixels(
+        images.read(tmp_path / "a.png")
+    ) == pixels(picture)
+    assert [p.name for p in tmp_path.iterdir()] == ["a.png"]
+
+
+def test_a_picture_without_facts_is_an_error_that_names_it(tmp_path):
+    names = ("bare.png", "bare.jpg", "other.png")
+    for name in names:
+        info = PngImagePlugin.PngInfo()
+        info.add_text("alchemy", "{not json")
+        options = {"pnginfo": info} if name == "other.png" else {}
+        noise_picture(4, 4).save(tmp_path / name, **options)
+        with pytest.raises(ValueError, match=f"{name}: has no facts of how it was made"):
+            facts_of(tmp_path / name)
+    with pytest.raises(ValueError, match="none.png: no such file"):
+        facts_of(tmp_path / "none.png")
+    assert json.loads(json.dumps(FACTS)) == FACTS
