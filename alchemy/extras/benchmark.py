@@ -90,9 +90,9 @@ def train_subject(args: argparse.Namespace, photos: Path, class_word: str, out: 
     if (out / "settings.json").exists():
         command.append("--resume")
     command += ["--class-word", class_word, "--token", args.token]
-    for name in ("weights", "vae", "config", "revision", "device", "dtype"):
+    for name in ("weights", "vae", "model_config", "revision", "device", "dtype"):
         if getattr(args, name):
-            command += [f"--{name}", str(getattr(args, name))]
+            command += ["--" + name.replace("_", "-"), str(getattr(args, name))]
     if args.size:
         command += ["--size", f"{args.size[1]}x{args.size[0]}"]
     # The rank trains alone, on its own GPU.
@@ -115,7 +115,7 @@ def generate(
     try:
         return insertion.insert(sdxl, job.scene, class_word, args.token, **options).result, True
     except ValueError as error:  # the class was not found in the scene, which stays as it is
-        cli.say(f"{job.path}: {error}")
+        cli.log(f"{job.path}: {error}")
         with lora.lora_scale(sdxl, 0):
             return pipeline.text_to_image(sdxl, job.scene, **options), False
 
@@ -127,7 +127,7 @@ def facts_of(job: Job, args: argparse.Namespace) -> dict:
 
 def run_subject(args: argparse.Namespace, subject: str, class_word: str, prompts: list) -> None:
     """Train the subject and generate what is missing of its images."""
-    out = cli.folder(Path(args.out) / subject)
+    out = Path(args.out) / subject
     train_subject(args, Path(args.benchmark) / subject, class_word, out)
     missing = []
     for job in jobs(out, prompts, args.token, class_word, args.seeds):
@@ -140,7 +140,7 @@ def run_subject(args: argparse.Namespace, subject: str, class_word: str, prompts
     sdxl = cli.load(args)
     alchemy.load_lora(sdxl, out / "lora.safetensors")
     for job in cli.progress(missing, len(missing), subject):
-        job.path.parent.mkdir(exist_ok=True)
+        job.path.parent.mkdir(parents=True, exist_ok=True)
         image, inserted = generate(sdxl, job, args, class_word)
         png.save(image, job.path, facts_of(job, args) | {"inserted": inserted})
 
@@ -150,11 +150,12 @@ def score_subject(args: argparse.Namespace, subject: str, dino: Encoder, clip: C
     photos, _ = find_photos(Path(args.benchmark) / subject)
     found = []
     for stage in ("one", "two"):
-        folder = Path(args.out) / subject / stage
-        paths, _ = find_photos(folder)
+        paths, _ = find_photos(Path(args.out) / subject / stage)
         prompts = evaluate.find_prompts(paths, None, args.token)
         rows, summary = evaluate.score(paths, photos, dino, clip, prompts)
-        evaluate.write_scores(rows, summary, paths, cli.folder(f"{folder}-scores"))
+        folder = Path(args.out) / subject / f"{stage}-scores"
+        folder.mkdir(exist_ok=True)
+        evaluate.write_scores(rows, summary, paths, folder)
         failed = [path for path in paths if not png.facts_of(path)["inserted"]]
         row = {"subject": subject, "stages": stage, "images": len(rows), "failed": len(failed)}
         found.append(row | {name: summary[name] for name in FIGURES})
@@ -163,26 +164,33 @@ def score_subject(args: argparse.Namespace, subject: str, dino: Encoder, clip: C
 
 def run(args: argparse.Namespace) -> None:
     """All of the benchmark; ends in a table beside the published figures."""
-    out = cli.folder(args.out)
     classes, prompts = read_benchmark(Path(args.benchmark))
     device, _ = choose_device(args.device, args.dtype)
     dino, clip = load_dino(args.dino, device), load_clip(args.clip, device)
-    for subject in sorted(classes)[distributed.share()]:
-        word = classes[subject]
-        run_subject(args, subject, word, prompts[word in LIVE])
-    distributed.meet()
-    if distributed.rank():
-        return
-    rows = []
-    for subject in cli.progress(sorted(classes), len(classes), "scoring"):
-        rows += score_subject(args, subject, dino, clip)
+    with cli.output_folder(args.out) as out:
+        for subject in sorted(classes)[distributed.share()]:
+            word = classes[subject]
+            run_subject(args, subject, word, prompts[word in LIVE])
+        distributed.meet()
+        if distributed.rank():
+            return
+        rows = []
+        for subject in cli.progress(sorted(classes), len(classes), "scoring"):
+            rows += score_subject(args, subject, dino, clip)
+        rows += summarize(rows)
+        print(evaluate.format_table(rows, ("subject", "stages", "images", "failed", *FIGURES)))
+        save_json(rows, out / "benchmark.json")
+        cli.log_written(out / "benchmark.json")
+
+
+def summarize(rows: list[dict]) -> list[dict]:
+    """The means over all subjects, and the published figures."""
+    found = []
     for stage in ("one", "two"):
         chosen = [row for row in rows if row["stages"] == stage]
-        summary = {name: evaluate.mean(row[name] for row in chosen) for name in FIGURES}
-        summary |= {name: sum(row[name] for row in chosen) for name in ("images", "failed")}
-        rows.append({"subject": "all", "stages": stage} | summary)
+        total = {name: sum(row[name] for row in chosen) for name in ("images", "failed")}
+        total |= {name: evaluate.mean(row[name] for row in chosen) for name in FIGURES}
+        found.append({"subject": "all", "stages": stage} | total)
     for name, *figures in PUBLISHED:
-        rows.append({"subject": name} | dict(zip(FIGURES, figures, strict=True)))
-    print(evaluate.format_table(rows, ("subject", "stages", "images", "failed", *FIGURES)))
-    save_json(rows, out / "benchmark.json")
-    cli.wrote(out / "benchmark.json")
+        found.append({"subject": name} | dict(zip(FIGURES, figures, strict=True)))
+    return found

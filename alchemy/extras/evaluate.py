@@ -20,6 +20,7 @@ section 4.3, with one difference: the paper's DIV is by LPIPS, a network that is
 here. DIV is by DINO features instead, and does not compare with the paper's values.
 """
 
+import argparse
 import contextlib
 import csv
 import io
@@ -167,7 +168,7 @@ def find_masks(paths: list[Path], how: str, sdxl: object, word: str | None) -> d
         try:
             masks[path.name] = mask_of(how, path, sdxl, word)
         except ValueError as error:
-            cli.say(f"left out of DINO-subject and leakage: {error}")
+            cli.log(f"left out of DINO-subject and leakage: {error}")
     return masks
 
 
@@ -206,7 +207,7 @@ def write_scores(rows: list[dict], summary: dict, paths: list[Path], folder: Pat
     return written
 
 
-def parser():
+def parser() -> cli.Parser:
     p = cli.parser(__doc__)
     p.add_argument("generated", nargs="?", metavar="GENERATED", help="folder of generated images")
     p.add_argument("photos", nargs="?", metavar="PHOTOS", help="folder of photos of the subject")
@@ -245,8 +246,31 @@ def parser():
     return p
 
 
+def score_folders(
+    args: argparse.Namespace, how: dict, paths: list[Path], photos: list[Path], prompts: dict
+) -> tuple[list[dict], dict]:
+    """What `score` gives, with masks from the flags, and PRES and DIV-prior of --prior."""
+    # Load the encoders, and the checkpoint if it has to find the subject.
+    device, _ = choose_device(args.device, args.dtype)
+    dino, clip = load_dino(args.dino, device), load_clip(args.clip, device)
+    masks = photo_masks = None
+    if args.mask:
+        sdxl = cli.load(args) if "segment" in how.values() else None
+        masks = find_masks(paths, how["generated"], sdxl, args.class_word)
+        photo_masks = find_masks(photos, how["photos"], sdxl, args.class_word)
+
+    rows, summary = score(paths, photos, dino, clip, prompts, masks, photo_masks)
+    if args.prior:
+        prior, _ = find_photos(args.prior)
+        of_prompt = find_prompts(prior, None, args.token)
+        features = dino(map(images.read, prior))
+        summary["PRES"] = float(fidelity(features, dino(map(images.read, photos))).mean())
+        summary["DIV-prior"] = diversity(features, [of_prompt.get(path.name) for path in prior])
+    return rows, summary
+
+
 def main(argv: list[str] | None = None) -> None:
-    args = parser().parse_args(argv)
+    args = cli.parse(parser(), argv)
     if args.benchmark:
         from . import benchmark
 
@@ -261,30 +285,11 @@ def main(argv: list[str] | None = None) -> None:
     paths, _ = find_photos(args.generated)
     photos, _ = find_photos(args.photos)
     prompts = find_prompts(paths, args.prompts, args.token)
-    folder = cli.folder(args.out)
-
-    # Load the encoders, and the checkpoint if it has to find the subject.
-    device, _ = choose_device(args.device, args.dtype)
-    dino, clip = load_dino(args.dino, device), load_clip(args.clip, device)
-    masks = photo_masks = None
-    if args.mask:
-        sdxl = cli.load(args) if "segment" in how.values() else None
-        masks = find_masks(paths, how["generated"], sdxl, args.class_word)
-        photo_masks = find_masks(photos, how["photos"], sdxl, args.class_word)
-
-    # Score.
-    rows, summary = score(paths, photos, dino, clip, prompts, masks, photo_masks)
-    if args.prior:
-        prior, _ = find_photos(args.prior)
-        of_prompt = find_prompts(prior, None, args.token)
-        features = dino(map(images.read, prior))
-        summary["PRES"] = float(fidelity(features, dino(map(images.read, photos))).mean())
-        summary["DIV-prior"] = diversity(features, [of_prompt.get(path.name) for path in prior])
-
-    # Write.
-    columns = [name for name in summary if summary[name] is not None]
-    print(format_table([*rows, {"image": "mean", **summary}], ["image", *columns]))
-    cli.wrote(*write_scores(rows, summary, paths, folder))
+    with cli.output_folder(args.out) as folder:
+        rows, summary = score_folders(args, how, paths, photos, prompts)
+        columns = [name for name in summary if summary[name] is not None]
+        print(format_table([*rows, {"image": "mean", **summary}], ["image", *columns]))
+        cli.log_written(*write_scores(rows, summary, paths, folder))
 
 
 if __name__ == "__main__":
