@@ -180,8 +180,8 @@ def main(argv=None):
         if not (
             args.prompts and dataset.is_there(job[2], facts | {"prompt": job[0], "seed": job[1]})
         )
-    ][distributed.share()]
-    distributed.meet()  # all have seen what is there, before any draws
+    ][distributed.rank_slice()]
+    distributed.barrier()  # all have seen what is there, before any draws
     conditioning = {
         prompt: sdxl.encode_prompt([prompt], size)
         for prompt in dict.fromkeys(prompt for prompt, *_ in missing)
@@ -226,7 +226,7 @@ def main(argv=None):
                 where, prompt, [("", recorder, picture)], facts | {"prompt": prompt, "seed": seed}
             )
         cli.wrote(path, *(paths if recorder else ()))
-    distributed.meet()
+    distributed.barrier()
     if not distributed.rank():
         end(args, out, page, wanted)
 

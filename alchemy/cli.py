@@ -672,7 +672,7 @@ def run(main: Callable[[], None]) -> None:
         if hasattr(stream, "reconfigure"):  # a path may hold what the terminal cannot show
             stream.reconfigure(errors="backslashreplace")
     warnings.showwarning = lambda message, *_, **__: log(f"warning: {message}")
-    with distributed.one_voice():
+    with distributed.rank_zero_output():
         try:
             main()
         except KeyboardInterrupt:

@@ -89,7 +89,7 @@ def settle(args, sdxl, foretell=False):
     ends in (leaner).
     """
     run, room, known = run_of(args, sdxl), free(sdxl.device), {}
-    room = room and -distributed.most(-room)  # all ranks choose alike, by the one that has least
+    room = room and -distributed.all_reduce_max(-room)  # all ranks choose alike, by the one that has least
 
     def most(option):
         known[option] = known.get(option) or phases(sdxl, option)

@@ -191,12 +191,12 @@ def class_pictures(args, sdxl, prompt):
 
 def class_photos(args, sdxl, prompt, pictures):
     """The class pictures as data.Photos; those that are not there yet are drawn by the model as it is, a share of them by each rank."""
-    missing = [picture for picture in pictures if not picture[0].exists()][distributed.share()]
+    missing = [picture for picture in pictures if not picture[0].exists()][distributed.rank_slice()]
     try:
-        distributed.meet()  # all have seen which are missing, and the folder is there
+        distributed.barrier()  # all have seen which are missing, and the folder is there
         for _ in cli.progress(prior.draw(sdxl, missing), len(missing), "class pictures"):
             pass
-        distributed.meet()
+        distributed.barrier()
     except KeyboardInterrupt:  # there is no run yet that --resume could go on with
         cli.say("the class pictures that are drawn stay: the same command goes on with them")
         raise

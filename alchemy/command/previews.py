@@ -25,7 +25,7 @@ def preview(args, sdxl, lesson, step):
     options = {k: sdxl.defaults[k] for k in ("sampler", "steps", "guidance")}
     pixels, astray = torch.zeros(len(lesson.shown), *args.size, 3, dtype=torch.uint8), None
     try:
-        for k in range(len(pixels))[distributed.share()]:
+        for k in range(len(pixels))[distributed.rank_slice()]:
             pixels[k] = torch.from_numpy(
                 np.array(
                     pipeline.sample(
@@ -41,7 +41,7 @@ def preview(args, sdxl, lesson, step):
             )
     except FloatingPointError as error:
         astray = error
-    if distributed.most(bool(astray)):
+    if distributed.all_reduce_max(bool(astray)):
         if astray and not step:
             raise astray  # nothing is taught yet that could be to blame
         raise FloatingPointError(
@@ -50,7 +50,7 @@ def preview(args, sdxl, lesson, step):
     sdxl.free("vae")
     return [
         (f"step {step}: {prompt}", Image.fromarray(drawn.numpy()))
-        for prompt, drawn in zip(lesson.shown, distributed.added(pixels))
+        for prompt, drawn in zip(lesson.shown, distributed.all_reduce_sum(pixels))
     ]
 
 

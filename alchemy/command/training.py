@@ -214,7 +214,7 @@ def main(args):
         return cli.wrote(out / "check.png")
 
     # All that was asked for can be had, on every rank: what was here before may go.
-    distributed.meet()
+    distributed.barrier()
     if not distributed.rank():
         if not args.resume:
             results.clear(args)
@@ -223,7 +223,7 @@ def main(args):
     fitting.measured(sdxl)
     if ended:
         cli.say(f"stopped after step {state.step}; the same command with --resume goes on")
-        distributed.meet()  # torchrun ends them all when one has ended
+        distributed.barrier()  # torchrun ends them all when one has ended
         sys.exit(128 + ended)
 
 
@@ -255,7 +255,7 @@ def teach(args, out, page, sdxl, lesson, state):
 def steps(args, out, sdxl, lesson, state, watcher=None):
     """The loop with its bar, previews and states. Returns the signal that ended it, or None."""
     stop, rows, path = Stop(), [], out / "state.safetensors"
-    loss_of = distributed.averaged(
+    loss_of = distributed.mean_over_ranks(
         lesson.loss_of, state.parameters.values(), args.accumulation, args.text_encoders
     )
     running = train(
@@ -281,12 +281,12 @@ def steps(args, out, sdxl, lesson, state, watcher=None):
         for step, _ in cli.progress(
             running, args.steps - state.step, "training", lambda item: f"loss {item[1]:.4f}"
         ):
-            ended = distributed.most(
+            ended = distributed.all_reduce_max(
                 stop.signal or 0
             )  # they stop together, whichever of them has been told to
             if ended or step == args.steps or every and step % every == 0:
                 save()
-                distributed.meet()  # on the CPU, where waiting has no end: a gradient would be waited for ten minutes, and 31 GB may take longer
+                distributed.barrier()  # on the CPU, where waiting has no end: a gradient would be waited for ten minutes, and 31 GB may take longer
             if ended:
                 return ended
             if args.preview_every and (step % args.preview_every == 0 or step == args.steps):
@@ -294,7 +294,7 @@ def steps(args, out, sdxl, lesson, state, watcher=None):
     except FloatingPointError as error:
         if not path.exists():  # else the older one is better: the steps before NaN went astray
             save()  # of finite weights, since no other step was applied
-        distributed.meet()
+        distributed.barrier()
         raise FloatingPointError(f"{error}; --resume goes on from {path}") from None
     finally:
         stop.release()

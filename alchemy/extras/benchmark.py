@@ -168,10 +168,10 @@ def run(args: argparse.Namespace) -> None:
     device, _ = choose_device(args.device, args.dtype)
     dino, clip = load_dino(args.dino, device), load_clip(args.clip, device)
     with cli.output_folder(args.out) as out:
-        for subject in sorted(classes)[distributed.share()]:
+        for subject in sorted(classes)[distributed.rank_slice()]:
             word = classes[subject]
             run_subject(args, subject, word, prompts[word in LIVE])
-        distributed.meet()
+        distributed.barrier()
         if distributed.rank():
             return
         rows = []

@@ -1,173 +1,211 @@
-"""Several processes at once, as torchrun starts them: which of them this one is, and what all of them do together.
+"""Data parallelism over processes that torchrun starts.
 
-torchrun calls them ranks. Rank 0 speaks and writes; of every batch, class picture and preview, each has its share. Without torchrun there
-is one rank, nothing here does anything, and torch.distributed is not imported. Imports no torch.
+Rank 0 alone logs and writes files; batches, class images and previews are divided among the ranks.
+Without torchrun there is one rank: no function here does anything, and torch is not imported.
 """
 
 import io
 import os
 import sys
 import time
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, nullcontext, suppress
 from datetime import timedelta
+from functools import cache
+from typing import TYPE_CHECKING, TextIO
 
-STEP = timedelta(
-    minutes=10
-)  # within which all have to come together for a gradient; the end of a process is noticed at once
-JOB = timedelta(days=7)  # the same for all else: one may still be drawing, or writing what is large
-FIRST_WORD = timedelta(seconds=10)  # left to rank 0 where all have met the same error
-agreed = None  # the process group of what is on the CPU, and does not wait for a GPU
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+GRADIENT_TIMEOUT = timedelta(minutes=10)  # a process that ends is noticed at once
+CONTROL_TIMEOUT = timedelta(days=7)  # a rank may still be generating images or writing gigabytes
+RANK_0_FIRST = timedelta(seconds=10)  # how long rank 0 has to report an error that all ranks met
 
 
-def launched():
+def launched() -> bool:
+    """Whether torchrun started this process."""
     return "RANK" in os.environ and "WORLD_SIZE" in os.environ
 
 
-def rank():
+def rank() -> int:
     return int(os.environ["RANK"]) if launched() else 0
 
 
-def world():
+def world() -> int:
+    """The number of ranks."""
     return int(os.environ["WORLD_SIZE"]) if launched() else 1
 
 
-def share():
-    """The slice of a list of independent jobs that is this rank's."""
+def rank_slice() -> slice:
+    """The part of a list of independent jobs that is this rank's."""
     return slice(rank(), None, world())
 
 
-def join():
-    """Meet the other ranks. Each has a GPU, where there are any: it is what "cuda" means from now on."""
-    global agreed
+def join() -> None:
+    """Join the other ranks. Each has its own GPU, if there are any, as its device "cuda"."""
     import torch
     from torch import distributed
 
-    here, wanted = torch.cuda.device_count(), int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-    if 0 < here < wanted:
+    gpus, ranks = torch.cuda.device_count(), int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    if 0 < gpus < ranks:
         raise ValueError(
-            f"--nproc-per-node {wanted} is more than the GPUs here, {here}: each process needs one (CUDA_VISIBLE_DEVICES= hides them all)"
+            f"--nproc-per-node {ranks} is more than the {gpus} GPUs here; each process needs one "
+            "(CUDA_VISIBLE_DEVICES= hides them all)"
         )
-    if here:
+    if gpus:
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
-    distributed.init_process_group("nccl" if here else "gloo", timeout=STEP)
-    agreed = distributed.new_group(backend="gloo", timeout=JOB)
+    backend = "nccl" if gpus else "gloo"
+    distributed.init_process_group(backend, timeout=GRADIENT_TIMEOUT)
+    control_group()  # all ranks have to create it at the same point
 
 
-def most(number):
-    """The largest of all ranks' whole numbers, on each of them; none goes on before all have come."""
+@cache
+def control_group():
+    """The process group for tensors on the CPU; it never waits for a GPU."""
+    from torch import distributed
+
+    return distributed.new_group(backend="gloo", timeout=CONTROL_TIMEOUT)
+
+
+def all_reduce_max(number: int) -> int:
+    """The maximum over all ranks of an integer. Waits for all ranks."""
     if not launched():
         return number
     import torch
     from torch import distributed
 
     value = torch.tensor(int(number))
-    distributed.all_reduce(value, distributed.ReduceOp.MAX, agreed)
+    distributed.all_reduce(value, distributed.ReduceOp.MAX, control_group())
     return int(value)
 
 
-def meet():
-    """None goes on before all have come."""
-    most(0)
+def barrier() -> None:
+    """Wait for all ranks."""
+    all_reduce_max(0)
 
 
-def added(tensor):
-    """The sum of all ranks' tensors, on the CPU, in place."""
+def all_reduce_sum(tensor: "Tensor") -> "Tensor":
+    """The sum over all ranks of a CPU tensor, in place."""
     if launched():
         from torch import distributed
 
-        distributed.all_reduce(tensor, group=agreed)
+        distributed.all_reduce(tensor, group=control_group())
     return tensor
 
 
-def averaged(loss_of, parameters, accumulation=1, unused=False):
-    """loss_of(step, part), on each rank of its own samples, as the mean over all ranks, whose gradient is that of the mean.
+def mean_over_ranks(
+    get_loss: Callable[[int, int], "Tensor"],
+    parameters: Iterable["nn.Parameter"],
+    accumulation: int = 1,
+    find_unused: bool = False,
+) -> Callable[[int, int], "Tensor"]:
+    """Wrap get_loss(step, micro_step): the loss and its gradient become the means over all ranks.
 
-    parameters: what learns; unused: whether some of them may have no part in the loss. The value is the same on each rank to rounding, and
-    on all of them NaN or infinite where it is on one; so then are the gradients: all take a step, or none.
+    accumulation: micro-steps per step; gradients are averaged in the last one.
+    find_unused: whether a parameter may take no part in a loss.
+    A NaN on one rank is a NaN on all of them, so all take a step or none does.
     """
     if not launched():
-        return loss_of
+        return get_loss
     from torch import distributed, nn
 
-    # DistributedDataParallel watches parameters, not the network: the loss may call that as often as it likes.
+    # DistributedDataParallel hooks into parameters, not into a network: the loss may run the
+    # network as often as it likes.
     module = nn.Module()
-    module.learns, module.forward = nn.ParameterList(parameters), loss_of
-    group = agreed if module.learns[0].device.type == "cpu" else None
+    module.trained = nn.ParameterList(parameters)
+    module.forward = get_loss
+    group = control_group() if module.trained[0].device.type == "cpu" else None
     parallel = nn.parallel.DistributedDataParallel(
-        module, process_group=group, gradient_as_bucket_view=True, find_unused_parameters=unused
+        module,
+        process_group=group,
+        gradient_as_bucket_view=True,
+        find_unused_parameters=find_unused,
     )
 
-    def mean_of(step, part):
-        with (
-            nullcontext() if part == accumulation - 1 else parallel.no_sync()
-        ):  # the last part's backward pass brings the mean of all
-            value = parallel(step, part)
-        mean = value.detach() / world()
+    def get_mean_loss(step: int, micro_step: int) -> "Tensor":
+        last = micro_step == accumulation - 1
+        with nullcontext() if last else parallel.no_sync():
+            loss = parallel(step, micro_step)
+        mean = loss.detach() / world()
         distributed.all_reduce(mean, group=group)
-        return (
-            value + (mean - value).detach()
-        )  # the mean's value, with the gradient of this rank's: those are averaged already
+        return loss + (mean - loss).detach()  # the mean's value with this rank's gradient
 
-    return mean_of
+    return get_mean_loss
 
 
 @contextmanager
-def one_voice():
-    """Around all that a script does: rank 0 alone speaks on stderr, an error is said once, and all end together."""
+def rank_zero_output() -> Iterator[None]:
+    """Around a script: only rank 0 writes to stderr, an error is printed once, all ranks end."""
     if not launched():
         yield
         return
-    voice, sys.stderr = sys.stderr, io.StringIO() if rank() else sys.stderr
+    stderr = sys.stderr
+    sys.stderr = stderr if rank() == 0 else io.StringIO()
     try:
-        try:
-            join()
-        except ValueError as error:
-            print(f"error: {error}", file=sys.stderr, flush=True)
-            sys.exit(2)
+        join_or_exit()
         yield
-        meet()  # rank 0 may still be writing, and the others' end would look like a fault to it
+        barrier()  # rank 0 may still be writing; an earlier end would look like a failure to it
         from torch import distributed
 
         distributed.destroy_process_group()
     except SystemExit as end:
-        if end.code and is_mine() and rank():
-            print(
-                f"rank {rank()}: {sys.stderr.getvalue().splitlines()[-1]}", file=voice, flush=True
-            )
+        if end.code and is_first_to_report() and rank() != 0:
+            message = sys.stderr.getvalue().splitlines()[-1]
+            print(f"rank {rank()}: {message}", file=stderr, flush=True)
         raise
     except RuntimeError as error:
-        from torch import distributed
-
-        if not isinstance(error, distributed.DistError) and "gloo" not in str(error):
+        if not is_lost_connection(error):
             raise
-        if is_mine():
-            print(
-                "error: another rank has ended or is out of reach, so this run ends (torchrun says which it was, and how); what is drawn and the last "
-                "state stay: train.py --resume, or sample.py --prompts again, goes on from there. "
-                + str(error).split("] ", 1)[-1].split(". ")[0].splitlines()[0],
-                file=voice,
-                flush=True,
-            )  # gloo's place in its code, and its advice, left out
+        report_lost_rank(error, stderr)
         os._exit(2)  # an orderly end would wait for the rank that is gone
     finally:
-        sys.stderr = voice
+        sys.stderr = stderr
 
 
-def is_mine():
-    """Whether an error is this rank's to say: of several that have met it, rank 0's; else that of the first."""
+def join_or_exit() -> None:
+    try:
+        join()
+    except ValueError as error:
+        print(f"error: {error}", file=sys.stderr, flush=True)
+        sys.exit(2)
+
+
+def is_lost_connection(error: RuntimeError) -> bool:
+    """Whether torch.distributed raised the error because another rank has ended."""
+    from torch import distributed
+
+    return isinstance(error, distributed.DistError) or "gloo" in str(error)
+
+
+def report_lost_rank(error: RuntimeError, stderr: TextIO) -> None:
+    if not is_first_to_report():
+        return
+    # Leave out gloo's source location and its advice.
+    reason = str(error).split("] ", 1)[-1].split(". ")[0].splitlines()[0]
+    message = (
+        f"error: another rank has ended or cannot be reached ({reason}); torchrun reports which. "
+        "Images and the last state are kept: go on with train.py --resume, or the same sample.py "
+        "--prompts"
+    )
+    print(message, file=stderr, flush=True)
+
+
+def is_first_to_report() -> bool:
+    """Whether this rank should report an error: rank 0 if it met it too, else the first to ask."""
     from torch import distributed
 
     if not distributed.is_initialized():
-        time.sleep(
-            FIRST_WORD.seconds if rank() else 0
-        )  # torchrun ends this process as soon as rank 0 has ended
+        time.sleep(RANK_0_FIRST.total_seconds() if rank() else 0)  # torchrun ends this one first
         return True
-    said = distributed.distributed_c10d._get_default_store()
-    with suppress(RuntimeError):  # in time, nobody has
-        if rank():
-            said.wait(["said"], FIRST_WORD)
-    with suppress(
-        RuntimeError
-    ):  # torchrun keeps the store; where nobody does, it has ended with its rank
-        return said.add("said", 1) == 1
+    store = distributed.distributed_c10d._get_default_store()
+    if rank() != 0:
+        with suppress(RuntimeError):  # timed out: no rank has reported
+            store.wait(["reported"], RANK_0_FIRST)
+    with suppress(RuntimeError):  # a store without torchrun ends with the rank that kept it
+        return store.add("reported", 1) == 1
     return True
+
+
+# Old names, until their last callers are changed.
+share, meet, most, added = rank_slice, barrier, all_reduce_max, all_reduce_sum
+averaged, one_voice = mean_over_ranks, rank_zero_output

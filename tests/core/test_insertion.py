@@ -7,7 +7,6 @@ import torch.nn.functional as F
 
 import alchemy
 from alchemy import images, insertion
-from alchemy.extras.inspect.seam import boundary_jump, seam
 from helpers.checkpoints import vocabulary_read_once, write_folder  # noqa: F401
 from helpers.planted import Planted, cone, ellipse, grey, noise_picture
 
@@ -67,8 +66,6 @@ def test_a_users_soft_mask_weighs_how_much_of_a_drawn_scene_changes(size):
     made = insert(planted(noise_picture(*size), blob=blob), size=size, mask=mask)
     assert made.mask is mask and (made.feathered <= mask).all() and made.feathered.max() == 0.5
     assert torch.equal(made.soft, mask)
-    jumps = [boundary_jump(images.to_tensor(p)[0], mask > 0) for p in (made.result, made.scene)]
-    assert seam(made) == jumps[0] / jumps[1]
     old, new = pixels(made.scene), pixels(made.result)
     assert np.array_equal(new[mask.numpy() == 0], old[mask.numpy() == 0])
     # The latents' blend has the mask's weight too: where it is a half, they stay half the scene's.
@@ -264,24 +261,6 @@ def test_a_mask_of_another_size_or_an_empty_one_is_an_error():
 def test_a_word_that_is_looked_at_everywhere_is_an_error_that_names_the_flag():
     with pytest.raises(ValueError, match="the mask covers the whole picture; raise --threshold"):
         insert(planted(noise_picture(64, 64), blob=ellipse(64, 64)), threshold=0.0)
-
-
-# The seam
-
-
-def test_seam_is_1_where_nothing_changed_and_grows_with_the_step():
-    picture, mask = noise_picture(64, 64), ellipse(64, 64)
-    assert seam(insert(planted(subject=None), image=picture, mask=mask)) == pytest.approx(
-        1, abs=0.02
-    )
-    flat = [
-        seam(insert(planted(subject=value), image=grey(np.full((64, 64), 100)), mask=mask))
-        for value in (100, 120, 180)
-    ]
-    jump = lambda value: round(100 + (value - 100) * 1 / 3) - 100  # noqa: E731  the outermost pixel of a feather of 2
-    assert flat == pytest.approx(
-        [0, jump(120), jump(180)], abs=1e-3
-    )  # in grey levels, since the scene has no jump of its own
 
 
 # On real networks

@@ -77,7 +77,7 @@ def graded(rank, world):
         dataset.make_batcher(sdxl, encoded(5), SIZE, 3, 4 // world, 2, rank, world),
         parameters(sdxl),
     )
-    loss_of = distributed.averaged(
+    loss_of = distributed.mean_over_ranks(
         lambda step, part: denoising_loss(sdxl, draw(step, part), told(sdxl)).mean(),
         learns.values(),
         2,
@@ -114,7 +114,7 @@ def taught(rank, calls, spoil):
         for _, total in steps_of(
             sdxl,
             state,
-            distributed.averaged(loss_of, state.parameters.values(), 2),
+            distributed.mean_over_ranks(loss_of, state.parameters.values(), 2),
             steps=calls,
             accumulation=2,
         )

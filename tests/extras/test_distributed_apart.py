@@ -114,7 +114,7 @@ def test_what_goes_wrong_on_one_rank_is_said_by_it(tiny, monkeypatch):
 
         png.save = save if rank else png.save
 
-    monkeypatch.setattr(distributed, "FIRST_WORD", timedelta(seconds=0.5))
+    monkeypatch.setattr(distributed, "RANK_0_FIRST", timedelta(seconds=0.5))
     runs = called(
         3, "sample.py", "a dog", "--weights", tiny, "--count", 2, "--out", "set", before=full
     )

@@ -7,7 +7,6 @@ import pytest
 import torch
 
 from alchemy import insertion, segmentation
-from alchemy.extras.inspect.seam import boundary_jump
 from helpers.planted import Planted, cone, ellipse, grey, iou, noise_picture
 
 
@@ -311,16 +310,3 @@ def test_a_picture_of_a_size_that_is_drawn_is_worked_on_as_it_is(size):
     mask = torch.zeros(size)
     mask[10:20, 10:20] = 1
     assert insertion.work_box(Planted({}), mask, False) == ((0, 0, *size), size)
-
-
-# The seam
-
-
-def test_boundary_jump_is_the_mean_over_neighbours_across_the_boundary():
-    x = torch.tensor([[0.0, 1, 5], [2, 7, 9]]).expand(3, 2, 3)
-    inside = torch.tensor([[False, True, True], [False, False, True]])
-    assert boundary_jump(x, inside) == pytest.approx(
-        (1 + 2 + 6) / 3
-    )  # 0|1 and 7|9 across, 1|7 down
-    assert boundary_jump(x * torch.tensor([0, 1, 2])[:, None, None], inside) == pytest.approx(3)
-    assert boundary_jump(x, torch.ones(2, 3, dtype=torch.bool)) == 0

@@ -1,27 +1,71 @@
-"""How visible is the edge of what was put into a scene?"""
+"""How visible the mask's edge is in the result of an insertion."""
+
+import torch.nn.functional as F
+from torch import Tensor
 
 from ... import images
+from ...insertion import Insertion
+
+SCALES = (1, 2, 4, 8)  # pixels, in an image of 128
+REACH = 8  # pixels along the boundary over which jumps are averaged, in an image of 128
+DIRECTIONS = ((-1, 0), (-1, 1), (0, 1), (1, 1), (1, 0), (1, -1), (0, -1), (-1, -1))
+VISIBLE = 2 / 127.5  # two grey levels of 255: the smallest jump that counts, in [-1,1]
 
 
-def seam(made):
-    """Of an Insertion: the mean jump from outside the mask to inside, over the scene's own at the same place; 1 is a seam that nobody can see."""
-    jumps = [
-        boundary_jump(images.to_tensor(p)[0], made.feathered > 0) for p in (made.result, made.scene)
-    ]
-    return jumps[0] / max(jumps[1], 1 / 127.5)  # a flat scene counts as one grey level
+def seam(insertion: Insertion) -> float:
+    """The jump across the mask's boundary, relative to the scene's own jump at the same place.
+
+    A jump is the difference between two patches, as wide as they are apart, one inside the mask
+    and one outside. Its ratio to the same jump in the scene is averaged over eight directions, so
+    that each side of the mask counts by its own texture; the largest of four scales is returned,
+    so that a rim of any width counts. 1: the edge is no more visible than in the scene.
+    """
+    result, scene = (images.to_tensor(x)[0] for x in (insertion.result, insertion.scene))
+    inside = insertion.feathered.cpu() > 0
+    pixel = max(1, min(inside.shape) // 128)
+    ratios = [jump_ratio(result, scene, inside, scale * pixel, REACH * pixel) for scale in SCALES]
+    return max(ratios)
 
 
-def boundary_jump(x, inside):
-    """The mean absolute difference of x (3,H,W) between neighbours of which one is inside (H,W) and one is not; 0 where there are none."""
-    total = count = 0
-    for dim in (0, 1):
-        a, b = (inside.narrow(dim, k, inside.shape[dim] - 1) for k in (0, 1))
-        crossing = a != b
-        jump = x.narrow(dim + 1, 1, x.shape[dim + 1] - 1) - x.narrow(
-            dim + 1, 0, x.shape[dim + 1] - 1
-        )
-        total, count = (
-            total + float(jump.abs().mean(0)[crossing].sum()),
-            count + int(crossing.sum()),
-        )
-    return total / max(count, 1)
+def jump_ratio(result: Tensor, scene: Tensor, inside: Tensor, distance: int, reach: int) -> float:
+    """The mean over directions of result's jump over scene's; (3,H,W) each, inside (H,W) bool."""
+    result, scene = smooth(result, distance), smooth(scene, distance)
+    ratios = []
+    for dy, dx in DIRECTIONS:
+        offset = dy * distance, dx * distance
+        here, there = pairs(inside, *offset)
+        crossing = here & ~there
+        if crossing.any():
+            before = coherent_jump(scene, crossing, offset, reach)
+            after = coherent_jump(result, crossing, offset, reach)
+            ratios.append(max(after, VISIBLE) / max(before, VISIBLE))
+    return sum(ratios) / len(ratios) if ratios else 1.0
+
+
+def coherent_jump(image: Tensor, crossing: Tensor, offset: tuple[int, int], reach: int) -> float:
+    """The mean absolute jump of image (3,H,W) over the pairs of pixels in `crossing`.
+
+    Jumps are first averaged over neighbouring pairs, up to `reach` pixels away: texture cancels
+    out, an edge along the boundary does not.
+    """
+    here, there = pairs(image, *offset)
+    window = dict(kernel_size=2 * reach + 1, stride=1, padding=reach)
+    total = F.avg_pool2d((there - here) * crossing, **window)
+    share = F.avg_pool2d(crossing[None].float(), **window).clamp(min=1e-9)
+    return float((total / share).abs().mean(0)[crossing].mean())
+
+
+def pairs(x: Tensor, dy: int, dx: int) -> tuple[Tensor, Tensor]:
+    """All pixels of x (...,H,W) whose neighbour at the offset (dy, dx) exists, and the neighbours."""
+    height, width = x.shape[-2:]
+    rows, columns = height - abs(dy), width - abs(dx)
+    top, left = max(-dy, 0), max(-dx, 0)
+    here = x[..., top : top + rows, left : left + columns]
+    there = x[..., top + dy : top + dy + rows, left + dx : left + dx + columns]
+    return here, there
+
+
+def smooth(image: Tensor, width: int) -> Tensor:
+    """The mean of image (3,H,W) over a window of about that width."""
+    radius = width // 2
+    return F.avg_pool2d(image, 2 * radius + 1, 1, radius, count_include_pad=False)
