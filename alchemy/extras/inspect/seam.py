@@ -56,7 +56,7 @@ def coherent_jump(image: Tensor, crossing: Tensor, offset: tuple[int, int], reac
 
 
 def pairs(x: Tensor, dy: int, dx: int) -> tuple[Tensor, Tensor]:
-    """All pixels of x (...,H,W) whose neighbour at the offset (dy, dx) exists, and the neighbours."""
+    """Pixels of x (...,H,W) that have a neighbour at the offset (dy, dx), and the neighbours."""
     height, width = x.shape[-2:]
     rows, columns = height - abs(dy), width - abs(dx)
     top, left = max(-dy, 0), max(-dx, 0)
