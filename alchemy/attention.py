@@ -1,129 +1,138 @@
-"""Attention over the places of a picture, to each other (attn1) and to the words of the prompt (attn2).
+"""Self-attention of the positions of an image (attn1), cross-attention to the prompt (attn2).
 
 softmax(q kᵀ / √d) v            Vaswani et al. 2017, eq. 1
 """
 
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from functools import partial
 
 import torch
 import torch.nn.functional as F
-from torch import nn
+from torch import Tensor, nn
 
 from .lora import LoRALinear
 
 
 class Attention(nn.Module):
-    """x (B, N, C) looks at what it is told (B, M, C) of, or at itself. Each of `watch` is given the probabilities (B, heads, N, M)."""
+    """Multi-head attention from x (B, N, C) to a context (B, M, D), or to x itself."""
 
-    def __init__(self, dim, heads, context_dim=None):
+    def __init__(self, dim: int, heads: int, context_dim: int | None = None):
         super().__init__()
-        self.heads, self.watch = heads, ()
+        self.heads = heads
+        self.callbacks: tuple[Callable, ...] = ()  # see record_attention
         self.to_q = LoRALinear(dim, dim, bias=False)
         self.to_k = LoRALinear(context_dim or dim, dim, bias=False)
         self.to_v = LoRALinear(context_dim or dim, dim, bias=False)
         self.to_out = nn.ModuleList([LoRALinear(dim, dim)])  # a list, so that the key is to_out.0
 
-    def told(self, context):
-        """Keys and values (B, M, C) of the context (B, M, D)."""
+    def project_kv(self, context: Tensor) -> tuple[Tensor, Tensor]:
+        """Keys and values, each (B, M, C), of a context (B, M, D)."""
         return self.to_k(context), self.to_v(context)
 
-    def forward(self, x, told=None):
-        q, (k, v) = self.to_q(x), told or self.told(x)
-        q, k, v = (
-            y.unflatten(-1, (self.heads, -1)).transpose(1, 2) for y in (q, k, v)
-        )  # (B, heads, N or M, d)
-        for see in self.watch:
-            see(
-                torch.softmax(
-                    (q.float() * q.shape[-1] ** -0.5) @ k.float().transpose(-1, -2), dim=-1
-                )
-            )
+    def split_heads(self, x: Tensor) -> Tensor:
+        return x.unflatten(-1, (self.heads, -1)).transpose(1, 2)  # (B, heads, N, d)
+
+    def forward(self, x: Tensor, kv: tuple[Tensor, Tensor] | None = None) -> Tensor:
+        """x (B, N, C) -> (B, N, C). kv: project_kv of a context; without it, of x."""
+        k, v = kv or self.project_kv(x)
+        q, k, v = self.split_heads(self.to_q(x)), self.split_heads(k), self.split_heads(v)
+        if self.callbacks:
+            scores = (q.float() * q.shape[-1] ** -0.5) @ k.float().transpose(-1, -2)
+            probabilities = torch.softmax(scores, dim=-1)  # (B, heads, N, M)
+            for callback in self.callbacks:
+                callback(probabilities)
         x = F.scaled_dot_product_attention(q, k, v)
-        return self.to_out[0](x.transpose(1, 2).flatten(2))  # (B, N, C)
+        return self.to_out[0](x.transpose(1, 2).flatten(2))
 
 
 @contextmanager
-def record_attention(unet, names, see):
-    """Inside, each forward of the attention layers in names calls see(name, probabilities (B, heads, N, M) float32).
+def record_attention(
+    unet: nn.Module, names: Iterable[str], callback: Callable[[str, Tensor], None]
+) -> Iterator[None]:
+    """Inside, each forward of the named attention layers calls callback(name, probabilities).
 
-    names end in attn1 or attn2 (see `attentions`). What the layers compute does not change by a bit. One watch within another: both see.
+    names: keys of `attentions(unet)`; probabilities are (B, heads, N, M) float32. The output of
+    the layers does not change by a bit. Contexts nest. Raises ValueError for an unknown name.
     """
     known = attentions(unet)
+    names = list(names)
     for name in names:
         if name not in known:
-            raise ValueError(
-                f"no attention layer {name!r}; there are {', '.join(list(known)[:3])}, ..."
-            )
+            first = ", ".join(list(known)[:3])
+            raise ValueError(f"no attention layer {name!r}; there are {first}, ...")
     try:
         for name in names:
-            known[name].watch += (partial(see, name),)
+            known[name].callbacks += (partial(callback, name),)
         yield
     finally:
         for name in names:
-            known[name].watch = known[name].watch[:-1]
+            known[name].callbacks = known[name].callbacks[:-1]
 
 
-def attentions(unet):
-    """{dotted name: Attention} in the order in which the UNet runs them."""
-    order = {"down_blocks": 0, "mid_block": 1, "up_blocks": 2}
+def attentions(unet: nn.Module) -> dict[str, Attention]:
+    """{dotted name: attention layer} in the order in which the UNet runs them."""
+    order = ("down_blocks", "mid_block", "up_blocks")
     found = [(name, m) for name, m in unet.named_modules() if isinstance(m, Attention)]
-    return dict(sorted(found, key=lambda item: order[item[0].split(".")[0]]))
+    return dict(sorted(found, key=lambda item: order.index(item[0].split(".")[0])))
 
 
 class GEGLU(nn.Module):
-    """h · gelu(gate); the gate is the second half, with the exact (erf) gelu. Shazeer 2020, eq. 5."""
+    """h · gelu(gate); the gate is the second half, the GELU exact (erf). Shazeer 2020, eq. 5."""
 
-    def __init__(self, dim, hidden):
+    def __init__(self, dim: int, hidden: int):
         super().__init__()
         self.proj = LoRALinear(dim, 2 * hidden)
 
-    def forward(self, x):
+    def forward(self, x: Tensor) -> Tensor:
         h, gate = self.proj(x).chunk(2, dim=-1)
         return h * F.gelu(gate)
 
 
 class FeedForward(nn.Module):
-    def __init__(self, dim):
+    def __init__(self, dim: int):
         super().__init__()
-        # The middle of the official list is a dropout, which has no weights: the keys are net.0 and net.2.
+        # net.1 is a dropout in the official list; it has no weights and is inactive.
         self.net = nn.ModuleList([GEGLU(dim, 4 * dim), nn.Identity(), LoRALinear(4 * dim, dim)])
 
-    def forward(self, x):
+    def forward(self, x: Tensor) -> Tensor:
         return self.net[2](self.net[0](x))
 
 
 class TransformerBlock(nn.Module):
-    def __init__(self, dim, heads, context_dim):
+    def __init__(self, dim: int, heads: int, context_dim: int):
         super().__init__()
-        self.norm1, self.norm2, self.norm3 = (nn.LayerNorm(dim) for _ in range(3))
+        self.norm1 = nn.LayerNorm(dim)
         self.attn1 = Attention(dim, heads)
+        self.norm2 = nn.LayerNorm(dim)
         self.attn2 = Attention(dim, heads, context_dim)
+        self.norm3 = nn.LayerNorm(dim)
         self.ff = FeedForward(dim)
 
-    def forward(self, x, told):
+    def forward(self, x: Tensor, kv: tuple[Tensor, Tensor]) -> Tensor:
+        """x (B, N, C), keys and values (B, M, C) of the prompt -> (B, N, C)."""
         x = x + self.attn1(self.norm1(x))
-        x = x + self.attn2(self.norm2(x), told)
+        x = x + self.attn2(self.norm2(x), kv)
         return x + self.ff(self.norm3(x))
 
 
 class Transformer2D(nn.Module):
-    """Transformer blocks over the places of a picture (B, C, H, W), which become a sequence of H · W tokens and a picture again."""
+    """Transformer blocks over the H · W positions of a feature map (B, C, H, W)."""
 
-    def __init__(self, channels, heads, depth, context_dim, groups):
+    def __init__(self, channels: int, heads: int, depth: int, context_dim: int, groups: int):
         super().__init__()
-        self.norm = nn.GroupNorm(
-            groups, channels, eps=1e-6
-        )  # 1e-6 here, 1e-5 in the resnets beside it
+        # eps is 1e-6 here and 1e-5 in the resnets of the same network.
+        self.norm = nn.GroupNorm(groups, channels, eps=1e-6)
         self.proj_in = LoRALinear(channels, channels)
-        self.transformer_blocks = nn.ModuleList(
-            [TransformerBlock(channels, heads, context_dim) for _ in range(depth)]
-        )
+        blocks = [TransformerBlock(channels, heads, context_dim) for _ in range(depth)]
+        self.transformer_blocks = nn.ModuleList(blocks)
         self.proj_out = LoRALinear(channels, channels)
 
-    def forward(self, x, context):
-        residual, shape = x, x.shape[-2:]
-        x = self.proj_in(self.norm(x).flatten(2).transpose(1, 2))  # (B, H·W, C)
+    def forward(self, x: Tensor, context: Tensor) -> Tensor:
+        """x (B, C, H, W), context (B, M, D) -> (B, C, H, W)."""
+        h = self.norm(x).flatten(2).transpose(1, 2)  # (B, H·W, C)
+        h = self.proj_in(h)
         for block in self.transformer_blocks:
-            x = block(x, block.attn2.told(context))
-        return residual + self.proj_out(x).transpose(1, 2).unflatten(2, shape)
+            h = block(h, block.attn2.project_kv(context))
+        h = self.proj_out(h).transpose(1, 2)  # (B, C, H·W)
+        return x + h.unflatten(2, x.shape[-2:])

@@ -1,15 +1,25 @@
-"""The convolutional blocks that the VAE and the UNet share. All map (B, C, H, W) to (B, C', H', W')."""
+"""The convolutional blocks shared by the VAE and the UNet: (B, C, H, W) to (B, C', H', W')."""
 
+import torch
 import torch.nn.functional as F
-from torch import nn
+from torch import Tensor, nn
 
 from .lora import LoRAConv2d, LoRALinear
 
 
-class ResnetBlock(nn.Module):
-    """Two normalised convolutions beside a shortcut; in the UNet, the embedding emb (B, E) of the timestep is added between them."""
+def norm_silu(norm: nn.GroupNorm, x: Tensor) -> Tensor:
+    """silu(norm(x)); in place on the norm's new tensor where no gradient needs it."""
+    return F.silu(norm(x), inplace=not torch.is_grad_enabled())
 
-    def __init__(self, c_in, c_out, groups, eps, embedding=None):
+
+class ResnetBlock(nn.Module):
+    """Two normalized convolutions and a shortcut.
+
+    In the UNet, a projection of the timestep embedding emb (B, E) is added between the two.
+    eps of GroupNorm is 1e-5 in the UNet and 1e-6 in the VAE.
+    """
+
+    def __init__(self, c_in: int, c_out: int, groups: int, eps: float, embedding: int = 0):
         super().__init__()
         self.norm1 = nn.GroupNorm(groups, c_in, eps=eps)
         self.conv1 = LoRAConv2d(c_in, c_out, 3, padding=1)
@@ -19,35 +29,41 @@ class ResnetBlock(nn.Module):
         self.conv2 = LoRAConv2d(c_out, c_out, 3, padding=1)
         if c_in != c_out:
             self.conv_shortcut = LoRAConv2d(c_in, c_out, 1)
-        self.same = c_in == c_out
 
-    def forward(self, x, emb=None):
-        h = self.conv1(F.silu(self.norm1(x)))
+    def shortcut(self, x: Tensor) -> Tensor:
+        return self.conv_shortcut(x) if hasattr(self, "conv_shortcut") else x
+
+    def forward(self, x: Tensor, emb: Tensor | None = None) -> Tensor:
+        h = self.conv1(norm_silu(self.norm1, x))
         if emb is not None:
             h = h + self.time_emb_proj(F.silu(emb))[:, :, None, None]
-        h = self.conv2(F.silu(self.norm2(h)))
-        return h + (x if self.same else self.conv_shortcut(x))
+        return self.conv2(norm_silu(self.norm2, h)) + self.shortcut(x)
 
 
 class Downsample(nn.Module):
-    """Halve the sides. The UNet pads all four sides; the VAE's encoder pads right and bottom only: it was trained so."""
+    """Halve the sides. padding=0 is the VAE encoder, which was trained with one row and column
+    of zeros at the bottom and right only; the UNet pads all four sides.
+    """
 
-    def __init__(self, channels, padding):
+    def __init__(self, channels: int, padding: int):
         super().__init__()
         self.padding = padding
         self.conv = LoRAConv2d(channels, channels, 3, stride=2, padding=padding)
 
-    def forward(self, x):
+    def forward(self, x: Tensor) -> Tensor:
         return self.conv(x if self.padding else F.pad(x, (0, 1, 0, 1)))
 
 
 class Upsample(nn.Module):
-    """Nearest neighbour to twice the sides, or to `size` (an odd level of the UNet is half of it rounded up), then a convolution."""
+    """Nearest neighbour to twice the sides or to `size`, then a convolution.
 
-    def __init__(self, channels):
+    The UNet passes the size, because an odd level is halved to the next larger integer.
+    """
+
+    def __init__(self, channels: int):
         super().__init__()
         self.conv = LoRAConv2d(channels, channels, 3, padding=1)
 
-    def forward(self, x, size=None):
+    def forward(self, x: Tensor, size: tuple[int, int] | None = None) -> Tensor:
         size = size or (2 * x.shape[-2], 2 * x.shape[-1])
         return self.conv(F.interpolate(x, size=size, mode="nearest"))

@@ -1,23 +1,33 @@
-"""The two CLIP text encoders (Radford et al. 2021): token ids (B,77) to what attn2 looks at.
+"""The two CLIP text encoders (Radford et al. 2021): token ids (B, 77) to the UNet's conditioning.
 
-SDXL concatenates the hidden states before each encoder's last layer, without the final LayerNorm, to the context (B,77,768+1280);
-the second encoder's end-of-text state, through all layers, LayerNorm and projection, is the pooled vector (B,1280).
+SDXL takes the hidden states before each encoder's last layer, without the final LayerNorm, and
+concatenates them to the context (B, 77, 768 + 1280). The second encoder's state at the first EOS,
+after all layers, the final LayerNorm and the projection, is the pooled vector (B, 1280).
 """
 
 from dataclasses import dataclass, fields
+from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import nn
+from torch import Tensor, nn
 
 from .lora import LoRALinear
 
 EOS = 49407
 
 
+def quick_gelu(x: Tensor) -> Tensor:
+    return x * torch.sigmoid(1.702 * x)
+
+
+# The first encoder was trained with the sigmoid approximation, the second with the exact GELU.
+ACTIVATIONS = {"quick_gelu": quick_gelu, "gelu": F.gelu}
+
+
 @dataclass(frozen=True)
 class TextConfig:
-    """The sizes, by the names of the official config.json; the defaults are SDXL's first encoder."""
+    """The sizes, by the names of the official config.json; defaults: SDXL's first encoder."""
 
     vocab_size: int = 49408
     hidden_size: int = 768
@@ -30,79 +40,78 @@ class TextConfig:
     projection_dim: int = 768
 
     @classmethod
-    def from_config(cls, config):
+    def from_config(cls, config: dict[str, Any]) -> "TextConfig":
+        """The values of a config.json. Raises ValueError for an unknown activation."""
         chosen = {f.name: config[f.name] for f in fields(cls) if config.get(f.name) is not None}
-        if chosen.get("hidden_act", "gelu") not in ACTIVATIONS:
+        activation = chosen.get("hidden_act", cls.hidden_act)
+        if activation not in ACTIVATIONS:
             raise ValueError(
-                f"text encoder config.json: hidden_act is {chosen['hidden_act']!r}; known are {', '.join(ACTIVATIONS)}"
+                f"text encoder config.json: hidden_act is {activation!r}; "
+                f"known are {', '.join(ACTIVATIONS)}"
             )
         return cls(**chosen)
 
 
-# The first encoder was trained with the sigmoid approximation, the second with the exact (erf) gelu.
-ACTIVATIONS = {"quick_gelu": lambda x: x * torch.sigmoid(1.702 * x), "gelu": F.gelu}
-
-
 class SelfAttention(nn.Module):
-    """Causal in text: a token sees itself and the tokens before it, padding too. (Images: not.)"""
+    """Multi-head self-attention; causal in text (padding included), not in images."""
 
-    def __init__(self, dim, heads, causal=True):
+    def __init__(self, dim: int, heads: int, causal: bool = True):
         super().__init__()
         self.heads, self.causal = heads, causal
-        self.q_proj, self.k_proj, self.v_proj, self.out_proj = (
-            LoRALinear(dim, dim) for _ in range(4)
-        )
+        self.q_proj = LoRALinear(dim, dim)
+        self.k_proj = LoRALinear(dim, dim)
+        self.v_proj = LoRALinear(dim, dim)
+        self.out_proj = LoRALinear(dim, dim)
 
-    def forward(self, x):
-        q, k, v = (
-            p(x).unflatten(-1, (self.heads, -1)).transpose(1, 2)
-            for p in (self.q_proj, self.k_proj, self.v_proj)
-        )
-        x = F.scaled_dot_product_attention(q, k, v, is_causal=self.causal)  # (B, heads, N, d)
-        return self.out_proj(x.transpose(1, 2).flatten(2))
+    def split_heads(self, x: Tensor) -> Tensor:
+        return x.unflatten(-1, (self.heads, -1)).transpose(1, 2)  # (B, heads, N, d)
+
+    def forward(self, x: Tensor) -> Tensor:
+        q = self.split_heads(self.q_proj(x))
+        k = self.split_heads(self.k_proj(x))
+        v = self.split_heads(self.v_proj(x))
+        x = F.scaled_dot_product_attention(q, k, v, is_causal=self.causal)
+        return self.out_proj(x.transpose(1, 2).flatten(2))  # (B, N, C)
 
 
 class MLP(nn.Module):
-    def __init__(self, cfg):
+    def __init__(self, cfg: TextConfig):
         super().__init__()
-        self.fc1, self.fc2 = (
-            LoRALinear(cfg.hidden_size, cfg.intermediate_size),
-            LoRALinear(cfg.intermediate_size, cfg.hidden_size),
-        )
-        self.act = ACTIVATIONS[cfg.hidden_act]
+        self.fc1 = LoRALinear(cfg.hidden_size, cfg.intermediate_size)
+        self.fc2 = LoRALinear(cfg.intermediate_size, cfg.hidden_size)
+        self.activation = ACTIVATIONS[cfg.hidden_act]
 
-    def forward(self, x):
-        return self.fc2(self.act(self.fc1(x)))
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc2(self.activation(self.fc1(x)))
 
 
 class Layer(nn.Module):
-    def __init__(self, cfg, causal=True):
+    def __init__(self, cfg: TextConfig, causal: bool = True):
         super().__init__()
-        self.layer_norm1, self.layer_norm2 = (
-            nn.LayerNorm(cfg.hidden_size, eps=cfg.layer_norm_eps) for _ in range(2)
-        )
+        self.layer_norm1 = nn.LayerNorm(cfg.hidden_size, eps=cfg.layer_norm_eps)
         self.self_attn = SelfAttention(cfg.hidden_size, cfg.num_attention_heads, causal)
+        self.layer_norm2 = nn.LayerNorm(cfg.hidden_size, eps=cfg.layer_norm_eps)
         self.mlp = MLP(cfg)
 
-    def forward(self, x):
+    def forward(self, x: Tensor) -> Tensor:
         x = x + self.self_attn(self.layer_norm1(x))
         return x + self.mlp(self.layer_norm2(x))
 
 
 class Embeddings(nn.Module):
-    def __init__(self, cfg):
+    def __init__(self, cfg: TextConfig):
         super().__init__()
         self.token_embedding = nn.Embedding(cfg.vocab_size, cfg.hidden_size)
         self.position_embedding = nn.Embedding(cfg.max_position_embeddings, cfg.hidden_size)
 
-    def forward(self, ids):
+    def forward(self, ids: Tensor) -> Tensor:
         return self.token_embedding(ids) + self.position_embedding.weight[: ids.shape[1]]
 
 
 class TextModel(nn.Module):
-    """`encoder.layers`, so named because the official keys are."""
+    """Holds the parts under their official names (`encoder.layers`); TextEncoder runs them."""
 
-    def __init__(self, cfg):
+    def __init__(self, cfg: TextConfig):
         super().__init__()
         self.embeddings = Embeddings(cfg)
         self.encoder = nn.Module()
@@ -111,25 +120,26 @@ class TextModel(nn.Module):
 
 
 class TextEncoder(nn.Module):
-    def __init__(self, config=TextConfig(), projection=False):
-        """projection: whether it is the second encoder, which has a text_projection and gives the pooled vector."""
+    """One of SDXL's text encoders; with `projection` the second, which has a pooled output."""
+
+    def __init__(self, config: TextConfig = TextConfig(), projection: bool = False):  # noqa: B008
         super().__init__()
-        self.config = config
+        self.config, self.projection = config, projection
         self.text_model = TextModel(config)
         if projection:
             self.text_projection = LoRALinear(config.hidden_size, config.projection_dim, bias=False)
-        self.projection = projection
 
-    def forward(self, ids):
-        """ids (B,77) -> the penultimate hidden states (B,77,D), and the pooled vector (B,P), or None of the first encoder."""
+    def forward(self, ids: Tensor) -> tuple[Tensor, Tensor | None]:
+        """ids (B, 77) -> penultimate hidden states (B, 77, D), pooled (B, P) or None."""
         model = self.text_model
-        x = model.embeddings(ids)
+        x = model.embeddings(ids)  # (B, 77, D)
         for layer in model.encoder.layers[:-1]:
             x = layer(x)
         if not self.projection:
             return x, None
+
+        # The final LayerNorm is for the pooled vector only.
         last = model.final_layer_norm(model.encoder.layers[-1](x))
-        end = (
-            (ids == EOS).int().argmax(dim=1)
-        )  # the first: padding may be EOS too, and learned tokens have higher ids
+        # The first EOS: the padding may be EOS too, and added tokens have higher ids than EOS.
+        end = (ids == EOS).int().argmax(dim=1)
         return x, self.text_projection(last[torch.arange(len(ids), device=ids.device), end])

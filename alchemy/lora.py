@@ -1,174 +1,239 @@
-"""LoRA, a low-rank correction beside a frozen weight: y = W x + scale · (alpha/rank) · up(down(x)).   Hu et al. 2021, eq. 3
+"""LoRA, a low-rank update beside a frozen weight (Hu et al. 2021, eq. 3).
 
-LoRALinear is an nn.Linear, LoRAConv2d an nn.Conv2d, whose weight keeps its name, so a checkpoint loads the same with and without
-adapters. They are used wherever an adapter may be asked for; without one, they are the plain layer.
+    y = W x + scale · (alpha / rank) · up(down(x))
 
-Where a function here takes a model, it takes a network, or an SDXL for all its networks in memory.
+LoRALinear is an nn.Linear and LoRAConv2d an nn.Conv2d whose weight keeps its name, so a checkpoint
+loads the same with and without adapters. Without adapters they are the plain layers.
+A `model` below is a network, or an SDXL for all of its networks in memory.
 """
 
+from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import nn
+from torch import Tensor, nn
 
-ATTENTION = (
-    "to_q",
-    "to_k",
-    "to_v",
-    "to_out.0",
-)  # what train.py teaches: the projections of attn1 and attn2
+ATTENTION = ("to_q", "to_k", "to_v", "to_out.0")  # trained by default, in attn1 and attn2
 
 
 class Adapter(nn.Module):
-    """down (rank, in) and up (out, rank), of a convolution (rank, in, k, k) and (out, rank, 1, 1).
+    """down (rank, in) and up (out, rank); of a convolution (rank, in, k, k) and (out, rank, 1, 1).
 
-    float32 whatever the base is: in bf16 a weight above 0.03 would not move at lr 1e-4."""
+    Both stay float32 whatever the base is: a bf16 weight above 0.03 does not move at lr 1e-4.
+    """
 
-    def __init__(self, down, up, alpha, scale=1.0):
+    def __init__(self, down: Tensor, up: Tensor, alpha: float, scale: float = 1.0):
         super().__init__()
         self.down, self.up = nn.Parameter(down), nn.Parameter(up)
         self.alpha, self.scale = float(alpha), scale
+        self.cast: tuple[Tensor, Tensor] | None = None  # down and up, set by cast_adapters
 
     @property
-    def factor(self):
+    def scaling(self) -> float:
         return self.scale * self.alpha / len(self.down)
 
-    def delta(self):
-        """The change of the weight (out, in) or (out, in, k, k), in the adapter's own dtype."""
-        return self.factor * (self.up.flatten(1) @ self.down.flatten(1)).view(
-            len(self.up), *self.down.shape[1:]
-        )
+    def delta(self) -> Tensor:
+        """The update of the weight, (out, in) or (out, in, k, k), in the adapter's own dtype."""
+        product = self.up.flatten(1) @ self.down.flatten(1)
+        return self.scaling * product.view(len(self.up), *self.down.shape[1:])
 
-    def add_to(self, y, x, layer):
-        """y + factor · up(down(x)) for x and y of that layer, the products in the dtype of x."""
-        if self.down.ndim == 4:
-            hidden = F.conv2d(x, self.down.to(x.dtype), stride=layer.stride, padding=layer.padding)
-            return y + self.factor * F.conv2d(hidden, self.up.to(x.dtype))
-        hidden = F.linear(x.flatten(0, -2), self.down.to(x.dtype))  # (N, rank)
-        return torch.addmm(
-            y.flatten(0, -2), hidden, self.up.t().to(x.dtype), alpha=self.factor
-        ).view(y.shape)
+    def apply_to(self, y: Tensor, x: Tensor, layer: nn.Module) -> Tensor:
+        """y + scaling · up(down(x)) for input x and output y of `layer`, in the dtype of x."""
+        down, up = self.cast or (self.down, self.up)
+        down, up = down.to(x.dtype), up.to(x.dtype)
+        if down.ndim == 4:
+            hidden = F.conv2d(x, down, stride=layer.stride, padding=layer.padding)
+            return y + self.scaling * F.conv2d(hidden, up)
+        hidden = F.linear(x.flatten(0, -2), down)  # (N, rank)
+        out = torch.addmm(y.flatten(0, -2), hidden, up.t(), alpha=self.scaling)
+        return out.view(y.shape)
 
 
 class LoRALayer:
-    """A layer with named adapters beside its weight; several add up, one at scale 0 costs nothing and changes no bit."""
+    """A layer with named adapters. They are summed; an adapter with scale 0 is skipped."""
 
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
         self.lora = nn.ModuleDict()
-        self.base_weight = None  # the weight before merging
+        self.base_weight: Tensor | None = None  # the weight before merging, on the CPU
 
-    def forward(self, x):
+    def forward(self, x: Tensor) -> Tensor:
         y = super().forward(x)
-        if self.base_weight is None:
-            for adapter in self.lora.values():
-                if adapter.scale:
-                    y = adapter.add_to(y, x, self)
+        if self.base_weight is not None:
+            return y
+        for adapter in self.lora.values():
+            if adapter.scale:
+                y = adapter.apply_to(y, x, self)
         return y
 
     @torch.no_grad()
-    def merge(self):
-        """Add every adapter at its scale to the weight. The original waits on the CPU, since subtracting again would round."""
+    def merge(self) -> None:
+        """Add every adapter, at its scale, to the weight."""
         self.unmerge()
-        if any(a.scale for a in self.lora.values()):
+        active = [adapter for adapter in self.lora.values() if adapter.scale]
+        if active:
+            # A copy is kept, because subtracting the update again would round.
             self.base_weight = self.weight.detach().to("cpu", copy=True)
-            change = sum(a.delta() for a in self.lora.values() if a.scale)
-            self.weight.copy_(
-                self.weight + change
-            )  # added in the finer of the two dtypes, then rounded
+            update = sum(adapter.delta() for adapter in active)
+            # Added in the wider of the two dtypes, then rounded once.
+            self.weight.copy_(self.weight + update)
 
     @torch.no_grad()
-    def unmerge(self):
+    def unmerge(self) -> None:
         if self.base_weight is not None:
             self.weight.copy_(self.base_weight)
             self.base_weight = None
 
 
 class LoRALinear(LoRALayer, nn.Linear):
-    """y = W x + b, and what its adapters add."""
+    """y = W x + b, plus its adapters."""
 
 
 class LoRAConv2d(LoRALayer, nn.Conv2d):
-    """A convolution, and what its adapters add."""
+    """A convolution, plus its adapters."""
 
 
-def layers(model):
+def layers(model: Any) -> dict[str, LoRALayer]:
     """{dotted name: layer that can hold adapters} of a model, in its order."""
     return {name: m for name, m in model.named_modules() if isinstance(m, LoRALayer)}
 
 
-def attention_layers(unet):
-    """Those of the layers that are attention's projections."""
-    return {
-        name: m
-        for name, m in layers(unet).items()
-        if name.endswith(ATTENTION) and (".attn1." in name or ".attn2." in name)
-    }
+def attention_layers(unet: nn.Module) -> dict[str, LoRALayer]:
+    """The attention projections among the layers."""
+    found = {}
+    for name, layer in layers(unet).items():
+        if name.endswith(ATTENTION) and (".attn1." in name or ".attn2." in name):
+            found[name] = layer
+    return found
 
 
-def add_adapter(layer, name, down, up, alpha, scale=1.0):
-    """Give one layer the adapter `name` (in place of one of that name). Raises ValueError where the shapes do not fit."""
-    if (len(up), *down.shape[1:]) != layer.weight.shape or up.shape[1:] != (
-        len(down),
-        *(1 for _ in down.shape[2:]),
-    ):
+def adapters(model: Any, name: str | None = None) -> list[Adapter]:
+    """All adapters of a model, or those called `name`."""
+    found = []
+    for layer in layers(model).values():
+        found += [adapter for key, adapter in layer.lora.items() if name in (None, key)]
+    return found
+
+
+def add_adapter(
+    layer: LoRALayer, name: str, down: Tensor, up: Tensor, alpha: float, scale: float = 1.0
+) -> None:
+    """Give one layer the adapter `name`, replacing one of that name.
+
+    Raises ValueError if the shapes do not match the layer, or while adapters are merged.
+    """
+    kernel = down.shape[2:]  # () or (k, k)
+    expected = (len(up), *down.shape[1:]), (len(up), len(down), *[1] * len(kernel))
+    if expected != (layer.weight.shape, up.shape):
         raise ValueError(
-            f"its down {tuple(down.shape)} and up {tuple(up.shape)} do not fit the weight {tuple(layer.weight.shape)}"
+            f"its down {tuple(down.shape)} and up {tuple(up.shape)} do not fit "
+            f"the weight {tuple(layer.weight.shape)}"
         )
     if layer.base_weight is not None:
         raise ValueError("adapters are merged; unmerge before another one is added")
-    layer.lora[name] = Adapter(
-        down.to(layer.weight.device), up.to(layer.weight.device), alpha, scale
-    )
+    device = layer.weight.device
+    layer.lora[name] = Adapter(down.to(device), up.to(device), alpha, scale)
 
 
-def add_lora(sdxl, rank=16, alpha=None, name="default", seed=0):
-    """Put a fresh adapter on the UNet's attention projections; returns its parameters, float32, for the optimizer.
+def add_lora(
+    sdxl: Any, rank: int = 16, alpha: float | None = None, name: str = "default", seed: int = 0
+) -> list[nn.Parameter]:
+    """Add a new adapter to the UNet's attention projections; return its parameters, float32.
 
-    down is uniform within ±1/√in (as the authors' code has it), up is zero: before the first step nothing has changed.
-    alpha: None is rank, so that alpha/rank is 1.
+    down is uniform within ±1/√in (as in the authors' code), up is zero, so nothing changes before
+    the first training step. alpha: None is `rank`, which makes alpha / rank 1.
     """
     if rank < 1:
         raise ValueError(f"rank is {rank}; it must be at least 1")
-    generator, parameters = torch.Generator().manual_seed(seed), []
+    alpha = rank if alpha is None else alpha
+    generator = torch.Generator().manual_seed(seed)
+    parameters = []
     for layer in attention_layers(sdxl.unet).values():
-        down = (
-            torch.rand(rank, layer.in_features, generator=generator) * 2 - 1
-        ) / layer.in_features**0.5
-        add_adapter(
-            layer,
-            name,
-            down,
-            torch.zeros(layer.out_features, rank),
-            rank if alpha is None else alpha,
-        )
+        bound = layer.in_features**-0.5
+        down = (torch.rand(rank, layer.in_features, generator=generator) * 2 - 1) * bound
+        add_adapter(layer, name, down, torch.zeros(layer.out_features, rank), alpha)
         parameters += layer.lora[name].parameters()
     return parameters
 
 
-def merge(model):
-    """Fold all adapters of a model into its weights, for speed; unmerge(model) restores every bit."""
+def merge(model: Any) -> None:
+    """Add all adapters of a model to its weights, which makes them free; see `unmerge`."""
     for layer in layers(model).values():
         layer.merge()
 
 
-def unmerge(model):
+def unmerge(model: Any) -> None:
+    """Restore every bit of the weights before `merge`."""
     for layer in layers(model).values():
         layer.unmerge()
 
 
-@contextmanager
-def lora_scale(model, scale):
-    """Inside, every adapter of the model has this scale (0: the unmodified model); the old scales come back afterwards."""
+def set_lora_scale(model: Any, scale: float, name: str | None = None) -> None:
+    """Set the scale of all adapters of a model, or of those called `name`.
+
+    Raises ValueError while adapters are merged, or if there is no adapter of that name.
+    """
     if any(layer.base_weight is not None for layer in layers(model).values()):
         raise ValueError("adapters are merged; unmerge before their scale is changed")
-    adapters = [a for layer in layers(model).values() for a in layer.lora.values()]
-    before = [a.scale for a in adapters]
+    chosen = adapters(model, name)
+    if name is not None and not chosen:
+        raise ValueError(f"no LoRA is called {name!r}")
+    for adapter in chosen:
+        adapter.scale = scale
+
+
+@contextmanager
+def lora_scale(model: Any, scale: float) -> Iterator[None]:
+    """Inside, every adapter of the model has this scale; 0 is the unmodified model."""
+    before = [(adapter, adapter.scale) for adapter in adapters(model)]
+    set_lora_scale(model, scale)
     try:
-        for a in adapters:
-            a.scale = scale
         yield
     finally:
-        for a, old in zip(adapters, before):
-            a.scale = old
+        for adapter, old in before:
+            adapter.scale = old
+
+
+class CastTogether(torch.autograd.Function):
+    """Copy tensors to another dtype, and their gradients back, in one kernel each way."""
+
+    @staticmethod
+    def forward(ctx, dtype: torch.dtype, *tensors: Tensor) -> tuple[Tensor, ...]:
+        ctx.set_materialize_grads(False)
+        ctx.dtypes = [tensor.dtype for tensor in tensors]
+        copies = [torch.empty_like(tensor, dtype=dtype) for tensor in tensors]
+        torch._foreach_copy_(copies, list(tensors))
+        return tuple(copies)
+
+    @staticmethod
+    def backward(ctx, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        results = [None] * len(grads)
+        present = [n for n, grad in enumerate(grads) if grad is not None]
+        for n in present:
+            results[n] = torch.empty_like(grads[n], dtype=ctx.dtypes[n])
+        if present:
+            torch._foreach_copy_([results[n] for n in present], [grads[n] for n in present])
+        return None, *results
+
+
+@contextmanager
+def cast_adapters(model: Any, dtype: torch.dtype) -> Iterator[None]:
+    """Inside, adapters compute with copies in `dtype`, that of the network, made once on entry.
+
+    For one training step (forward and backward, also with checkpointing) or for all steps of a
+    sampling; without it, every layer casts down and up at every call. Gradients reach the float32
+    parameters. A change of the parameters inside has no effect until the next entry.
+    """
+    cast = [adapter for adapter in adapters(model) if adapter.down.dtype != dtype]
+    if cast:
+        parameters = [p for adapter in cast for p in (adapter.down, adapter.up)]
+        copies = CastTogether.apply(dtype, *parameters)
+        for n, adapter in enumerate(cast):
+            adapter.cast = copies[2 * n], copies[2 * n + 1]
+    try:
+        yield
+    finally:
+        for adapter in cast:
+            adapter.cast = None

@@ -1,131 +1,176 @@
-"""A checkpoint in use: its networks, read when needed, and the prompt's way to what the UNet is told."""
+"""A checkpoint in use: its networks, loaded on first use, and prompts to conditioning."""
 
 import warnings
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
+from torch import Tensor, nn
 
 from . import defaults
+from .lora import layers
+from .schedule import Schedule
+from .tokenizer import Tokenizer
 
 
 @dataclass(frozen=True)
 class Conditioning:
-    """What the UNet is told: context (B,77,C), pooled (B,P), time_ids (B,6) float32 (see UNet.forward)."""
+    """The UNet's conditioning: context (B,77,C), pooled (B,P), time_ids (B,6) float32."""
 
-    context: torch.Tensor
-    pooled: torch.Tensor
-    time_ids: torch.Tensor
+    context: Tensor
+    pooled: Tensor
+    time_ids: Tensor
 
-    def parts(self):
+    def parts(self) -> tuple[Tensor, Tensor, Tensor]:
         return self.context, self.pooled, self.time_ids
 
     @staticmethod
-    def cat(several):
-        return Conditioning(*(torch.cat(parts) for parts in zip(*(c.parts() for c in several))))
+    def cat(several: Iterable["Conditioning"]) -> "Conditioning":
+        """The batches of several, one after the other."""
+        columns = zip(*(c.parts() for c in several), strict=True)
+        return Conditioning(*(torch.cat(parts) for parts in columns))
 
 
-def to_device(x, device):
-    """x on the device; on CUDA, nobody waits: the copy is from pinned memory, and takes its turn there."""
-    return (
-        x.pin_memory().to(device, non_blocking=True)
-        if torch.device(device).type == "cuda" and not x.is_cuda
-        else x.to(device)
-    )
+def to_device(x: Tensor, device: torch.device | str) -> Tensor:
+    """x on the device. To CUDA asynchronously, from pinned memory, so that the CPU goes on."""
+    if torch.device(device).type == "cuda" and not x.is_cuda:
+        return x.pin_memory().to(device, non_blocking=True)
+    return x.to(device)
+
+
+def check_finite(x: Tensor, name: str) -> None:
+    # While an encoder is trained, the training loop checks the loss instead.
+    if not x.requires_grad and not x.isfinite().all():
+        raise FloatingPointError(
+            f"the {name} became NaN or infinite: is a LoRA or an embedding damaged? "
+            "If not, use --dtype bfloat16 or float32"
+        )
 
 
 class SDXL:
-    """A checkpoint. tokenizers and text_encoders are pairs; unet, vae, schedule. What is not in memory yet is read on first use."""
+    """A checkpoint: unet, vae, text_encoders and tokenizers (pairs), schedule.
+
+    read(name, dtype) returns the network of that name, with its weights; it is called on first
+    use. zeros_for_none: see encode_prompt. `loaded` holds the networks in memory by name.
+    """
 
     def __init__(
-        self, source, read, configs, tokenizers, schedule, device, dtype, zeros_for_none=True
+        self,
+        source: str,
+        read: Callable[[str, torch.dtype], nn.Module],
+        configs: dict[str, Any],
+        tokenizers: Sequence[Tokenizer],
+        schedule: Schedule,
+        device: torch.device,
+        dtype: torch.dtype,
+        zeros_for_none: bool = True,
     ):
-        """read(name, dtype): the network of that name, filled. zeros_for_none: see encode_prompt."""
-        self.source, self.read, self.configs, self.tokenizers, self.schedule = (
-            source,
-            read,
-            configs,
-            tokenizers,
-            schedule,
-        )
+        self.source, self.read, self.configs = source, read, configs
+        self.tokenizers, self.schedule = tokenizers, schedule
         self.device, self.dtype, self.zeros_for_none = device, dtype, zeros_for_none
-        self.loaded = {}
+        self.loaded: dict[str, nn.Module] = {}
 
-    def network(self, name):
+    def __repr__(self) -> str:
+        dtype = str(self.dtype).removeprefix("torch.")
+        loras = dict.fromkeys(name for layer in layers(self).values() for name in layer.lora)
+        parts = [f"networks in memory: {', '.join(self.loaded) or 'none'}"]
+        if loras:
+            parts.append(f"LoRAs: {', '.join(loras)}")
+        return f"SDXL({self.source!r}, {dtype} on {self.device}; {'; '.join(parts)})"
+
+    def network(self, name: str) -> nn.Module:
+        """The network "unet", "vae", "text_encoder" or "text_encoder_2"."""
         if name not in self.loaded:
             # The official VAE's activations overflow float16, and its config says so.
-            unsafe = (
-                name == "vae" and self.dtype == torch.float16 and self.configs[name].force_upcast
-            )
-            self.loaded[name] = self.read(name, torch.float32 if unsafe else self.dtype)
+            upcast = name == "vae" and self.configs[name].force_upcast
+            in_float32 = upcast and self.dtype == torch.float16
+            self.loaded[name] = self.read(name, torch.float32 if in_float32 else self.dtype)
         return self.loaded[name]
 
-    unet = property(lambda self: self.network("unet"))
-    vae = property(lambda self: self.network("vae"))
-    text_encoders = property(
-        lambda self: (self.network("text_encoder"), self.network("text_encoder_2"))
-    )
+    @property
+    def unet(self) -> nn.Module:
+        return self.network("unet")
 
-    def named_modules(self):
-        """(dotted name, module) over the networks in memory: unet.down_blocks.0.…, text_encoder.text_model.…"""
+    @property
+    def vae(self) -> nn.Module:
+        return self.network("vae")
+
+    @property
+    def text_encoders(self) -> tuple[nn.Module, nn.Module]:
+        return self.network("text_encoder"), self.network("text_encoder_2")
+
+    def named_modules(self) -> Iterator[tuple[str, nn.Module]]:
+        """(dotted name, module) of the networks in memory: unet.down_blocks.0…, text_encoder.…"""
         for name, network in self.loaded.items():
             yield from network.named_modules(prefix=name)
 
-    def free(self, name):
-        """Drop "unet", "vae" or "text_encoders" from memory; it is read again when next used (without adapters)."""
-        for part in ("text_encoder", "text_encoder_2") if name == "text_encoders" else (name,):
+    def free(self, name: str) -> None:
+        """Drop "unet", "vae" or "text_encoders" from memory.
+
+        The network is read again when next used, without adapters.
+        """
+        names = ("text_encoder", "text_encoder_2") if name == "text_encoders" else (name,)
+        for part in names:
             self.loaded.pop(part, None)
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
 
     @property
-    def defaults(self):
+    def defaults(self) -> dict[str, Any]:
         """The column of defaults.TABLE for this checkpoint."""
-        return defaults.column(
-            "mini" if self.configs["unet"].block_out_channels[0] < 320 else "sdxl"
-        )
+        is_mini = self.configs["unet"].block_out_channels[0] < 320
+        return defaults.column("mini" if is_mini else "sdxl")
 
     @property
-    def vae_scale_factor(self):  # pixels per latent along a side
+    def vae_scale_factor(self) -> int:
+        """Pixels per latent, along a side."""
         return 2 ** (len(self.configs["vae"].block_out_channels) - 1)
 
     @property
-    def size(self):
-        """(H, W) in pixels that the checkpoint was trained to draw."""
-        return (self.configs["unet"].sample_size * self.vae_scale_factor,) * 2
+    def size(self) -> tuple[int, int]:
+        """(H, W) in pixels that the checkpoint was trained to generate."""
+        side = self.configs["unet"].sample_size * self.vae_scale_factor
+        return side, side
 
-    def encode_prompt(self, prompts, size=None, *, original=None, crop=(0, 0)):
-        """Prompts to Conditioning, on the device. None as a prompt is zeros, as SDXL base was trained; "" is encoded.
+    def encode_prompt(
+        self,
+        prompts: Sequence[str | None],
+        size: tuple[int, int] | None = None,
+        *,
+        original: tuple[int, int] | None = None,
+        crop: tuple[int, int] = (0, 0),
+    ) -> Conditioning:
+        """Prompts to Conditioning, on the device.
 
-        size: (H, W) of the picture wanted; original: (H, W) of the picture it is cut from (size, if None), crop: its (top, left).
-        A prompt of more than 77 tokens is cut, with a warning that names the lost words.
+        None as a prompt is zeros, as SDXL base was trained and released; "" is encoded.
+        size: (H, W) of the image to generate. original: (H, W) of the image that it is cropped
+        from (None: size); crop: top and left of that crop. All in pixels.
+        A prompt longer than 75 tokens is cut, with a warning that quotes the words left out.
         """
         size = size or self.size
         for prompt in prompts:
-            lost = prompt and self.tokenizers[0].truncated_text(prompt)
-            if lost:
-                warnings.warn(f"prompt too long, these words are lost: {lost!r}", stacklevel=2)
-        ids = [
-            to_device(torch.tensor([tokenizer(prompt or "") for prompt in prompts]), self.device)
-            for tokenizer in self.tokenizers
-        ]
-        (first, _), (second, pooled) = (encoder(i) for encoder, i in zip(self.text_encoders, ids))
-        for name, x in (
-            ("first text encoder's context", first),
-            ("second text encoder's context", second),
-            ("pooled vector", pooled),
-        ):
-            if (
-                not x.requires_grad and not x.isfinite().all()
-            ):  # of what learns, the training loop looks at the loss
-                raise FloatingPointError(
-                    f"the {name} became NaN or infinite: is a LoRA or an embedding damaged? If not, use --dtype bfloat16 or float32"
-                )
-        keep = to_device(
-            torch.tensor([prompt is not None or not self.zeros_for_none for prompt in prompts]),
-            self.device,
-        )
+            rest = self.tokenizers[0].truncated_text(prompt or "")
+            if rest:
+                warnings.warn(f"prompt too long, these words are lost: {rest!r}", stacklevel=2)
+
+        # Both encoders; each tokenizer pads in its own way.
+        outputs = []
+        for tokenizer, encoder in zip(self.tokenizers, self.text_encoders, strict=True):
+            ids = torch.tensor([tokenizer(prompt or "") for prompt in prompts])
+            outputs.append(encoder(to_device(ids, self.device)))
+        (first, _), (second, pooled) = outputs
+        check_finite(first, "first text encoder's context")
+        check_finite(second, "second text encoder's context")
+        check_finite(pooled, "pooled vector")
+
+        # Zeros for None.
+        keep = [prompt is not None or not self.zeros_for_none for prompt in prompts]
+        keep = to_device(torch.tensor(keep), self.device)
         context = torch.cat([first, second], dim=-1) * keep[:, None, None]  # (B, 77, 768 + 1280)
-        time_ids = to_device(
-            torch.tensor([[*(original or size), *crop, *size]], dtype=torch.float32), self.device
-        )
-        return Conditioning(context, pooled * keep[:, None], time_ids.expand(len(prompts), -1))
+        pooled = pooled * keep[:, None]
+
+        # Height before width, original before crop before target; bfloat16 would round them.
+        time_ids = torch.tensor([[*(original or size), *crop, *size]], dtype=torch.float32)
+        time_ids = to_device(time_ids, self.device).expand(len(prompts), -1)
+        return Conditioning(context, pooled, time_ids)

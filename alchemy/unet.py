@@ -1,45 +1,45 @@
-"""The UNet: from noisy latents, a timestep and the conditioning to the prediction (epsilon or v).
+"""The UNet: noisy latents, a timestep and the conditioning to the prediction (epsilon or v).
 
-SDXL base (2.57 billion parameters) at 1024 x 1024:
+SDXL base (Podell et al. 2023; 2.57 billion parameters) at 1024 x 1024:
 
-    level   channels   latents     transformer depth   heads   skips kept (their channels)
-    0       320        128 x 128   none                -       conv_in 320, 320, 320, downsampled 320
-    1       640         64 x 64    2                   10      640, 640, downsampled 640
-    2       1280        32 x 32    10                  20      1280, 1280
-    middle  1280        32 x 32    10                  20      -
+    level   channels   latents     depth of a transformer   heads   channels of its skips
+    0       320        128 x 128   no transformer           -       320 (conv_in), 320, 320, 320
+    1       640         64 x 64    2                        10      640, 640, 640
+    2       1280        32 x 32    10                       20      1280, 1280
+    middle  1280        32 x 32    10                       20      -
 
-The way up takes the nine skips back from the last to the first, three a level. Podell et al. 2023.
+The last skip of levels 0 and 1 is the downsampled result, at the size of the next level.
+The up blocks consume the nine skips in reverse, three per level.
 """
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, fields
+from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import nn
+from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from .attention import Transformer2D
-from .blocks import Downsample, ResnetBlock, Upsample
+from .blocks import Downsample, ResnetBlock, Upsample, norm_silu
 from .lora import LoRAConv2d, LoRALinear
 
 
 @dataclass(frozen=True)
 class UNetConfig:
-    """The sizes, by the names of the official config.json; the defaults are SDXL base."""
+    """The sizes, by the names of the official config.json; defaults: SDXL base."""
 
     in_channels: int = 4
     out_channels: int = 4
-    block_out_channels: tuple = (320, 640, 1280)
-    down_block_types: tuple = ("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D")
-    up_block_types: tuple = ("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D")
+    block_out_channels: tuple[int, ...] = (320, 640, 1280)
+    down_block_types: tuple[str, ...] = ("DownBlock2D",) + ("CrossAttnDownBlock2D",) * 2
+    up_block_types: tuple[str, ...] = ("CrossAttnUpBlock2D",) * 2 + ("UpBlock2D",)
     layers_per_block: int = 2
-    transformer_layers_per_block: tuple = (1, 2, 10)
-    attention_head_dim: tuple = (
-        5,
-        10,
-        20,
-    )  # a misnomer kept upstream for its files' sake: these are numbers of heads
+    transformer_layers_per_block: tuple[int, ...] = (1, 2, 10)
+    # Numbers of heads, despite the name, which is upstream's and stays in the files.
+    attention_head_dim: tuple[int, ...] = (5, 10, 20)
     cross_attention_dim: int = 2048
     addition_time_embed_dim: int = 256
     projection_class_embeddings_input_dim: int = 2816
@@ -48,80 +48,78 @@ class UNetConfig:
     sample_size: int = 128
 
     @classmethod
-    def from_config(cls, config):
-        """Take what a config.json (a dict) says. A single number for a list holds for every level."""
+    def from_config(cls, config: dict[str, Any]) -> "UNetConfig":
+        """The values of a config.json; a single number in place of a list is for every level."""
         chosen = {f.name: config[f.name] for f in fields(cls) if config.get(f.name) is not None}
         levels = len(chosen.get("block_out_channels", cls.block_out_channels))
-        for name in ("transformer_layers_per_block", "attention_head_dim"):
-            if isinstance(chosen.get(name), int):
-                chosen[name] = (chosen[name],) * levels
-        return cls(**{k: tuple(v) if isinstance(v, list) else v for k, v in chosen.items()})
+        for name, value in chosen.items():
+            if isinstance(value, list):
+                chosen[name] = tuple(value)
+            elif name in ("transformer_layers_per_block", "attention_head_dim"):
+                chosen[name] = (value,) * levels if isinstance(value, int) else value
+        return cls(**chosen)
 
 
-def timestep_embedding(values, dim):
-    """Numbers (N,) to (N, dim) in float32: cosines first, then sines, of wavelengths from 2π to 20000π. Vaswani et al. 2017, 3.5."""
+def timestep_embedding(values: Tensor, dim: int) -> Tensor:
+    """Numbers (N,) to (N, dim), float32: cosines, then sines, of wavelengths from 2π to 20000π.
+
+    Vaswani et al. 2017, 3.5. Always float32: bfloat16 would round a timestep or size above 256.
+    """
     half = dim // 2
-    frequency = torch.exp(
-        -math.log(10000) * torch.arange(half, dtype=torch.float32, device=values.device) / half
-    )
-    angle = values.float()[:, None] * frequency
+    steps = torch.arange(half, dtype=torch.float32, device=values.device)
+    frequency = torch.exp(-math.log(10000) * steps / half)
+    angle = values.float()[:, None] * frequency  # (N, half)
     return torch.cat([angle.cos(), angle.sin()], dim=-1)
 
 
 class Embedding(nn.Module):
     """Linear, SiLU, Linear."""
 
-    def __init__(self, c_in, c_out):
+    def __init__(self, c_in: int, c_out: int):
         super().__init__()
-        self.linear_1, self.linear_2 = LoRALinear(c_in, c_out), LoRALinear(c_out, c_out)
+        self.linear_1 = LoRALinear(c_in, c_out)
+        self.linear_2 = LoRALinear(c_out, c_out)
 
-    def forward(self, x):
+    def forward(self, x: Tensor) -> Tensor:
         return self.linear_2(F.silu(self.linear_1(x)))
 
 
-def transformers(cfg, level, count):
-    """count transformers of a level's width, depth and number of heads."""
-    return nn.ModuleList(
-        [
-            Transformer2D(
-                cfg.block_out_channels[level],
-                cfg.attention_head_dim[level],
-                cfg.transformer_layers_per_block[level],
-                cfg.cross_attention_dim,
-                cfg.norm_num_groups,
-            )
-            for _ in range(count)
-        ]
-    )
+def transformers(cfg: UNetConfig, level: int, count: int) -> nn.ModuleList:
+    """`count` transformers of a level's width, depth and number of heads."""
+    channels, heads = cfg.block_out_channels[level], cfg.attention_head_dim[level]
+    depth, width = cfg.transformer_layers_per_block[level], cfg.cross_attention_dim
+    made = [Transformer2D(channels, heads, depth, width, cfg.norm_num_groups) for _ in range(count)]
+    return nn.ModuleList(made)
 
 
-def resnets(cfg, channels):
+def resnets(cfg: UNetConfig, channels: list[tuple[int, int]]) -> nn.ModuleList:
     """A resnet for each (in, out) of channels."""
-    return nn.ModuleList(
-        [
-            ResnetBlock(a, b, cfg.norm_num_groups, cfg.norm_eps, 4 * cfg.block_out_channels[0])
-            for a, b in channels
-        ]
-    )
+    groups, eps, embedding = cfg.norm_num_groups, cfg.norm_eps, 4 * cfg.block_out_channels[0]
+    return nn.ModuleList([ResnetBlock(a, b, groups, eps, embedding) for a, b in channels])
 
 
 class DownBlock(nn.Module):
-    """Resnets, each followed by a transformer where the level has attention; every result is a skip, the halved one too."""
+    """Resnets, each followed by a transformer if the level has attention, then a downsampling.
 
-    def __init__(self, cfg, level):
+    Every result is also a skip, that of the downsampling too.
+    """
+
+    def __init__(self, cfg: UNetConfig, level: int):
         super().__init__()
         c_in, c = cfg.block_out_channels[max(level - 1, 0)], cfg.block_out_channels[level]
-        last = level == len(cfg.block_out_channels) - 1
+        is_last = level == len(cfg.block_out_channels) - 1
+        has_attention = "CrossAttn" in cfg.down_block_types[level]
         self.resnets = resnets(cfg, [(c_in, c)] + [(c, c)] * (cfg.layers_per_block - 1))
-        self.attentions = transformers(
-            cfg, level, len(self.resnets) if "CrossAttn" in cfg.down_block_types[level] else 0
-        )
-        self.downsamplers = nn.ModuleList([] if last else [Downsample(c, padding=1)])
+        self.attentions = transformers(cfg, level, len(self.resnets) if has_attention else 0)
+        self.downsamplers = nn.ModuleList([] if is_last else [Downsample(c, padding=1)])
 
-    def forward(self, x, emb, context, skips, run):
+    def forward(
+        self, x: Tensor, emb: Tensor, context: Tensor, skips: list[Tensor], run: Callable
+    ) -> Tensor:
         for i, resnet in enumerate(self.resnets):
             x = run(resnet, x, emb)
-            x = run(self.attentions[i], x, context) if self.attentions else x
+            if self.attentions:
+                x = run(self.attentions[i], x, context)
             skips.append(x)
         for downsample in self.downsamplers:
             x = downsample(x)
@@ -132,92 +130,111 @@ class DownBlock(nn.Module):
 class MidBlock(nn.Module):
     """Resnet, transformer, resnet."""
 
-    def __init__(self, cfg):
+    def __init__(self, cfg: UNetConfig):
         super().__init__()
         c = cfg.block_out_channels[-1]
-        self.resnets = resnets(cfg, [(c, c)] * 2)
+        self.resnets = resnets(cfg, [(c, c), (c, c)])
         self.attentions = transformers(cfg, -1, 1)
 
-    def forward(self, x, emb, context, run):
-        x = run(self.attentions[0], run(self.resnets[0], x, emb), context)
+    def forward(self, x: Tensor, emb: Tensor, context: Tensor, run: Callable) -> Tensor:
+        x = run(self.resnets[0], x, emb)
+        x = run(self.attentions[0], x, context)
         return run(self.resnets[1], x, emb)
 
 
 class UpBlock(nn.Module):
-    """As the DownBlock, one resnet more; each takes the last skip left beside its input. index counts from the coarsest level."""
+    """A DownBlock with one more resnet and an upsampling; each resnet also takes the last skip.
 
-    def __init__(self, cfg, index):
+    index counts from the coarsest level.
+    """
+
+    def __init__(self, cfg: UNetConfig, index: int):
         super().__init__()
         widths, level = cfg.block_out_channels, len(cfg.block_out_channels) - 1 - index
-        c = widths[level]
-        # What comes up, then what the skips bring: this level's own resnets, at the end the level below's downsampled result.
-        arriving = [widths[min(level + 1, len(widths) - 1)]] + [c] * cfg.layers_per_block
-        skipped = [c] * cfg.layers_per_block + [widths[max(level - 1, 0)]]
-        self.resnets = resnets(cfg, [(a + b, c) for a, b in zip(arriving, skipped)])
-        self.attentions = transformers(
-            cfg, level, len(self.resnets) if "CrossAttn" in cfg.up_block_types[index] else 0
+        c, n = widths[level], cfg.layers_per_block
+        # Each resnet's input is x (from below, then of this level) and a skip; the last skip comes
+        # from the level above: its downsampled result.
+        from_below = [widths[min(level + 1, len(widths) - 1)]] + [c] * n
+        from_skips = [c] * n + [widths[max(level - 1, 0)]]
+        has_attention = "CrossAttn" in cfg.up_block_types[index]
+        self.resnets = resnets(
+            cfg, [(a + b, c) for a, b in zip(from_below, from_skips, strict=True)]
         )
+        self.attentions = transformers(cfg, level, len(self.resnets) if has_attention else 0)
         self.upsamplers = nn.ModuleList([Upsample(c)] if level else [])
 
-    def forward(self, x, emb, context, skips, run):
+    def forward(
+        self, x: Tensor, emb: Tensor, context: Tensor, skips: list[Tensor], run: Callable
+    ) -> Tensor:
         for i, resnet in enumerate(self.resnets):
             x = run(resnet, torch.cat([x, skips.pop()], dim=1), emb)
-            x = run(self.attentions[i], x, context) if self.attentions else x
+            if self.attentions:
+                x = run(self.attentions[i], x, context)
         for upsample in self.upsamplers:
-            x = upsample(
-                x, size=skips[-1].shape[-2:]
-            )  # to the size of the skip it meets: odd sides work
+            x = upsample(x, size=skips[-1].shape[-2:])  # the next skip's size, so odd sides work
         return x
 
 
 class UNet(nn.Module):
-    def __init__(self, config=UNetConfig()):
+    """The whole U. `checkpointing` = True recomputes activations in the backward pass."""
+
+    def __init__(self, config: UNetConfig = UNetConfig()):  # noqa: B008
         super().__init__()
-        cfg, levels, c = config, range(len(config.block_out_channels)), config.block_out_channels[0]
         self.config, self.checkpointing = config, False
-        self.conv_in = LoRAConv2d(cfg.in_channels, c, 3, padding=1)
+        c, levels = config.block_out_channels[0], range(len(config.block_out_channels))
+        self.conv_in = LoRAConv2d(config.in_channels, c, 3, padding=1)
         self.time_embedding = Embedding(c, 4 * c)
-        self.add_embedding = Embedding(cfg.projection_class_embeddings_input_dim, 4 * c)
-        self.down_blocks = nn.ModuleList([DownBlock(cfg, level) for level in levels])
-        self.mid_block = MidBlock(cfg)
-        self.up_blocks = nn.ModuleList([UpBlock(cfg, index) for index in levels])
-        self.conv_norm_out = nn.GroupNorm(cfg.norm_num_groups, c, eps=cfg.norm_eps)
-        self.conv_out = LoRAConv2d(c, cfg.out_channels, 3, padding=1)
+        self.add_embedding = Embedding(config.projection_class_embeddings_input_dim, 4 * c)
+        self.down_blocks = nn.ModuleList([DownBlock(config, level) for level in levels])
+        self.mid_block = MidBlock(config)
+        self.up_blocks = nn.ModuleList([UpBlock(config, index) for index in levels])
+        self.conv_norm_out = nn.GroupNorm(config.norm_num_groups, c, eps=config.norm_eps)
+        self.conv_out = LoRAConv2d(c, config.out_channels, 3, padding=1)
 
-    def forward(self, latents, t, context, pooled, time_ids):
-        """latents (B,4,h,w), t (B,) or a number, context (B,77,C), pooled (B,P), time_ids (B,6) -> prediction (B,4,h,w), latents' dtype.
+    def forward(
+        self,
+        latents: Tensor,
+        t: Tensor | float,
+        context: Tensor,
+        pooled: Tensor,
+        time_ids: Tensor,
+    ) -> Tensor:
+        """latents (B,4,h,w), t (B,) or a number, context (B,77,C), pooled (B,P), time_ids (B,6).
 
-        time_ids: height and width of the original, top and left of the crop, height and width of the target, in pixels.
+        Returns the prediction (B,4,h,w) in the dtype of latents. time_ids, in pixels: height and
+        width of the original image, top and left of the crop, height and width of the target.
         """
         dtype = self.conv_in.weight.dtype
-        t = (
-            t if torch.is_tensor(t) else torch.full((), t, device=latents.device)
-        )  # of a number; torch.as_tensor would wait for the device
-        emb = self.time_embedding(
-            timestep_embedding(
-                t.to(latents.device).expand(len(latents)), self.conv_in.out_channels
-            ).to(dtype)
-        )
-        sizes = timestep_embedding(time_ids.flatten(), self.config.addition_time_embed_dim).view(
-            len(latents), -1
-        )  # (B, 6 · 256)
-        emb = emb + self.add_embedding(
-            torch.cat([pooled.to(dtype), sizes.to(dtype)], dim=-1)
-        )  # pooled first
+        emb = self.embed(len(latents), t, pooled, time_ids, dtype)  # (B, 1280)
+        x, context = self.conv_in(latents.to(dtype)), context.to(dtype)  # (B, 320, h, w)
 
-        x, context, skips = self.conv_in(latents.to(dtype)), context.to(dtype), []
-        skips.append(x)
-        for block in self.down_blocks:
+        skips = [x]
+        for block in self.down_blocks:  # 320, 640, 1280 channels at h, h/2, h/4
             x = block(x, emb, context, skips, self.run)
-        x = self.mid_block(x, emb, context, self.run)
-        for block in self.up_blocks:
+        x = self.mid_block(x, emb, context, self.run)  # (B, 1280, h/4, w/4)
+        for block in self.up_blocks:  # 1280, 640, 320 channels at h/4, h/2, h
             x = block(x, emb, context, skips, self.run)
-        return self.conv_out(F.silu(self.conv_norm_out(x))).to(latents.dtype)
 
-    def run(self, layer, *inputs):
-        """layer(*inputs); with checkpointing on, its inner activations are computed again in the backward pass, not kept."""
+        x = self.conv_out(norm_silu(self.conv_norm_out, x))  # (B, 4, h, w)
+        return x.to(latents.dtype)
+
+    def embed(
+        self, batch: int, t: Tensor | float, pooled: Tensor, time_ids: Tensor, dtype: torch.dtype
+    ) -> Tensor:
+        """The sum (B, 4 C) of the embeddings of the timestep and of (pooled, time_ids)."""
+        device = pooled.device
+        if not torch.is_tensor(t):
+            t = torch.full((), t, device=device)  # torch.as_tensor would wait for the device
+        t = t.to(device).expand(batch)
+        times = timestep_embedding(t, self.conv_in.out_channels)
+        sizes = timestep_embedding(time_ids.flatten(), self.config.addition_time_embed_dim)
+        sizes = sizes.view(batch, -1)  # (B, 6 · 256)
+        added = torch.cat([pooled.to(dtype), sizes.to(dtype)], dim=-1)  # pooled first
+        return self.time_embedding(times.to(dtype)) + self.add_embedding(added)
+
+    def run(self, layer: nn.Module, *inputs: Tensor) -> Tensor:
+        """layer(*inputs); with checkpointing, its activations are recomputed when needed."""
         if self.checkpointing and torch.is_grad_enabled():
-            return checkpoint(
-                layer, *inputs, use_reentrant=False, preserve_rng_state=False
-            )  # there is no chance in it
+            # No layer draws random numbers, so their state need not be kept.
+            return checkpoint(layer, *inputs, use_reentrant=False, preserve_rng_state=False)
         return layer(*inputs)

@@ -40,10 +40,10 @@ def ready(args, sdxl):
 
 def drawing(args, sdxl, steps):
     """The Steps of a picture, keys and values of its prompt computed once; how long compiling took is said."""
-    from ..extras import prompt_cache as memo, compile as regional
+    from ..extras import compile, optimizations
 
-    steps = memo.following(sdxl.unet, steps)
-    return regional.timed(steps, cli.say) if args.compile else steps
+    steps = optimizations.cached_steps(sdxl.unet, steps)
+    return compile.report_compile_time(steps, cli.say) if args.compile else steps
 
 
 def ran(schedule, grid, asked):

@@ -9,7 +9,7 @@ from PIL import Image
 from .. import cli, pipeline, sampling
 from ..formats import png
 from ..extras.inspect import sheets
-from ..extras.prompt_cache import following
+from ..extras.optimizations import cached_steps
 from ..sdxl import Conditioning
 from . import results
 from ..extras import distributed
@@ -34,7 +34,7 @@ def preview(args, sdxl, lesson, step):
                         told(None),
                         args.seed,
                         args.size,
-                        progress=partial(following, sdxl.unet),
+                        progress=partial(cached_steps, sdxl.unet),
                         **options,
                     )
                 )

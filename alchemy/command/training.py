@@ -18,7 +18,7 @@ from ..formats.folder import save_checkpoint
 from ..files import save_json
 from ..methods import dreambooth, masks, textual_inversion
 from ..extras.inspect import preflight, sheets
-from ..extras.compile import timed
+from ..extras.compile import report_compile_time
 from ..training import start, train
 from . import fitting, inspecting, results
 from ..extras import distributed
@@ -261,7 +261,7 @@ def steps(args, out, sdxl, lesson, state, watcher=None):
     running = train(
         sdxl, state, loss_of, steps=args.steps, accumulation=args.accumulation, warmup=args.warmup
     )
-    running = timed(running, cli.say) if args.compile else running
+    running = report_compile_time(running, cli.say) if args.compile else running
     running = watcher.follow(running) if watcher else running
     every = args.save_every or (
         None if args.method == "full" else 100

@@ -1,77 +1,87 @@
-"""The UNet's blocks compiled, each kind once for all of its layers (regional compilation): seconds where the whole takes minutes."""
+"""Compile the UNet's blocks, each kind once for all its layers (regional compilation).
+
+This takes seconds where compiling the whole network takes minutes.
+"""
 
 import importlib.util
 import os
 import shutil
 import statistics
 import time
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
 
 import torch
+from torch import nn
 
 from ..attention import TransformerBlock
 from ..blocks import ResnetBlock
 from ..unet import UNet
 
-VARIANTS = (
-    64  # of a kind of block: sizes, adapters, pictures; past torch's own 8, it would run uncompiled
-)
+# Variants of a kind of block: sizes, adapters, batches. Above torch's default of 8, a block would
+# silently run uncompiled.
+MAX_VARIANTS = 64
 
 
-def missing(device):
-    """What torch.compile needs and is not here, or None: a C++ compiler, and for CUDA triton and a C compiler."""
+def missing(device: torch.device) -> str | None:
+    """What torch.compile needs and does not find, or None."""
     if device.type == "cuda":
-        there = importlib.util.find_spec("triton") and any(
-            map(shutil.which, [os.environ.get("CC", "cc"), "gcc", "clang"])
-        )
-        return None if there else "triton and a C compiler (gcc)"
-    return (
-        None
-        if any(map(shutil.which, [os.environ.get("CXX", "c++"), "g++", "clang++", "cl"]))
-        else "a C++ compiler (g++)"
-    )
+        compilers = [os.environ.get("CC", "cc"), "gcc", "clang"]
+        has_triton = importlib.util.find_spec("triton") is not None
+        found = has_triton and any(map(shutil.which, compilers))
+        return None if found else "triton and a C compiler (gcc)"
+    compilers = [os.environ.get("CXX", "c++"), "g++", "clang++", "cl"]
+    return None if any(map(shutil.which, compilers)) else "a C++ compiler (g++)"
 
 
-def compiled(module):
-    """Compile the transformer blocks and the resnets of a UNet in place; its names stay. Anything but a UNet stays as it is.
+def compile_blocks(module: nn.Module) -> nn.Module:
+    """Compile the transformer blocks and resnets of a UNet in place; other modules are unchanged.
 
-    The compiler runs when a block is first called, and again for other sizes. A block whose attention is watched runs as it is written.
-    Raises ValueError where there is no compiler.
+    The compiler runs at the first call of a block, and again for other sizes. A block whose
+    attention is recorded runs uncompiled. Raises ValueError if there is no compiler.
     """
-    if isinstance(module, UNet):
-        if lacking := missing(module.conv_in.weight.device):
-            raise ValueError(
-                f"--compile needs {lacking}, which is not here: install it, or leave out --compile"
-            )
-        torch._dynamo.config.cache_size_limit = max(torch._dynamo.config.cache_size_limit, VARIANTS)
-        torch._dynamo.config.optimize_ddp = False  # would take a block apart where its parameters fill a bucket: it is small enough as it is
-        for kind in (TransformerBlock, ResnetBlock):
-            quick = torch.compile(kind.forward, dynamic=False)
-            for block in (m for m in module.modules() if isinstance(m, kind)):
-                block.forward = choosing(block, quick)
+    if not isinstance(module, UNet):
+        return module
+    tool = missing(module.conv_in.weight.device)
+    if tool:
+        raise ValueError(
+            f"--compile needs {tool}, which was not found: install it, or leave out --compile"
+        )
+    config = torch._dynamo.config
+    config.cache_size_limit = max(config.cache_size_limit, MAX_VARIANTS)
+    config.optimize_ddp = False  # it would split the blocks, which are small already
+    for kind in (TransformerBlock, ResnetBlock):
+        compiled = torch.compile(kind.forward, dynamic=False)
+        for block in module.modules():
+            if isinstance(block, kind):
+                block.forward = choose_forward(block, compiled)
     return module
 
 
-def choosing(block, quick):
-    """The forward of a block: the quick one of its kind, or, where it is watched, the one that is written there."""
-    layers = [getattr(block, name) for name in ("attn1", "attn2") if hasattr(block, name)]
+def choose_forward(block: nn.Module, compiled: Callable) -> Callable:
+    """The forward of a block: compiled, except while its attention is recorded."""
+    attention = [getattr(block, name) for name in ("attn1", "attn2") if hasattr(block, name)]
 
     def forward(*inputs):
-        return (type(block).forward if any(layer.watch for layer in layers) else quick)(
-            block, *inputs
-        )
+        is_recorded = any(layer.callbacks for layer in attention)
+        return (type(block).forward if is_recorded else compiled)(block, *inputs)
 
     return forward
 
 
-def timed(steps, say):
-    """Yield the steps; at the end say, if the first took longer by a second or more, how long that was: then something was compiled."""
-    seconds, before = [], time.perf_counter()
+def report_compile_time(steps: Iterable[Any], log: Callable[[str], None]) -> Iterator[Any]:
+    """Yield the steps; log how long compiling took, if the first took a second more than others."""
+    seconds = []
+    before = time.perf_counter()
     for step in steps:
         seconds.append(time.perf_counter() - before)
         yield step
         before = time.perf_counter()
-    if len(seconds) > 1 and seconds[0] - statistics.median(seconds[1:]) > 1:
-        say(
-            f"compiled in {seconds[0] - statistics.median(seconds[1:]):.0f} s: the first step took {seconds[0]:.1f} s, "
-            f"the others {statistics.median(seconds[1:]):.3g} s"
+    if len(seconds) < 2:
+        return
+    usual = statistics.median(seconds[1:])
+    if seconds[0] - usual > 1:
+        log(
+            f"compiled in {seconds[0] - usual:.0f} s: the first step took {seconds[0]:.1f} s, "
+            f"the others {usual:.3g} s"
         )

@@ -13,7 +13,7 @@ import torch
 from .. import pipeline, sampling
 from ..dataset import Batch
 from ..formats import png
-from ..extras.prompt_cache import following
+from ..extras.optimizations import cached_steps
 from ..training import denoising_loss
 
 FIRST_SEED = 10**6  # of the class pictures: not those that previews are drawn with
@@ -49,7 +49,7 @@ def draw(sdxl, pictures):
                 *told,
                 facts["seed"],
                 facts["size"],
-                progress=partial(following, sdxl.unet),
+                progress=partial(cached_steps, sdxl.unet),
                 **{k: facts[k] for k in DECIDE},
             ),
             path,

@@ -151,7 +151,7 @@ def row(what, ours, unit, most=None, theirs=None, floor=None):
 
 def drawing(b, sdxl):
     import alchemy
-    from alchemy.extras.prompt_cache import following
+    from alchemy.extras.optimizations import cached_steps
 
     return lambda: alchemy.text_to_image(
         sdxl,
@@ -159,7 +159,7 @@ def drawing(b, sdxl):
         size=(b.size, b.size),
         steps=b.steps,
         guidance=GUIDANCE,
-        progress=partial(following, sdxl.unet),
+        progress=partial(cached_steps, sdxl.unet),
     )
 
 

@@ -70,7 +70,7 @@ def test_no_step_of_any_sampler_reads_a_value_and_only_fresh_noise_is_sent(far, 
         generators=sampling.generators([0]),
         hook=hook,
     )
-    with Reads() as reads, optimizations.once(sdxl.unet):
+    with Reads() as reads, optimizations.cache_prompt_kv(sdxl.unet):
         assert len(list(maps.follow(steps))) == 4 and maps.cross
     assert reads.copies == drawn * [
         ("cpu", "meta")
@@ -240,7 +240,7 @@ def test_on_cuda_the_denoising_loop_never_waits(tiny, sampler, errors_where_it_w
     )  # noqa: E731
     loop_()
     errors_where_it_waits()
-    with optimizations.once(unet):
+    with optimizations.cache_prompt_kv(unet):
         loop_()
 
 

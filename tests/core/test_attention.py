@@ -47,7 +47,7 @@ def test_attention_is_softmax_of_q_k_by_root_d_times_v(context_dim, close):
     layer, x = make(context_dim=context_dim), torch.randn(2, 6, 12, dtype=torch.float64)
     context = torch.randn(2, 4, context_dim, dtype=torch.float64) if context_dim else None
     close(
-        layer(x, None if context is None else layer.told(context)),
+        layer(x, None if context is None else layer.project_kv(context)),
         by_hand(layer, x, x if context is None else context)[1],
         1e-12,
     )
@@ -83,7 +83,7 @@ def test_watching_changes_no_bit_and_leaves_no_trace(call):
         assert torch.equal(net(*given), plain)
     count = len(seen)
     assert torch.equal(net(*given), plain) and len(seen) == count == 30
-    assert all(layer.watch == () for layer in attention.attentions(net).values())
+    assert all(layer.callbacks == () for layer in attention.attentions(net).values())
 
 
 def test_one_watch_within_another_both_see_the_same(call):
@@ -103,7 +103,7 @@ def test_watching_ends_when_something_fails_inside(call):
     net, _ = call
     with pytest.raises(KeyError), attention.record_attention(net, NAMES, print):
         raise KeyError
-    assert all(layer.watch == () for layer in attention.attentions(net).values())
+    assert all(layer.callbacks == () for layer in attention.attentions(net).values())
 
 
 def test_unwatched_attention_is_one_fused_call(call, monkeypatch):
@@ -151,7 +151,7 @@ def test_a_transformer_block_is_three_residual_lines(close):
     y = x + by_hand(block.attn1, block.norm1(x), block.norm1(x))[1]
     y = y + by_hand(block.attn2, block.norm2(y), context)[1]
     h, gate = block.ff.net[0].proj(block.norm3(y)).chunk(2, -1)
-    close(block(x, block.attn2.told(context)), y + block.ff.net[2](h * F.gelu(gate)), 1e-12)
+    close(block(x, block.attn2.project_kv(context)), y + block.ff.net[2](h * F.gelu(gate)), 1e-12)
 
 
 def test_group_norm_eps_is_1e_6_before_a_transformer_and_in_the_vae_1e_5_in_the_unets_resnets(

@@ -152,7 +152,7 @@ def test_no_layer_is_watched_after_the_last_step_or_a_stop():
         own=lambda *_: torch.ones(2, HEADS, 4, 4),
     )
     sdxl.encode_prompt([""], (64, 64))
-    watched = lambda: [layer for layer in attention.attentions(sdxl.unet).values() if layer.watch]  # noqa: E731
+    watched = lambda: [layer for layer in attention.attentions(sdxl.unet).values() if layer.callbacks]  # noqa: E731
     follow(sdxl, AttentionMaps(sdxl.unet, [1], sdxl.latent_size), [1.0])
     assert not watched()
     steps = AttentionMaps(sdxl.unet, [1], sdxl.latent_size).follow(
@@ -205,7 +205,7 @@ def test_self_attention_is_watched_at_one_level_that_fits_in_memory(size, own):
     sdxl.encode_prompt([""], size)
     maps = AttentionMaps(sdxl.unet, [1], (size[0], size[1]))
     with maps.watch():
-        watched = [name for name, layer in attention.attentions(sdxl.unet).items() if layer.watch]
+        watched = [name for name, layer in attention.attentions(sdxl.unet).items() if layer.callbacks]
     assert sum(name.endswith("attn2") for name in watched) == 5
     assert {maps.shape(name) for name in watched if name.endswith("attn1")} == (
         {own} if own else set()

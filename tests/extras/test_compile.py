@@ -6,7 +6,7 @@ import torch
 from alchemy import attention
 from alchemy.extras import optimizations
 from alchemy.blocks import ResnetBlock
-from alchemy.extras.compile import missing, timed
+from alchemy.extras.compile import missing, report_compile_time
 from helpers.checkpoints import vocabulary_read_once  # noqa: F401
 from helpers.running import call, good, lora_file, photos, quick, refused, tiny  # noqa: F401
 from test_optimizations import inputs  # noqa: F401
@@ -36,7 +36,7 @@ def test_each_kind_of_block_is_compiled_and_one_that_is_watched_runs_as_it_is_wr
     blocks = {m for m in net.modules() if isinstance(m, (attention.TransformerBlock, ResnetBlock))}
     with torch.no_grad():
         expected = net(*given)
-        optimizations.compiled(net)
+        optimizations.compile_blocks(net)
         assert torch._dynamo.config.optimize_ddp is False
         assert torch.equal(net(*given), expected) and set(ran) == blocks
         ran.clear()
@@ -66,9 +66,9 @@ def test_how_long_compiling_took_is_told_by_the_first_step_and_only_then(monkeyp
             now[0] += s
             yield s
 
-    assert list(timed(steps(41.5, 0.5, 0.5, 0.7), said.append)) == [41.5, 0.5, 0.5, 0.7]
+    assert list(report_compile_time(steps(41.5, 0.5, 0.5, 0.7), said.append)) == [41.5, 0.5, 0.5, 0.7]
     assert said == ["compiled in 41 s: the first step took 41.5 s, the others 0.5 s"]
-    list(timed(steps(0.6, 0.5), said.append)), list(timed(steps(9.0), said.append))
+    list(report_compile_time(steps(0.6, 0.5), said.append)), list(report_compile_time(steps(9.0), said.append))
     assert len(said) == 1
 
 

@@ -29,7 +29,7 @@ def traced(monkeypatch):
 
 def compile_the_middle(net):
     """Only there, since it takes seconds for each kind and size."""
-    optimizations.compiled(net)
+    optimizations.compile_blocks(net)
     for name, module in net.named_modules():
         if not name.startswith("mid_block"):
             vars(module).pop("forward", None)
@@ -42,10 +42,10 @@ def test_a_compiled_block_agrees_with_the_one_it_is_to_1e_5(network, close):
         net.mid_block.attentions[0].transformer_blocks[0],
         torch.randn(2, 9, net.mid_block.attentions[0].proj_in.out_features),
     )
-    told = block.attn2.told(torch.randn(2, 77, block.attn2.to_k.in_features))
+    told = block.attn2.project_kv(torch.randn(2, 77, block.attn2.to_k.in_features))
     with torch.no_grad():
         expected = block(x, told)
-        optimizations.compiled(net)
+        optimizations.compile_blocks(net)
         close(block(x, told), expected, 1e-5)
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] > 0
     torch._dynamo.reset()
@@ -67,7 +67,7 @@ def test_what_is_traced_agrees_with_adapters_at_any_scale_once_and_where_it_is_w
             yield net(*given)
             with lora.lora_scale(net, 0):
                 yield net(*given)
-            with lora.lora_scale(net, 0.3), optimizations.once(net):
+            with lora.lora_scale(net, 0.3), optimizations.cache_prompt_kv(net):
                 yield net(*given)
                 yield net(*given)
             with attention.record_attention(net, names, lambda name, p: seen.append(p)):

@@ -157,7 +157,7 @@ def test_recording_changes_no_bit_and_leaves_no_trace(recorded, tiny):
     assert same(
         np.asarray(made), np.asarray(alchemy.text_to_image(sdxl, "a dog on a beach", steps=4))
     )
-    assert all(layer.watch == () for layer in attention.attentions(recorder.sdxl.unet).values())
+    assert all(layer.callbacks == () for layer in attention.attentions(recorder.sdxl.unet).values())
 
 
 def test_of_a_long_run_a_hundred_steps_are_kept_with_the_first_and_the_last(recorded):

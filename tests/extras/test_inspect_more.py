@@ -377,6 +377,6 @@ def test_a_recorder_leaves_no_hook_and_no_watcher_behind(tiny):
         == 2
     )
     assert not sdxl.unet._forward_pre_hooks and all(
-        layer.watch == () for layer in attention.attentions(sdxl.unet).values()
+        layer.callbacks == () for layer in attention.attentions(sdxl.unet).values()
     )
     assert recorder.size == (9, 6) and [list(own) for own in recorder.own.values()] == [[15, 6]] * 2

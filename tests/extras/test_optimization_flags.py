@@ -50,8 +50,8 @@ def test_fp8_base_draws_nearly_the_same_picture(picture, lora_file, stored):
 
 
 def test_a_merged_lora_draws_the_same_picture(picture, lora_file, monkeypatch):
-    calls, add = [], lora.Adapter.add_to
-    monkeypatch.setattr(lora.Adapter, "add_to", lambda *args: calls.append(1) or add(*args))
+    calls, add = [], lora.Adapter.apply_to
+    monkeypatch.setattr(lora.Adapter, "apply_to", lambda *args: calls.append(1) or add(*args))
     beside, plain, before = picture("--lora", lora_file), picture(), len(calls)
     merged = picture("--lora", lora_file, "--merge")
     assert (

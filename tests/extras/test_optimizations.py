@@ -97,7 +97,7 @@ def test_a_layer_in_fp8_is_a_linear_layer_of_the_unpacked_weight_and_so_is_its_g
     before, names = layer.bias.clone(), [name for name, _ in layer.named_parameters()]
     fp8.store_fp8(layer)
     weight = fp8.weight_of(layer).to(dtype)
-    theirs = layer.lora["a"].add_to(F.linear(x, weight, before), x, layer)
+    theirs = layer.lora["a"].apply_to(F.linear(x, weight, before), x, layer)
     ours = layer(x)
     assert (
         torch.equal(ours, theirs)

@@ -5,7 +5,7 @@ import torch
 import alchemy
 from alchemy import attention, lora, pipeline, sampling
 from alchemy.extras import optimizations
-from alchemy.extras.prompt_cache import following
+from alchemy.extras.optimizations import cached_steps
 from helpers.checkpoints import vocabulary_read_once  # noqa: F401
 from helpers.running import tiny  # noqa: F401
 from test_optimizations import adapted, inputs, pair  # noqa: F401
@@ -27,7 +27,7 @@ def test_keys_and_values_are_computed_once_for_a_prompt_and_change_no_bit(networ
     with torch.no_grad():
         expected, of_other = net(*given), net(*other)
         calls = counted(net)
-        with optimizations.once(net):
+        with optimizations.cache_prompt_kv(net):
             for _ in range(3):
                 assert torch.equal(net(*given), expected)
             assert len(calls) == len(set(calls)) == 15
@@ -37,7 +37,7 @@ def test_keys_and_values_are_computed_once_for_a_prompt_and_change_no_bit(networ
                 and len(calls) == 45
             )
         assert torch.equal(net(*given), expected) and len(calls) == 60
-    assert not any("told" in vars(layer) for layer in attention.attentions(net).values())
+    assert not any("project_kv" in vars(layer) for layer in attention.attentions(net).values())
 
 
 def test_another_scale_another_adapter_and_another_value_are_another_answer(network, inputs):
@@ -62,7 +62,7 @@ def test_another_scale_another_adapter_and_another_value_are_another_answer(netw
 
     with torch.no_grad():
         kept = given[2].clone()
-        with optimizations.once(net):
+        with optimizations.cache_prompt_kv(net):
             ours = [net(*given).clone() for _ in changed()]
     assert len({float(x.sum()) for x in ours[:6]}) == 6 and len(ours) == 7
 
@@ -78,7 +78,7 @@ def test_where_gradients_are_wanted_nothing_is_kept(network, inputs):
     parameters = adapted(net)
     net(*given).square().mean().backward()
     expected = [p.grad.clone() for p in parameters]
-    with optimizations.once(net):
+    with optimizations.cache_prompt_kv(net):
         with torch.no_grad():
             net(*given)
         for p in parameters:
@@ -99,7 +99,7 @@ def test_attention_that_is_watched_sees_the_same(network, inputs):
     seen = []
     with torch.no_grad(), attention.record_attention(net, names, lambda name, p: seen.append(p)):
         net(*given)
-        with optimizations.once(net):
+        with optimizations.cache_prompt_kv(net):
             net(*given), net(*given)
     assert torch.equal(seen[0], seen[1]) and torch.equal(seen[0], seen[2])
 
@@ -116,7 +116,7 @@ def test_a_picture_goes_through_the_prompt_but_once(tiny):
         unconditional,
         3,
         size,
-        progress=lambda steps: following(sdxl.unet, steps),
+        progress=lambda steps: cached_steps(sdxl.unet, steps),
         **options,
     )
     assert ours.tobytes() == expected.tobytes() and len(calls) == len(set(calls)) > 0

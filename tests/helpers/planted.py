@@ -69,10 +69,10 @@ class PlantedAttention(Attention):
 
     def __init__(self, name, table):
         nn.Module.__init__(self)
-        self.name, self.table, self.watch = name, table, ()
+        self.name, self.table, self.callbacks = name, table, ()
 
     def forward(self, t, batch):
-        for see in self.watch:
+        for see in self.callbacks:
             see(self.table(self.name, t, batch))
 
 
