@@ -1,191 +1,279 @@
-"""The two stages of Image-Alchemy (arXiv 2505.10743): the unmodified model draws the scene with the class word, then the subject is put
-where the class stands, by masked Img2Img with the LoRA. The rest of the scene stays as it is, to the bit.
+"""The two stages of Image-Alchemy (arXiv 2505.10743).
+
+1. The unmodified model generates the scene with the class word, and its attention segments it.
+2. Masked Img2Img with the LoRA puts the subject where the class stands.
+
+The rest of the scene stays bit-identical.
 """
 
 import re
+import secrets
 from dataclasses import dataclass
+from os import PathLike
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from PIL import Image
+from torch import Tensor
 
-from . import images, lora, pipeline, sampling
-from .segmentation import AttentionMaps, positions, segment, to_mask, to_pixels, working_size
+from . import images, lora, pipeline
+from .pipeline import Progress
+from .samplers import Sampler
+from .sdxl import SDXL
+from .segmentation import (
+    AttentionMaps,
+    binarize,
+    model_resolution,
+    segment,
+    to_pixels,
+    token_positions,
+)
+
+
+class Box(NamedTuple):
+    """A rectangle of pixels."""
+
+    top: int
+    left: int
+    height: int
+    width: int
+
+    @classmethod
+    def around(cls, mask: Tensor) -> "Box":
+        """The smallest box that holds every pixel of a mask (H,W) that is not 0."""
+        rows = torch.nonzero(mask.amax(1)).flatten().tolist()
+        columns = torch.nonzero(mask.amax(0)).flatten().tolist()
+        top, left = rows[0], columns[0]
+        return cls(top, left, rows[-1] + 1 - top, columns[-1] + 1 - left)
+
+    @property
+    def size(self) -> tuple[int, int]:
+        return self.height, self.width
+
+    @property
+    def slices(self) -> tuple[slice, slice]:
+        """To index a tensor (H,W)."""
+        rows = slice(self.top, self.top + self.height)
+        return rows, slice(self.left, self.left + self.width)
+
+    def crop(self, image: Image.Image) -> Image.Image:
+        right, bottom = self.left + self.width, self.top + self.height
+        return image.crop((self.left, self.top, right, bottom))
+
+    def resize(self, height: int, width: int) -> "Box":
+        """A box of another size with the same center."""
+        top = (2 * self.top + self.height - height) // 2
+        left = (2 * self.left + self.width - width) // 2
+        return Box(top, left, height, width)
+
+    def expand(self, factor: int, min_side: int) -> "Box":
+        """Both sides times factor, at least min_side."""
+        height, width = max(factor * self.height, min_side), max(factor * self.width, min_side)
+        return self.resize(height, width)
+
+    def limit_aspect_ratio(self, ratio: int) -> "Box":
+        """The shorter side grown until the longer one is at most ratio times as long."""
+        height, width = max(self.height, self.width // ratio), max(self.width, self.height // ratio)
+        return self.resize(height, width)
+
+    def fit_aspect(self, size: tuple[int, int], image_size: tuple[int, int]) -> "Box":
+        """The smallest box of the aspect ratio of size (H,W) that covers this one.
+
+        Where the image has no room for that, the largest that it has room for.
+        """
+        cover = max(self.height / size[0], self.width / size[1])
+        room = min(image_size[0] / size[0], image_size[1] / size[1])
+        scale = min(cover, room)
+        height, width = (round(side * scale) for side in size)
+        return self.resize(min(height, image_size[0]), min(width, image_size[1]))
+
+    def clamp(self, image_size: tuple[int, int]) -> "Box":
+        """Cut to the size (H,W) of an image and moved inside it."""
+        height, width = min(self.height, image_size[0]), min(self.width, image_size[1])
+        box = self.resize(height, width)
+        top = min(max(box.top, 0), image_size[0] - height)
+        left = min(max(box.left, 0), image_size[1] - width)
+        return Box(top, left, height, width)
 
 
 @dataclass(frozen=True)
 class Insertion:
-    """scene and result: PIL, of one size (H,W); soft, mask and feathered: (H,W) in [0,1], the mask of 0 and 1 (or the user's own).
-    box: (top, left, height, width) of what was worked on; crop and drawn: that part before and after, at the working size."""
+    """What `insert` returns.
+
+    scene, result: PIL images of one size (H,W), before and after.
+    soft: the soft mask (H,W) in [0,1] of the class word, or the mask that was given.
+    mask: (H,W), where something may change: 0 or 1, or the values that were given.
+    feathered: (H,W), the weight of the generated image in the result.
+    box: (top, left, height, width), the part of the scene that stage 2 worked on.
+    crop, generated: that part before and after stage 2, at the model's resolution.
+    """
 
     scene: Image.Image
-    soft: torch.Tensor
-    mask: torch.Tensor
-    feathered: torch.Tensor
-    box: tuple
+    soft: Tensor
+    mask: Tensor
+    feathered: Tensor
+    box: Box
     crop: Image.Image
-    drawn: Image.Image
+    generated: Image.Image
     result: Image.Image
 
 
-def with_token(prompt, class_word, token):
-    """The prompt with the token before the class word, where it first stands as a word."""
-    named, count = re.subn(
-        rf"(?<!\w){re.escape(class_word)}(?!\w)",
-        lambda m: f"{token} {m[0]}",
-        prompt,
-        count=1,
-        flags=re.I,
-    )
-    if not count:
-        raise ValueError(f"the class word {class_word!r} is not in the prompt {prompt!r}")
-    return named
+def with_token(prompt: str, class_word: str, token: str) -> str:
+    """The prompt with the token before the first occurrence of the class word.
 
-
-def feather(mask, width):
-    """A mask (H,W) that falls off linearly over `width` pixels towards its edge, all within it. One too thin for that keeps its peak."""
-    x = mask.double()
-    for _ in range(
-        4
-    ):  # coming from the top, it climbs by at most 1/(width + 1) a pixel; then the next side is turned to the top
-        ramp = torch.arange(len(x))[:, None] / (width + 1)
-        x = ((x - ramp).cummin(0).values + ramp).rot90()
-    return torch.minimum((x * (mask.max() / x.max().clamp(min=1e-9))).to(mask), mask)
-
-
-def work_box(sdxl, mask, crop):
-    """(top, left, height, width) to work on, and its working size (H,W): the whole picture, or a part around the mask.
-
-    The part has the mask and half its size again around it, and the working size its aspect ratio: nothing is stretched.
+    Raises ValueError where the class word is not in the prompt as a whole word.
     """
-    picture, least = mask.shape, sdxl.size[0] // 4  # a tiny mask is not magnified without end
-    rows, cols = (torch.nonzero(mask.amax(dim)).flatten() for dim in (1, 0))
-    spans = [(int(s[0]), int(s[-1]) + 1) for s in (rows, cols)]
-    wanted = [
-        min(max(2 * (b - a), least), side) if crop else side for (a, b), side in zip(spans, picture)
-    ]
-    # No more than twice as long as wide, where the picture has the room.
-    wanted = [
-        min(max(own, other // 2), side) for own, other, side in zip(wanted, wanted[::-1], picture)
-    ]
-    size = working_size(sdxl, wanted)
-    # The smallest box of the working size's aspect ratio that covers what is wanted, or the largest that the picture has room for.
-    scale = min(max(w / s for w, s in zip(wanted, size)), min(p / s for p, s in zip(picture, size)))
-    box = [min(round(s * scale), p) for s, p in zip(size, picture)]
-    starts = [
-        min(max((a + b - length) // 2, 0), side - length)
-        for (a, b), length, side in zip(spans, box, picture)
-    ]
-    return (*starts, *box), size
+    found = re.search(rf"(?<!\w){re.escape(class_word)}(?!\w)", prompt, re.IGNORECASE)
+    if not found:
+        raise ValueError(f"the class word {class_word!r} is not in the prompt {prompt!r}")
+    return f"{prompt[: found.start()]}{token} {prompt[found.start() :]}"
 
 
-def draw_scene(sdxl, prompt, class_word, size, progress, **drawing):
-    """The scene, and the soft mask of the class word from the attention with which it was drawn."""
+def feather(mask: Tensor, width: int) -> Tensor:
+    """A mask (H,W) that falls off linearly over `width` pixels towards its edge, all within it.
+
+    A mask that is too thin for that keeps its maximum.
+    """
+    x = mask.double()
+    for _ in range(4):  # from the top, then, turned, from each other side
+        ramp = torch.arange(len(x))[:, None] / (width + 1)
+        x = ((x - ramp).cummin(0).values + ramp).rot90()  # rises by at most 1/(width + 1) a pixel
+    peak = mask.max() / x.max().clamp(min=1e-9)
+    return torch.minimum((x * peak).to(mask), mask)
+
+
+def crop_box(sdxl: SDXL, mask: Tensor, crop: bool) -> tuple[Box, tuple[int, int]]:
+    """The part of an image that stage 2 works on, and the size (H,W) that it is generated at.
+
+    mask: (H,W), what may change. With crop, the part is the mask with half its size again on each
+    side, else the whole image. Its aspect ratio is that of the size, so that nothing is stretched.
+    """
+    subject = Box.around(mask)
+    region = Box(0, 0, *mask.shape)
+    if crop:
+        min_side = sdxl.size[0] // 4  # a tiny mask is not enlarged without limit
+        region = subject.expand(2, min_side).clamp(mask.shape)
+        region = region.limit_aspect_ratio(2).clamp(mask.shape)
+    size = model_resolution(sdxl, region.size)
+    region = region.fit_aspect(size, mask.shape)
+    return subject.resize(*region.size).clamp(mask.shape), size
+
+
+def generate_scene(
+    sdxl: SDXL, prompt: str, class_word: str, size: tuple[int, int], progress: Progress | None, **options
+) -> tuple[Image.Image, Tensor]:
+    """Stage 1: the scene, and the soft mask of the class word from the attention of its steps."""
+    f = sdxl.vae_scale_factor
     maps = AttentionMaps(
         sdxl.unet,
-        positions(sdxl, prompt, class_word),
-        (size[0] // sdxl.vae_scale_factor, size[1] // sdxl.vae_scale_factor),
+        token_positions(sdxl, prompt, class_word),
+        (size[0] // f, size[1] // f),
         len(sdxl.schedule.alpha_bar),
         sdxl.defaults["window"],
     )
-    scene = pipeline.text_to_image(
-        sdxl,
-        prompt,
-        size=size,
-        progress=lambda steps: maps.follow(progress(steps) if progress else steps),
-        **drawing,
-    )
-    return scene, to_pixels(maps.heat(sdxl.defaults["sharpening"]), scene)
+
+    def follow(steps):
+        return maps.follow(progress(steps) if progress else steps)
+
+    scene = pipeline.text_to_image(sdxl, prompt, size=size, progress=follow, **options)
+    return scene, to_pixels(maps.heatmap(sdxl.defaults["walk_iterations"]), scene)
 
 
 @torch.no_grad()
 def insert(
-    sdxl,
-    prompt,
-    class_word,
-    token,
+    sdxl: SDXL,
+    prompt: str,
+    class_word: str,
+    token: str,
     *,
-    image=None,
-    mask=None,
-    seed=0,
-    size=None,
-    strength=None,
-    threshold=None,
-    dilate=None,
-    crop=None,
-    negative_prompt=None,
-    progress=None,
-    **options,
-):
-    """Put the subject that `token class_word` names (a LoRA is on sdxl) where class_word stands in the scene of the prompt: an Insertion.
+    image: Image.Image | str | PathLike | None = None,
+    mask: Tensor | Image.Image | str | PathLike | None = None,
+    seed: int | None = 0,
+    size: int | tuple[int, int] | None = None,
+    strength: float | None = None,
+    threshold: float | None = None,
+    dilate: float | None = None,
+    crop: bool | None = None,
+    negative_prompt: str | None = None,
+    sampler: str | Sampler | None = None,
+    spacing: str | None = None,
+    steps: int | None = None,
+    guidance: float | None = None,
+    eta: float | None = None,
+    progress: Progress | None = None,
+) -> Insertion:
+    """Replace the class word's object in a scene by the subject that `token class_word` names.
 
-    image: a PIL picture of any size in the scene's place. mask: (H,W) in [0,1] instead of the segmentation; nothing outside it changes.
-    strength in (0, 1]: how far back to noise in stage 2. threshold, dilate: see segmentation.to_mask. crop: work on a part around the
-    mask, brought to full resolution (None: only where the picture is larger than what the checkpoint draws). options: of denoise.
+    sdxl: with the subject's LoRA (or embedding); stage 1 runs at LoRA scale 0.
+    prompt: the scene, with class_word in it; token: the subject's rare word.
+    image: PIL image or path of any size, instead of a generated scene.
+    mask: (H,W) in [0,1], PIL image or path, instead of the segmentation; nothing outside changes.
+    seed: of the noise; None draws one. size: of the scene, (H, W) or one number.
+    strength: in (0, 1], how far stage 2 noises the region.
+    threshold, dilate: see segmentation.binarize.
+    crop: work on a part around the mask at the model's resolution; None: if the image is large.
+    negative_prompt, sampler, spacing, steps, guidance, eta, progress: see alchemy.text_to_image.
+        None is the checkpoint's default.
+
+    Raises ValueError for a mask that is empty, of another size, or covers the whole image.
     """
-    named = with_token(prompt, class_word, token)
-    if mask is not None and not mask.any():
-        raise ValueError("the mask is empty: nothing may change")
-    chosen = {
-        k: sdxl.defaults[k] if v is None else v
-        for k, v in (("strength", strength), ("threshold", threshold), ("dilate", dilate))
-    }
-    image = image.convert("RGB") if image and image.mode != "RGB" else image
-    soft, drawing = (
-        mask,
-        dict(seed=seed, negative_prompt=negative_prompt, progress=progress, **options),
-    )
-    with lora.lora_scale(sdxl, 0):  # stage 1 is the unmodified model's
+    subject_prompt = with_token(prompt, class_word, token)
+    seed = secrets.randbits(31) if seed is None else seed
+    if strength is None:
+        strength = sdxl.defaults["strength"]
+    size = (size, size) if isinstance(size, int) else size or sdxl.size
+    options = dict(sampler=sampler, spacing=spacing, steps=steps, guidance=guidance, eta=eta)
+    image = image if image is None else images.as_image(image)
+    if mask is not None:
+        mask = images.as_mask(mask, size if image is None else image.size[::-1])
+
+    # Stage 1: the scene and the soft mask, by the unmodified model.
+    soft = mask
+    scene_options = dict(seed=seed, negative_prompt=negative_prompt, **options)
+    with lora.lora_scale(sdxl, 0):
         if image is None and mask is None:
-            image, soft = draw_scene(sdxl, prompt, class_word, size or sdxl.size, **drawing)
+            image, soft = generate_scene(
+                sdxl, prompt, class_word, size, progress, **scene_options
+            )
         elif image is None:
-            image = pipeline.text_to_image(sdxl, prompt, size=size, **drawing)
+            image = pipeline.text_to_image(
+                sdxl, prompt, size=size, progress=progress, **scene_options
+            )
         elif mask is None:
             soft = segment(sdxl, image, class_word, prompt=prompt, seed=seed)
     if mask is None:
-        mask = to_mask(soft, chosen["threshold"], chosen["dilate"])
-    elif mask.shape != image.size[::-1]:
-        raise ValueError(
-            f"the mask is {mask.shape[1]}x{mask.shape[0]}, the picture {image.width}x{image.height}"
-        )
+        threshold = sdxl.defaults["threshold"] if threshold is None else threshold
+        dilate = sdxl.defaults["dilate"] if dilate is None else dilate
+        mask = binarize(soft, threshold, dilate)
 
-    # Stage 2, on a part of the picture at the working size.
-    own = (
-        image.size[0] * image.size[1] > 1.5 * sdxl.size[0] * sdxl.size[1] if crop is None else crop
+    # Stage 2: the subject, in a part of the scene at the model's resolution.
+    if crop is None:
+        crop = image.width * image.height > 1.5 * sdxl.size[0] * sdxl.size[1]
+    box, model_size = crop_box(sdxl, mask, crop)
+    part = box.crop(image).resize(model_size[::-1], Image.LANCZOS)
+    mask_part = F.adaptive_max_pool2d(mask[box.slices][None], model_size)[0]
+    _, unconditional, options = pipeline.resolve_options(
+        sdxl, negative_prompt, model_size, options
     )
-    (top, left, height, width), work = work_box(sdxl, mask, own)
-    part = image.crop((left, top, left + width, top + height)).resize(work[::-1], Image.LANCZOS)
-    in_box = torch.zeros_like(mask)
-    in_box[top : top + height, left : left + width] = mask[top : top + height, left : left + width]
-    feathered = feather(in_box, max(1, round(min(height, width) / 40)))
-    inside = F.adaptive_max_pool2d(mask[None, top : top + height, left : left + width], work)[
-        0
-    ]  # the largest: no masked pixel is lost
-    _, unconditional, options = pipeline.resolve_options(sdxl, negative_prompt, work, options)
-    # Another noise than the scene's, which would lead back to it.
-    drawn = pipeline.sample(
+    generated = pipeline.sample(
         sdxl,
-        sdxl.encode_prompt([named], work),
+        sdxl.encode_prompt([subject_prompt], model_size),
         unconditional,
-        seed + 1,
-        work,
+        seed + 1,  # the scene's own noise would lead back to it
+        model_size,
         image=part,
-        mask=inside,
-        strength=chosen["strength"],
+        mask=mask_part,
+        strength=strength,
         progress=progress,
         **options,
     )
 
-    # Back into the picture at its own resolution.
+    # Composite into the scene at its own resolution.
+    in_box = torch.zeros_like(mask)
+    in_box[box.slices] = mask[box.slices]
+    feathered = feather(in_box, max(1, round(min(box.size) / 40)))
     pasted = image.copy()
-    pasted.paste(drawn.resize((width, height), Image.LANCZOS), (left, top))
-    return Insertion(
-        image,
-        soft,
-        mask,
-        feathered,
-        (top, left, height, width),
-        part,
-        drawn,
-        images.composite(image, pasted, feathered),
-    )
+    pasted.paste(generated.resize(box.size[::-1], Image.LANCZOS), (box.left, box.top))
+    result = images.composite(image, pasted, feathered)
+    return Insertion(image, soft, mask, feathered, box, part, generated, result)

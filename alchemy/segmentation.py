@@ -1,245 +1,303 @@
-"""Where in a picture is the thing a word names? The model's own attention tells.
+"""Where in an image is the object that a word names? The model's own attention answers.
 
-Cross-attention says for each place how much it looks at the word (Tang et al. 2022, DAAM); self-attention, which places belong
-together, and so spreads the word over the whole of its object (Wang et al. 2023, DiffSegmenter). At pixel size, a guided filter
-(He et al. 2010) moves the mask's edge to the picture's.
+Cross-attention gives the weight of the word at each position (Tang et al. 2022, DAAM).
+Self-attention gives which positions belong together, and so spreads the word over the whole
+object (Wang et al. 2023, DiffSegmenter). At the image's resolution, a guided filter (He et al.
+2010) moves the edges of the mask to those of the image.
 """
 
 import math
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, ExitStack
+from os import PathLike
 
 import torch
 import torch.nn.functional as F
+from PIL import Image
+from torch import Tensor
 
 from . import attention, images, sampling
+from .sampling import Step
+from .sdxl import SDXL
 
-MOST_PLACES = 2048  # self-attention is taken at the finest level of at most so many: N x N numbers (SDXL: 32 x 32 of 1024 pixels)
+# Self-attention is N x N numbers: it is recorded at the finest level of at most so many positions
+# (of SDXL at 1024 x 1024, the level of 32 x 32).
+MAX_SELF_ATTENTION = 2048
 
 
-def positions(sdxl, prompt, word):
-    """Where the word's tokens stand among the 77 of the prompt. Raises ValueError where it is not there."""
-    found = sdxl.tokenizers[0].find(prompt, word)
-    if not found:
-        cut = sdxl.tokenizers[0].truncated_text(prompt)
-        raise ValueError(
-            f"the word {word!r} is not in the prompt {prompt!r}"
-            + (f", of which {cut!r} is cut off" if cut else "")
-        )
-    return sorted({place for occurrence in found for place in occurrence})
+def token_positions(sdxl: SDXL, prompt: str, word: str) -> list[int]:
+    """The positions of the word's tokens among the 77 of the prompt, all occurrences.
+
+    Raises ValueError where the word is not in the prompt.
+    """
+    occurrences = sdxl.tokenizers[0].find(prompt, word)
+    if not occurrences:
+        truncated = sdxl.tokenizers[0].truncated_text(prompt)
+        note = f", of which {truncated!r} is cut off" if truncated else ""
+        raise ValueError(f"the word {word!r} is not in the prompt {prompt!r}{note}")
+    return sorted({position for occurrence in occurrences for position in occurrence})
 
 
 class AttentionMaps:
-    """Collects, while steps are followed, how much each place attends to the word, and to each other place.
+    """Averages the attention to some tokens, and of the image to itself, over layers and steps.
 
-    Only timesteps within `window` (as shares of T) count: earlier there is nothing to see yet. latent_size: (h, w).
+        maps = AttentionMaps(sdxl.unet, token_positions(sdxl, prompt, word), latent_size)
+        for step in maps.follow(denoise(...)): ...
+        heat = maps.heatmap(walk_iterations=1)
+
+    latent_size: (h, w). window: only timesteps between these shares of `timesteps` count; in
+    earlier steps there is nothing to see yet.
+
+    cross: {(h, w): (sum, count)} of maps (h·w,) by the size of their layer; self_attn: the same
+    of matrices (h·w, h·w). pending: what was recorded since the last accumulate.
     """
 
-    def __init__(self, unet, places, latent_size, T=1000, window=(0.0, 1.0)):
-        self.unet, self.places, self.size, self.window = (
-            unet,
-            places,
-            latent_size,
-            (window[0] * T, window[1] * T),
-        )
-        self.cross, self.own, self.now = {}, {}, []
+    def __init__(
+        self,
+        unet,
+        positions: Sequence[int],
+        latent_size: tuple[int, int],
+        timesteps: int = 1000,
+        window: tuple[float, float] = (0.0, 1.0),
+    ):
+        self.unet, self.positions, self.latent_size = unet, positions, latent_size
+        self.window = window[0] * timesteps, window[1] * timesteps
+        self.cross: dict = {}
+        self.self_attn: dict = {}
+        self.pending: list = []
 
-    def shape(self, name):
-        """(h, w) where the layer of that name stands: the latents' sides, halved and rounded up at each level down."""
+    def layer_size(self, name: str) -> tuple[int, int]:
+        """(h, w) of a layer: the latents' sides, halved and rounded up at each level down."""
         block, index = name.split(".")[:2]
-        last = len(self.unet.down_blocks) - 1
-        level = (
-            last
-            if block == "mid_block"
-            else int(index)
-            if block == "down_blocks"
-            else last - int(index)
-        )
-        return tuple(-(-side // 2**level) for side in self.size)
+        level = len(self.unet.down_blocks) - 1  # of the mid block
+        if block == "down_blocks":
+            level = int(index)
+        elif block == "up_blocks":
+            level -= int(index)
+        height, width = (-(-side // 2**level) for side in self.latent_size)
+        return height, width
 
-    def see(self, name, probabilities):
-        """One layer's (B, heads, N, M); of a guided batch, the last row is the conditional one."""
+    def layers(self) -> list[str]:
+        """The layers to record: all of cross-attention, and one level of self-attention."""
+        sizes = {name: self.layer_size(name) for name in attention.attentions(self.unet)}
+        small = [size for size in sizes.values() if math.prod(size) <= MAX_SELF_ATTENTION]
+        finest = max(small, default=None)
+        cross = [name for name in sizes if name.endswith("attn2")]
+        return cross + [name for name in sizes if name.endswith("attn1") and sizes[name] == finest]
+
+    def record(self) -> AbstractContextManager:
+        """Inside, each forward of the UNet adds to `pending`."""
+        return attention.record_attention(self.unet, self.layers(), self.collect)
+
+    def collect(self, name: str, probabilities: Tensor) -> None:
+        """Add one layer's probabilities (B, heads, N, M); the last of the batch is conditional."""
         p = probabilities[-1].mean(0)  # (N, M)
-        table, p = (
-            (self.cross, torch.stack([p[:, place] for place in self.places], 1).mean(1))
-            if name.endswith("attn2")
-            else (self.own, p)
-        )
-        self.now.append((table, self.shape(name), p))
+        table = self.self_attn
+        if name.endswith("attn2"):
+            table = self.cross
+            p = torch.stack([p[:, position] for position in self.positions], dim=1).mean(1)  # (N,)
+        self.pending.append((table, self.layer_size(name), p))
 
-    def watch(self):
-        """All of cross-attention, but self-attention of one level: finer ones would fill the memory, coarser ones tell less."""
-        shapes = {name: self.shape(name) for name in attention.attentions(self.unet)}
-        own = max(
-            (shape for shape in shapes.values() if math.prod(shape) <= MOST_PLACES), default=None
-        )
-        return attention.record_attention(
-            self.unet,
-            [name for name, shape in shapes.items() if name.endswith("attn2") or shape == own],
-            self.see,
-        )
+    def accumulate(self, t: float) -> None:
+        """Count what is pending, recorded at timestep t, if t is in the window; discard it if not."""
+        if self.in_window(t):
+            for table, size, p in self.pending:
+                total, count = table.get(size, (0, 0))
+                table[size] = (total + p, count + 1)
+        self.pending = []
 
-    def take(self, t):
-        """What was just seen at timestep t counts, if t lies in the window."""
-        if self.window[0] <= t <= self.window[1]:
-            for table, shape, p in self.now:
-                total, count = table.get(shape, (0, 0))
-                table[shape] = (total + p, count + 1)
-        self.now = []
+    def in_window(self, t: float) -> bool:
+        return self.window[0] <= t <= self.window[1]
 
-    def follow(self, steps):
-        with self.watch():
+    def follow(self, steps: Iterable[Step]) -> Iterator[Step]:
+        """Pass Steps through, while the attention of those in the window is recorded."""
+        with ExitStack() as recording:
+            recording.enter_context(self.record())  # the first timestep is not known yet
             for step in steps:
-                self.take(step.t)
+                self.accumulate(step.t)
+                recording.close()
+                if step.t_prev is not None and self.in_window(step.t_prev):
+                    recording.enter_context(self.record())
                 yield step
 
-    def heat(self, power):
-        """The word's map (h, w) in [0,1] at the finest level that was seen, spread `power` times by self-attention.
+    def heatmap(self, walk_iterations: int) -> Tensor:
+        """The word's map (h, w) in [0,1] at the finest recorded level.
 
-        Raises ValueError where no step lay in the window.
+        walk_iterations: steps of a random walk along self-attention, which spread the map over
+        positions that belong together. Raises ValueError where no step was in the window.
         """
         if not self.cross:
+            low, high = self.window
             raise ValueError(
-                "no step lies between timesteps {:g} and {:g}, where attention tells: raise --steps".format(
-                    *self.window
-                )
+                f"no step lies between timesteps {low:g} and {high:g}, "
+                "where attention locates objects: raise --steps"
             )
-        finest, maps = max(self.cross), []
-        for shape, (total, count) in self.cross.items():
-            m = (total / count).view(1, 1, *shape)
+        finest = max(self.cross)
+        maps = []
+        for size, (total, count) in self.cross.items():
+            m = (total / count).view(1, 1, *size)
             maps.append(F.interpolate(m / m.mean(), finest, mode="bilinear", align_corners=False))
-        heat = sum(maps) / len(maps)
-        for shape, (total, _) in self.own.items() if power else ():
-            own, coarse = (
-                total / total.sum(1, keepdim=True),
-                F.interpolate(heat, shape, mode="area").flatten(),
-            )  # own's rows sum to 1
-            for _ in range(power):
-                coarse = own @ coarse
-            heat = F.interpolate(
-                coarse.view(1, 1, *shape), finest, mode="bilinear", align_corners=False
-            )
-        return stretch(heat[0, 0])
+        heat = sum(maps) / len(maps)  # (1, 1, h, w): all levels count alike
+        if walk_iterations:
+            heat = self.walk(heat, walk_iterations)
+        return normalize_percentile(heat[0, 0])
+
+    def walk(self, heat: Tensor, iterations: int) -> Tensor:
+        """Multiply heat (1,1,h,w) by the self-attention matrix, at the size of that."""
+        for size, (total, _) in self.self_attn.items():
+            transition = total / total.sum(1, keepdim=True)  # (N, N), rows of sum 1
+            p = F.interpolate(heat, size, mode="area").flatten()
+            for _ in range(iterations):
+                p = transition @ p
+            p = p.view(1, 1, *size)
+            heat = F.interpolate(p, heat.shape[-2:], mode="bilinear", align_corners=False)
+        return heat
 
 
-def stretch(x):
-    """To [0,1], where the lowest and highest percent are cut."""
+def normalize_percentile(x: Tensor) -> Tensor:
+    """Scale to [0,1] between the 1st and the 99th percentile, and clip."""
     low, high = torch.quantile(x.flatten(), torch.tensor([0.01, 0.99], device=x.device))
     return ((x - low) / (high - low).clamp(min=1e-8)).clamp(0, 1)
 
 
-def box_mean(x, radius):
-    """The mean of x (H,W) over a window of 2 · radius + 1 along both sides, cut at the border, in a time that radius has no part in."""
-    for _ in range(2):  # along the columns, then along the rows
-        place, above = torch.arange(len(x)), F.pad(x.double().cumsum(0), (0, 0, 1, 0))
-        first, end = (place - radius).clamp(min=0), (place + radius + 1).clamp(max=len(x))
-        x = ((above[end] - above[first]) / (end - first)[:, None]).to(x.dtype).T
+def box_mean(x: Tensor, radius: int) -> Tensor:
+    """The mean of x (H,W) over windows of 2 · radius + 1, cut at the border.
+
+    By cumulative sums, so that the time does not depend on the radius.
+    """
+    for _ in range(2):  # along the columns, then, transposed, along the rows
+        index = torch.arange(len(x))
+        sums = F.pad(x.double().cumsum(0), (0, 0, 1, 0))
+        first = (index - radius).clamp(min=0)
+        end = (index + radius + 1).clamp(max=len(x))
+        x = ((sums[end] - sums[first]) / (end - first)[:, None]).to(x.dtype).T
     return x
 
 
-def guided_filter(p, i, radius, eps=1e-3):
-    """The mask p by the guide i, both (H,W) in [0,1]: within each window it becomes a linear function a · i + b. He et al. 2010."""
-    mean_p, mean_i = box_mean(p, radius), box_mean(i, radius)
-    a = (box_mean(i * p, radius) - mean_i * mean_p) / (box_mean(i * i, radius) - mean_i**2 + eps)
-    b = mean_p - a * mean_i
-    return (box_mean(a, radius) * i + box_mean(b, radius)).clamp(0, 1)
+def guided_filter(mask: Tensor, guide: Tensor, radius: int, eps: float = 1e-3) -> Tensor:
+    """The mask as a locally linear function a · guide + b; both (H,W) in [0,1].
+
+    He et al. 2010, eq. 5, 6 and 8.
+    """
+    mean_mask, mean_guide = box_mean(mask, radius), box_mean(guide, radius)
+    covariance = box_mean(guide * mask, radius) - mean_guide * mean_mask
+    variance = box_mean(guide * guide, radius) - mean_guide**2
+    a = covariance / (variance + eps)
+    b = mean_mask - a * mean_guide
+    return (box_mean(a, radius) * guide + box_mean(b, radius)).clamp(0, 1)
 
 
-def to_pixels(heat, picture):
-    """heat (h, w) brought to the picture's size, edges where the picture has them: (H,W) in [0,1]."""
-    size = picture.size[::-1]
-    heat = F.interpolate(heat[None, None].float().cpu(), size, mode="bicubic", align_corners=False)[
-        0, 0
-    ].clamp(0, 1)
-    grey = images.to_tensor(picture).mean(1)[0] / 2 + 0.5
-    return guided_filter(heat, grey, max(2, min(size) // 32))
+def to_pixels(heat: Tensor, image: Image.Image) -> Tensor:
+    """A map (h, w) at the image's resolution, its edges at the image's: (H,W) in [0,1]."""
+    size = image.size[::-1]
+    heat = heat[None, None].float().cpu()
+    large = F.interpolate(heat, size, mode="bicubic", align_corners=False)[0, 0].clamp(0, 1)
+    grey = images.to_tensor(image).mean(1)[0] / 2 + 0.5
+    return guided_filter(large, grey, radius=max(2, min(size) // 32))
 
 
 @torch.no_grad()
-def segment(sdxl, image, word, *, prompt=None, seed=0, look=None, power=None):
-    """The soft mask (H,W) in [0,1] of what the word names in a PIL picture of any size: noise it lightly, look once.
+def segment(
+    sdxl: SDXL,
+    image: Image.Image | str | PathLike,
+    word: str,
+    *,
+    prompt: str | None = None,
+    seed: int = 0,
+    noise_level: float | None = None,
+    walk_iterations: int | None = None,
+) -> Tensor:
+    """The soft mask (H,W) in [0,1] of the object that a word names in an image of any size.
 
-    prompt: what the picture shows ("a photo of a WORD", if None); look: how far to noise, as a share of T; power: of the sharpening.
+    The image is noised lightly and goes through the UNet once, whose attention is recorded.
+    prompt: a description of the image with the word in it; None is "a photo of a WORD".
+    noise_level: how far to noise, as a share of the timesteps.
+    walk_iterations: see AttentionMaps.heatmap. None is the checkpoint's default for both.
     """
+    image = images.as_image(image)
     prompt = prompt or f"a photo of a {word}"
-    places = positions(sdxl, prompt, word)
-    look, power = (
-        sdxl.defaults[key] if value is None else value
-        for key, value in (("look", look), ("sharpening", power))
-    )
-    size = working_size(sdxl, image.size[::-1])
-    looked_at = image.resize(
-        size[::-1]
-    )  # a little stretched, so that all of it is seen and each place stands for its own
-    x_0 = sdxl.vae.encode(images.to_tensor(looked_at).to(sdxl.device))[0]
-    maps = AttentionMaps(sdxl.unet, places, x_0.shape[-2:])
-    t = torch.tensor([int(look * (len(sdxl.schedule.alpha_bar) - 1))])
+    positions = token_positions(sdxl, prompt, word)
+    if noise_level is None:
+        noise_level = sdxl.defaults["noise_level"]
+    if walk_iterations is None:
+        walk_iterations = sdxl.defaults["walk_iterations"]
+
+    # All of the image, at a size that the model knows: slightly stretched, not cropped.
+    size = model_resolution(sdxl, image.size[::-1])
+    pixels = images.to_tensor(image.resize(size[::-1]))
+    x_0 = sdxl.vae.encode(pixels.to(sdxl.device))[0]
+    t = torch.tensor([int(noise_level * (len(sdxl.schedule.alpha_bar) - 1))])
     x_t = sdxl.schedule.add_noise(x_0, sampling.noise(x_0.shape, [seed]).to(x_0), t)
-    with maps.watch():
+
+    maps = AttentionMaps(sdxl.unet, positions, x_0.shape[-2:])
+    with maps.record():
         sdxl.unet(x_t, t.to(sdxl.device), *sdxl.encode_prompt([prompt], size).parts())
-    maps.take(int(t))
-    return to_pixels(maps.heat(power), image)
+    maps.accumulate(int(t))
+    return to_pixels(maps.heatmap(walk_iterations), image)
 
 
-def working_size(sdxl, size):
-    """(H,W) to draw at: of about the area the checkpoint was trained at and the aspect ratio of size, both sides multiples of 4 latents.
+def model_resolution(sdxl: SDXL, size: tuple[int, int]) -> tuple[int, int]:
+    """The size (H, W) to generate at for an image of `size`.
 
-    A size that is as good (a scene's own) stays: nothing need be resized.
+    About the area that the checkpoint was trained at, in the aspect ratio of size, both sides
+    multiples of 4 latents. A size that is as good (a generated scene's) stays.
     """
-    cell, share = 4 * sdxl.vae_scale_factor, size[0] * size[1] / (sdxl.size[0] * sdxl.size[1])
-    if (
-        0.5 <= share <= 1.5
-        and size[0] % sdxl.vae_scale_factor == size[1] % sdxl.vae_scale_factor == 0
-    ):
+    cell = 4 * sdxl.vae_scale_factor
+    scale = size[0] * size[1] / (sdxl.size[0] * sdxl.size[1])
+    whole_latents = all(side % sdxl.vae_scale_factor == 0 for side in size)
+    if 0.5 <= scale <= 1.5 and whole_latents:
         return tuple(size)
-    return tuple(max(round(side / share**0.5 / cell), 2) * cell for side in size)
+    height, width = (max(round(side / scale**0.5 / cell), 2) * cell for side in size)
+    return height, width
 
 
-def components(mask):
-    """Label (H,W) of each connected part of a bool mask, 0 outside: the largest index in it, spread until nothing changes."""
+def connected_components(mask: Tensor) -> Tensor:
+    """Label each 8-connected part of a bool mask (H,W), 0 outside: its largest flat index + 1."""
     label = (torch.arange(mask.numel(), dtype=torch.float64).view(mask.shape) + 1) * mask
-    while True:
+    while True:  # the largest label spreads by a pixel a time, until nothing changes
         spread = F.max_pool2d(label[None], 3, 1, 1)[0] * mask
         if torch.equal(spread, label):
             return label.long()
         label = spread
 
 
-def clean(mask, least=0.2):
-    """A bool mask without its small parts (under `least` of the largest) and without holes."""
-    scale = max(
-        1, max(mask.shape) // 128
-    )  # what is seen on a grid of some 128 cells is enough to judge by
-    small = F.max_pool2d(mask[None, None].float(), scale, ceil_mode=True)[0, 0] > 0
-    labels = components(small)
+def remove_specks_and_holes(mask: Tensor, min_share: float = 0.2) -> Tensor:
+    """A bool mask (H,W) without holes and without parts below min_share of the largest part."""
+    # Connectivity is judged on a grid of about 128 cells a side.
+    scale = max(1, max(mask.shape) // 128)
+    coarse = F.max_pool2d(mask[None, None].float(), scale, ceil_mode=True)[0, 0] > 0
+
+    labels = connected_components(coarse)
     areas = torch.bincount(labels.flatten())
     areas[0] = 0
-    kept = (areas >= least * areas.max())[labels] & small
-    outside = components(~F.pad(kept, (1, 1, 1, 1)))
-    within = (
-        F.max_pool2d((outside == outside[0, 0])[None].float(), 3, 1)[0] == 0
-    )  # no neighbour is reached from the border
+    kept = (areas >= min_share * areas.max())[labels] & coarse
 
-    def to_full(x):
-        return (
-            F.interpolate(x[None, None].float(), scale_factor=scale, mode="nearest")[
-                0, 0, : mask.shape[0], : mask.shape[1]
-            ]
-            > 0
-        )
+    # A hole is what the border does not reach; its rim is the mask's own.
+    outside = connected_components(~F.pad(kept, (1, 1, 1, 1)))
+    reached = (outside == outside[0, 0])[None].float()
+    enclosed = F.max_pool2d(reached, 3, 1)[0] == 0
 
-    return (mask & to_full(kept)) | to_full(within)
+    def enlarge(x: Tensor) -> Tensor:
+        large = F.interpolate(x[None, None].float(), scale_factor=scale, mode="nearest")[0, 0]
+        return large[: mask.shape[0], : mask.shape[1]] > 0
+
+    return (mask & enlarge(kept)) | enlarge(enclosed)
 
 
-def to_mask(soft, threshold, dilate):
-    """A soft mask (H,W) to the region (H,W) of 0 and 1 where something may change: thresholded, cleaned, grown by `dilate` of the shorter side.
+def binarize(soft: Tensor, threshold: float, dilate: float) -> Tensor:
+    """A soft mask (H,W) to the region of 0 and 1 that may change.
 
-    Raises ValueError where nothing, or all but nothing, is left outside.
+    Thresholded, cleaned, and grown by `dilate` of the shorter side.
+    Raises ValueError where nothing, or nearly everything, is inside.
     """
     mask = soft >= threshold
     if not mask.any():
         raise ValueError(
-            "the mask is empty: the word was not found in the picture; lower --threshold, or give --mask"
+            "the mask is empty: the word was not found in the image; "
+            "lower --threshold, or give --mask"
         )
-    region = (box_mean(clean(mask).double(), round(dilate * min(mask.shape))) > 0).float()
+    radius = round(dilate * min(mask.shape))
+    region = (box_mean(remove_specks_and_holes(mask).double(), radius) > 0).float()
     if region.mean() > 0.95:
-        raise ValueError("the mask covers the whole picture; raise --threshold, or give --mask")
+        raise ValueError("the mask covers the whole image; raise --threshold, or give --mask")
     return region
