@@ -134,7 +134,7 @@ def write(made, result, folder, facts):
         sheets.grey(made.mask),
         sheets.grey(made.feathered),
         made.crop,
-        made.drawn,
+        made.generated,
         sheets.sheet([row]),
     )
     paths = [result] + [folder / name for name in NAMES]

@@ -161,7 +161,12 @@ def crop_box(sdxl: SDXL, mask: Tensor, crop: bool) -> tuple[Box, tuple[int, int]
 
 
 def generate_scene(
-    sdxl: SDXL, prompt: str, class_word: str, size: tuple[int, int], progress: Progress | None, **options
+    sdxl: SDXL,
+    prompt: str,
+    class_word: str,
+    size: tuple[int, int],
+    progress: Progress | None,
+    **options,
 ) -> tuple[Image.Image, Tensor]:
     """Stage 1: the scene, and the soft mask of the class word from the attention of its steps."""
     f = sdxl.vae_scale_factor
@@ -233,9 +238,7 @@ def insert(
     scene_options = dict(seed=seed, negative_prompt=negative_prompt, **options)
     with lora.lora_scale(sdxl, 0):
         if image is None and mask is None:
-            image, soft = generate_scene(
-                sdxl, prompt, class_word, size, progress, **scene_options
-            )
+            image, soft = generate_scene(sdxl, prompt, class_word, size, progress, **scene_options)
         elif image is None:
             image = pipeline.text_to_image(
                 sdxl, prompt, size=size, progress=progress, **scene_options
@@ -253,9 +256,7 @@ def insert(
     box, model_size = crop_box(sdxl, mask, crop)
     part = box.crop(image).resize(model_size[::-1], Image.LANCZOS)
     mask_part = F.adaptive_max_pool2d(mask[box.slices][None], model_size)[0]
-    _, unconditional, options = pipeline.resolve_options(
-        sdxl, negative_prompt, model_size, options
-    )
+    _, unconditional, options = pipeline.resolve_options(sdxl, negative_prompt, model_size, options)
     generated = pipeline.sample(
         sdxl,
         sdxl.encode_prompt([subject_prompt], model_size),

@@ -99,7 +99,7 @@ class AttentionMaps:
         self.pending.append((table, self.layer_size(name), p))
 
     def accumulate(self, t: float) -> None:
-        """Count what is pending, recorded at timestep t, if t is in the window; discard it if not."""
+        """Count what is pending, recorded at timestep t, if t is in the window; else discard it."""
         if self.in_window(t):
             for table, size, p in self.pending:
                 total, count = table.get(size, (0, 0))

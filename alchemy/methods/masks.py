@@ -6,7 +6,7 @@ from PIL import Image, ImageOps
 
 from .. import images
 from ..extras.inspect.sheets import grey
-from ..segmentation import segment, to_mask
+from ..segmentation import binarize, segment
 
 HOW = "alpha, segment, or a folder with a picture of each photo's name, white where the subject is"
 
@@ -18,7 +18,7 @@ def mask_of(how, path, sdxl, word):
     if how == "segment":
         try:
             return grey(
-                to_mask(
+                binarize(
                     segment(sdxl, photo, word), sdxl.defaults["threshold"], sdxl.defaults["dilate"]
                 )
             )

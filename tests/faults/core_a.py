@@ -1,4 +1,4 @@
-"""Faults of the schedule, the samplers, the denoising loop and the images.
+"""Faults of the schedule, the samplers, the denoising loop, segmentation and insertion.
 
 (module in alchemy/, test files): (what it is, the exact old text, the new text), ...
 """
@@ -212,6 +212,69 @@ FAULTS = {
             "a thin mask is lost",
             "F.max_pool2d(mask[None, None], factor)",
             "mask[None, None, ::factor, ::factor]",
+        ),
+    ),
+    ("pipeline", "core/insertion"): (
+        ("a list is a prompt", "if not isinstance(prompt, str):", "if False:"),
+        ("a seed of None is 0", "secrets.randbits(31) if seed is None", "0 if seed is None"),
+        ("any size is accepted", "if min(size) < factor or height % factor or", "if False and"),
+        (
+            "no composite by the mask",
+            "generated if mask is None else images",
+            "generated if True else images",
+        ),
+    ),
+    ("segmentation", "core/segmentation"): (
+        ("the unconditional half", "probabilities[-1].mean(0)", "probabilities[0].mean(0)"),
+        ("one head for all", "probabilities[-1].mean(0)", "probabilities[-1][0]"),
+        ("the window is ignored", "if self.in_window(t):", "if True:"),
+        ("attention is recorded outside the window", " and self.in_window(step.t_prev)", ""),
+        ("recorded to the end", "                recording.close()\n", ""),
+        ("all levels halve down", "-(-side // 2**level)", "side // 2**level"),
+        ("self-attention transposed", "p = transition @ p", "p = transition.T @ p"),
+        ("self-attention is not normalized", "total / total.sum(1, keepdim=True)", "total"),
+        ("levels count by their scale", "m / m.mean()", "m"),
+        ("the threshold is strict", "mask = soft >= threshold", "mask = soft > threshold"),
+        ("holes stay", " | enlarge(enclosed)", ""),
+        ("specks stay", "(areas >= min_share * areas.max())[labels] & coarse", "coarse"),
+        ("the guided filter without its mean", "mean_mask - a * mean_guide", "mean_mask"),
+        ("the region is not grown", "round(dilate * min(mask.shape))", "0"),
+        ("an image is segmented without noise", "int(noise_level * (", "int(0 * ("),
+    ),
+    ("insertion", "core/insertion"): (
+        (
+            "the LoRA generates the scene",
+            "with lora.lora_scale(sdxl, 0):",
+            "with lora.lora_scale(sdxl, 1):",
+        ),
+        (
+            "stage 2 has the class word alone",
+            "sdxl.encode_prompt([subject_prompt], model_size)",
+            "sdxl.encode_prompt([prompt], model_size)",
+        ),
+        ("stage 2 has the scene's noise", "seed + 1,", "seed,"),
+        (
+            "composite by the hard mask",
+            "images.composite(image, pasted, feathered)",
+            "images.composite(image, pasted, mask)",
+        ),
+        ("no composite", "images.composite(image, pasted, feathered)", "pasted"),
+        (
+            "top and left swapped",
+            "(self.left, self.top, right, bottom)",
+            "(self.top, self.left, right, bottom)",
+        ),
+        ("the box is not moved inside", "min(max(box.top, 0), image_size[0] - height)", "box.top"),
+        (
+            "the feather goes beyond the mask",
+            "return torch.minimum((x * peak).to(mask), mask)",
+            "return (x * peak).to(mask)",
+        ),
+        ("the box has another aspect ratio", "scale = min(cover, room)", "scale = room"),
+        (
+            "the token replaces the class word",
+            "{token} {prompt[found.start() :]}",
+            "{token} {prompt[found.end() :]}",
         ),
     ),
     ("images", "core/images"): (

@@ -240,37 +240,6 @@ FAULTS = {
         ),
         ("digits together", "|L+|N|", "|L+|N+|"),
     ),
-    ("segmentation", "core/segmentation extras/masks"): (
-        ("the unconditional half", "probabilities[-1].mean(0)", "probabilities[0].mean(0)"),
-        ("one head for all", "probabilities[-1].mean(0)", "probabilities[-1][0]"),
-        ("the window is ignored", "if self.window[0] <= t <= self.window[1]:", "if True:"),
-        ("self-attention transposed", "coarse = own @ coarse", "coarse = own.T @ coarse"),
-        ("the threshold is strict", "mask = soft >= threshold", "mask = soft > threshold"),
-        ("holes stay", " | to_full(within)", ""),
-    ),
-    ("insertion", "core/insertion extras/masks"): (
-        (
-            "the LoRA draws the scene",
-            "with lora.lora_scale(sdxl, 0):",
-            "with lora.lora_scale(sdxl, 1):",
-        ),
-        (
-            "stage 2 is told the class alone",
-            "sdxl.encode_prompt([named], work)",
-            "sdxl.encode_prompt([prompt], work)",
-        ),
-        (
-            "composite by the hard mask",
-            "images.composite(image, pasted, feathered)",
-            "images.composite(image, pasted, mask)",
-        ),
-        ("no composite", "images.composite(image, pasted, feathered)", "pasted"),
-        (
-            "top and left swapped",
-            "image.crop((left, top, left + width, top + height))",
-            "image.crop((top, left, top + width, left + height))",
-        ),
-    ),
     ("training", "core/training core/loss"): (
         (
             "min-SNR of v without the one",

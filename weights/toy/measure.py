@@ -362,9 +362,9 @@ class Measure:
                 torch.from_numpy(scene.objects[0][2]) > 0.5,
             )
             soft = alchemy.segment(self.sdxl, picture, word).cpu()
-            mask = segmentation.clean(soft >= s["threshold"])
+            mask = segmentation.remove_specks_and_holes(soft >= s["threshold"])
             try:
-                may = segmentation.to_mask(soft, s["threshold"], s["dilate"]) > 0
+                may = segmentation.binarize(soft, s["threshold"], s["dilate"]) > 0
             except (
                 ValueError
             ):  # nothing, or all but nothing, is left outside: insert.py would refuse

@@ -60,12 +60,12 @@ def looked_at(sdxl, picture, word):
     )
     for look in LOOKS:
         maps = segmentation.AttentionMaps(
-            sdxl.unet, segmentation.positions(sdxl, prompt, word), x_0.shape[-2:]
+            sdxl.unet, segmentation.token_positions(sdxl, prompt, word), x_0.shape[-2:]
         )
         t = torch.tensor([int(look * (len(sdxl.schedule.alpha_bar) - 1))])
-        with maps.watch():
+        with maps.record():
             sdxl.unet(sdxl.schedule.add_noise(x_0, noise, t), t.to(x_0.device), *told)
-        maps.take(int(t))
+        maps.accumulate(int(t))
         made[look] = maps
     return made
 
@@ -74,7 +74,7 @@ def combined(sdxl, made, window, layers):
     """AttentionMaps of all that was seen within the window (low, high), of some layers."""
     whole = segmentation.AttentionMaps(sdxl.unet, (), ())  # looks at nothing itself
     for maps in (maps for look, maps in made.items() if window[0] <= look <= window[1]):
-        for mine, theirs in ((whole.cross, maps.cross), (whole.own, maps.own)):
+        for mine, theirs in ((whole.cross, maps.cross), (whole.self_attn, maps.self_attn)):
             for shape, (total, count) in theirs.items():
                 before = mine.get(shape, (0, 0))
                 mine[shape] = (before[0] + total, before[1] + count)
@@ -92,7 +92,7 @@ def grown(best, dilation):
     areas, insides = [], []
     for soft, threshold, alpha in best:
         try:
-            may = segmentation.to_mask(soft, threshold, dilation) > 0
+            may = segmentation.binarize(soft, threshold, dilation) > 0
         except ValueError:  # it would not be used
             may = torch.ones_like(alpha, dtype=torch.bool)
         areas.append(float(may.sum() / (alpha > 0.5).sum()))
@@ -115,10 +115,10 @@ def main(argv=None):
         ):
             maps = combined(sdxl, made, window, layers)
             for power in POWERS:
-                soft = segmentation.to_pixels(maps.heat(power), picture)
+                soft = segmentation.to_pixels(maps.heatmap(power), picture)
                 for threshold in THRESHOLDS:
                     table.setdefault((window, layers, power, threshold), []).append(
-                        iou(segmentation.clean(soft >= threshold), alpha)
+                        iou(segmentation.remove_specks_and_holes(soft >= threshold), alpha)
                     )
                     softs.setdefault((window, layers, power, threshold), []).append(
                         (soft, threshold, alpha)

@@ -9,7 +9,13 @@ from PIL import Image
 
 from ... import pipeline, sampling
 from ...insertion import with_token
-from ...segmentation import AttentionMaps, clean, positions, to_pixels, working_size
+from ...segmentation import (
+    AttentionMaps,
+    model_resolution,
+    remove_specks_and_holes,
+    to_pixels,
+    token_positions,
+)
 from . import sheets
 from .page import write
 from .pictures import bytes_of, film, uri
@@ -49,24 +55,24 @@ class Watcher:
         self.stages, self.begun = stages[1:] if image else stages, 0
         self.stages[-1][1].changed = "mask"
         for _, recorder in self.stages:
-            recorder.focus = positions(sdxl, recorder.prompt, class_word)[0]
+            recorder.focus = token_positions(sdxl, recorder.prompt, class_word)[0]
         if mask is None:
-            size = working_size(sdxl, image.size[::-1]) if image else size
+            size = model_resolution(sdxl, image.size[::-1]) if image else size
             window = () if image else (len(sdxl.schedule.alpha_bar), sdxl.defaults["window"])
             self.maps = AttentionMaps(
                 sdxl.unet,
-                positions(sdxl, prompt, class_word),
+                token_positions(sdxl, prompt, class_word),
                 tuple(side // sdxl.vae_scale_factor for side in size),
                 *window,
             )
             if image:
-                self.looking.enter_context(self.maps.watch())
+                self.looking.enter_context(self.maps.record())
 
     def follow(self, steps):
         recorder, last = self.stages[self.begun][1], self.begun == len(self.stages) - 1
         if last and len(self.stages) == 1 and self.maps:
             self.looking.close()
-            self.maps.take(0)
+            self.maps.accumulate(0)
         self.begun += 1
         return (
             recorder.follow(steps)
@@ -82,8 +88,8 @@ def mask_stages(watcher, made, threshold):
             ("your own mask", "given with --mask", made.mask),
             ("feathered", "falls off towards its edge, within it", made.feathered),
         ]
-    power, (w, h) = watcher.sdxl.defaults["sharpening"], made.scene.size
-    raw, spread = watcher.maps.heat(0), watcher.maps.heat(power)
+    power, (w, h) = watcher.sdxl.defaults["walk_iterations"], made.scene.size
+    raw, spread = watcher.maps.heatmap(0), watcher.maps.heatmap(power)
     large = F.interpolate(
         spread[None, None].float().cpu(), (h, w), mode="bicubic", align_corners=False
     )[0, 0].clamp(0, 1)
@@ -107,7 +113,7 @@ def mask_stages(watcher, made, threshold):
             soft,
         ),
         ("thresholded", f"at least {threshold:g}", rough.float()),
-        ("cleaned", "without small parts and holes", clean(rough).float()),
+        ("cleaned", "without small parts and holes", remove_specks_and_holes(rough).float()),
         ("grown", "by a margin: here something may change", made.mask),
         ("feathered", "falls off towards its edge, within it", made.feathered),
     ]
@@ -117,7 +123,7 @@ def latent_mask(made, factor):
     """Where stage 2 may draw, at its latents (h,w): see insertion.insert."""
     top, left, height, width = made.box
     inside = F.adaptive_max_pool2d(
-        made.mask[None, top : top + height, left : left + width], made.drawn.size[::-1]
+        made.mask[None, top : top + height, left : left + width], made.generated.size[::-1]
     )[0]
     return pipeline.latent_mask(inside, factor)[0, 0]
 
@@ -140,7 +146,7 @@ def write_page(folder, watcher, made, facts):
     steps = mask_stages(watcher, made, facts["threshold"])
     changed, outside = difference(made)
     top = max(int(changed.max()), 1)
-    pictures = [made.scene, made.drawn][-len(watcher.stages) :]
+    pictures = [made.scene, made.generated][-len(watcher.stages) :]
     own = (
         {"result": made.result}
         if len(pictures) == 2
@@ -163,7 +169,7 @@ def write_page(folder, watcher, made, facts):
     rows = [
         [(name, sheets.grey(m)) for name, _, m in steps],
         [
-            *((name, getattr(made, name)) for name in ("scene", "crop", "drawn", "result")),
+            *((name, getattr(made, name)) for name in ("scene", "crop", "generated", "result")),
             ("difference", Image.fromarray(changed)),
         ],
     ]

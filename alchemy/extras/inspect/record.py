@@ -98,7 +98,7 @@ class Recorder:
         cross = [name for name in names if name.endswith("attn2")]
         if index not in self.looks:
             return cross
-        shape = AttentionMaps(self.sdxl.unet, [], self.size).shape
+        shape = AttentionMaps(self.sdxl.unet, [], self.size).layer_size
         return cross + [
             name
             for name in names
