@@ -97,7 +97,7 @@ def test_watching_an_insertion_changes_no_bit_of_it(watched, tiny, lora_file):
     expected = alchemy.insert(plain, SCENE, "dog", "sks", steps=8, strength=0.5, seed=2)
     assert all(
         same(np.asarray(getattr(made, name)), np.asarray(getattr(expected, name)))
-        for name in ("scene", "result", "drawn")
+        for name in ("scene", "result", "generated")
     )
     assert torch.equal(made.soft, expected.soft)
     first, second = (recorder for _, recorder in watcher.stages)
