@@ -1,228 +1,174 @@
-"""Put a learned subject into a scene: the unmodified model draws the scene with the class word, the class is segmented, and a masked
-Img2Img with the LoRA puts the subject there. Nothing outside the mask changes.
+"""Insert a learned subject into a scene: the two stages of Image-Alchemy (arXiv 2505.10743).
 
-    python insert.py "a photo of a dog on a beach" --class-word dog --token sks --lora out/my-dog/lora.safetensors --out out/insert/
-    python insert.py "a photo of a dog in a park" --image park.jpg --mask mask.png --class-word dog --token sks --lora ...
+Stage 1: the unmodified model generates the scene from the class word, and the class is segmented.
+Stage 2: a masked Img2Img with the LoRA puts the subject there. Nothing changes outside the mask.
+
+    python insert.py                                     the example subject, on the miniature
+    python insert.py "a photo of a dog on a beach" --lora out/my-dog --out out/beach
+    python insert.py "a photo of a dog in a park" --image park.jpg --mask mask.png --lora ...
 """
 
+import re
+from functools import partial
 from pathlib import Path
 
 from alchemy import cli
-from alchemy.command import inspecting, pace, results, together
 from alchemy.extras import distributed
 
-NAMES = (
-    *(
-        f"{name}.png"
-        for name in ("scene", "soft_mask", "mask", "feathered", "crop", "drawn", "sheet")
-    ),
-    "facts.json",
-)  # beside the result
+IMAGES = ("scene", "soft_mask", "mask", "feathered", "crop", "generated", "sheet")
+NAMES = (*(f"{name}.png" for name in IMAGES), "metadata.json")  # written beside the result
 
 
-def parse(argv):
+def parser() -> cli.Parser:
     p = cli.parser(__doc__)
-    p.add_argument(
-        "prompt",
-        nargs="?",
-        help=f"the scene, with the class word in it (default: the example subject's, {cli.PLACE})",
-    )
-    p.add_argument(
-        "--class-word",
-        metavar="WORD",
-        help="what is to be replaced (default: dog, where no prompt is given)",
-    )
-    p.add_argument(
-        "--token",
-        metavar="WORD",
-        help="the rare word that the LoRA was taught with (default: sks, or the word of --embedding)",
-    )
-    p.add_argument(
-        "--out",
-        default="out/insert",
-        metavar="PATH",
-        help="folder, or a .png file for the result, the rest in a folder of that name (default: out/insert)",
-    )
-    g = p.add_argument_group("stage 1: the scene and the mask")
-    g.add_argument(
-        "--image",
-        metavar="FILE",
-        help="a picture of your own instead of a drawn scene, of any size",
-    )
-    g.add_argument(
-        "--mask",
-        metavar="FILE",
-        help="white where the subject goes, black where nothing may change; of the picture's size",
-    )
-    g.add_argument(
-        "--threshold",
-        type=cli.SHARE,
-        metavar="X",
-        help=cli.by_checkpoint("threshold", "of the soft mask, 0 to 1"),
-    )
-    g.add_argument(
-        "--dilate",
-        type=cli.SHARE,
-        metavar="X",
-        help=cli.by_checkpoint("dilate", "grow the mask by this share of the shorter side"),
-    )
-    g = p.add_argument_group("stage 2: the subject")
-    g.add_argument(
-        "--strength",
-        type=cli.STRENGTH,
-        metavar="S",
-        help=cli.by_checkpoint("strength", "above 0, to 1: how far back to noise the region goes"),
-    )
-    g.add_argument(
-        "--crop",
-        action=cli.BooleanOptionalAction,
-        help="work on a part around the mask, at full resolution (default: where the picture is large)",
-    )
+    add = p.add_argument
+    text = f"the scene, with the class word in it (default: the example's, {cli.EXAMPLE_SCENE})"
+    add("prompt", nargs="?", help=text)
+    text = "the word in the prompt that the subject replaces (default: from the LoRA)"
+    add("--class-word", metavar="WORD", help=text)
+    text = "the rare word that names the subject (default: from the LoRA or embedding, or sks)"
+    add("--token", metavar="WORD", help=text)
+    text = "folder, or a .png file for the result and a folder of that name for the rest "
+    add("--out", default="out/insert", metavar="PATH", help=text + "(default: out/insert)")
+
+    add = p.add_argument_group("stage 1: the scene and the mask").add_argument
+    add("--image", metavar="FILE", help="an image instead of a generated scene, of any size")
+    text = "white where the subject goes, black where nothing may change; of the image's size"
+    add("--mask", metavar="FILE", help=text)
+    text = cli.by_checkpoint("threshold", "of the soft mask, 0 to 1")
+    add("--threshold", type=cli.SHARE, metavar="X", help=text)
+    text = cli.by_checkpoint("dilate", "grow the mask by this share of the shorter side")
+    add("--dilate", type=cli.SHARE, metavar="X", help=text)
+
+    add = p.add_argument_group("stage 2: the subject").add_argument
+    text = cli.by_checkpoint("strength", "above 0, to 1: how far the region is noised")
+    add("--strength", type=cli.STRENGTH, metavar="S", help=text)
+    text = "work on a part around the mask, at full resolution (default: if the image is large)"
+    add("--crop", action=cli.BooleanOptionalAction, help=text)
     cli.add_checkpoint(p)
-    cli.add_drawing(p)
-    inspecting.add_flags(p)
-    args = p.parse_args(argv)
+    cli.add_sampling(p)
+    cli.add_inspect(p)
+    return p
+
+
+def parse(argv: list[str] | None) -> cli.argparse.Namespace:
+    args = cli.parse(parser(), argv)
     if distributed.world() > 1:
-        raise ValueError("insert.py makes one picture, in one process: leave torchrun away")
+        raise ValueError("insert.py makes one image in one process; run it without torchrun")
     if args.prompt is None:
-        args.class_word = args.class_word or cli.EXAMPLE["class_word"]
-        args.prompt = f"a photo of a {args.class_word} {cli.PLACE}"
-        args.lora = args.lora or (None if args.embedding else cli.default_lora())
-    if not args.class_word:
-        raise ValueError(
-            "--class-word is missing: the word in the prompt that the subject takes the place of"
-        )
-    if args.class_word.lower() not in args.prompt.lower():
-        raise ValueError(
-            f"the class word {args.class_word!r} is not in the prompt {args.prompt!r}; put it there, or name another with --class-word"
-        )
-    if args.image and args.size:
-        raise ValueError("--size is of a drawn scene; the picture of --image keeps its own")
+        args.class_word = args.class_word or cli.EXAMPLE_CLASS
+        args.prompt = f"a photo of a {args.class_word} {cli.EXAMPLE_SCENE}"
+        if not args.embedding:
+            args.lora = args.lora or cli.default_lora()
     if not args.lora and not args.embedding:
         raise ValueError(
-            "--lora is missing: the file that train.py wrote. (The checkpoint of --method full cannot stand for it: "
-            "stage 1 needs the model as it was. For insert.py, teach a LoRA or a word)"
+            "--lora is missing: the file or folder that train.py wrote. (A checkpoint of --method "
+            "full cannot be used here: stage 1 needs the unmodified model)"
         )
-    if not args.token and len(args.embedding or ()) + bool(args.lora) > 1:
-        raise ValueError(
-            "--token is missing: of several files with words of their own, which names the subject?"
-        )
+    if args.image and args.size:
+        raise ValueError("--size has no effect with --image, which keeps its own size")
     if args.mask and (args.threshold, args.dilate) != (None, None):
-        raise ValueError(
-            "--threshold and --dilate are of a mask that is found; --mask gives its own"
-        )
-    together.drawing(args)
+        raise ValueError("--threshold and --dilate have no effect with --mask, which is used as is")
+    cli.check_sampling(args)
+    cli.choose_seed(args)
     return args
 
 
-def write(made, result, folder, facts):
-    """The result, every intermediate, a sheet of them side by side, and the facts."""
-    from alchemy.files import save_json
-    from alchemy.formats import png
-    from alchemy.extras.inspect import sheets
-
-    soft = sheets.grey(made.soft)
-    row = [
-        ("scene", made.scene),
-        ("soft mask", soft),
-        ("may change", sheets.outlined(made.scene, made.feathered)),
-        ("result", made.result),
-    ]
-    pictures = (
-        made.scene,
-        soft,
-        sheets.grey(made.mask),
-        sheets.grey(made.feathered),
-        made.crop,
-        made.generated,
-        sheets.sheet([row]),
-    )
-    paths = [result] + [folder / name for name in NAMES]
-    for path, picture in zip(paths, (made.result, *pictures)):
-        png.save(picture, path, facts)
-    save_json(facts, paths[-1])
-    return paths
-
-
-def places(out):
-    """Where the result goes, and the folder for the rest: both free, of the next number where files of that name are there already."""
-    if cli.is_picture(out):
-        cli.folder(out.parent)
-        out = cli.free_path(out)
-        return out, cli.folder(out.with_suffix(""))
-    number, folder = 0, out
-    while any((folder / name).exists() for name in ("result.png", *NAMES)):
-        number += 1
-        folder = out.with_name(f"{out.name}-{number}")
-    return cli.folder(folder) / "result.png", folder
+def name_subject(args: cli.argparse.Namespace) -> None:
+    """Take class word and token from the LoRA where they are not given, and check the prompt."""
+    if args.lora:
+        cli.find_loras(args)
+    trained = cli.lora_metadata(args.lora[0][0]) if args.lora else {}
+    several = len(args.embedding or ()) + bool(args.lora) > 1
+    if not args.token and several:
+        raise ValueError("--token is missing: with several files, which token is the subject's?")
+    for name, flag in (("class_word", "--class-word"), ("token", "--token")):
+        given, value = getattr(args, name), trained.get(f"alchemy.{name}")
+        if value and not given:
+            setattr(args, name, value)
+        elif value and given and given.lower() != value.lower() and len(args.lora) == 1:
+            cli.log(
+                f"warning: {flag} is {given!r}, but {args.lora[0][0]} was trained with {value!r}"
+            )
+    if not args.class_word:
+        raise ValueError("--class-word is missing: which word of the prompt does it replace?")
+    if args.token is None and not args.embedding:
+        args.token = cli.EXAMPLE_TOKEN
+    if args.token:
+        args.token = cli.single_token(args.token, args.class_word)
+        # The scene is generated from the class word alone; the token comes in stage 2.
+        pattern = rf"(?<!\w){re.escape(args.token)}\s+(?={re.escape(args.class_word)}(?!\w))"
+        cleaned = re.sub(pattern, "", args.prompt, flags=re.IGNORECASE)
+        if cleaned != args.prompt:
+            cli.log(f"the scene is generated without the token: {cleaned!r}")
+            args.prompt = cleaned
+    if not re.search(rf"(?<!\w){re.escape(args.class_word)}(?!\w)", args.prompt, re.IGNORECASE):
+        raise ValueError(
+            f"the class word {args.class_word!r} is not in the prompt {args.prompt!r}; "
+            "put it there, or name another with --class-word"
+        )
 
 
-def main(argv=None):
+def main(argv: list[str] | None = None) -> None:
     args = parse(argv)
-    result, folder = places(Path(args.out))
-    page = inspecting.page_folder(args, folder)
+    name_subject(args)
+    out = Path(args.out)
+    with (
+        cli.numbered_folder(out, NAMES, "result.png") as (result, folder),
+        cli.page_folder(args, folder) as page,
+    ):
+        insert(args, result, folder, page)
 
+
+def insert(args, result: Path, folder: Path, page: Path | None) -> None:
     import numpy as np
     import torch
+
     import alchemy
-    from alchemy.command import fitting
     from alchemy import images, samplers
+    from alchemy.command import fitting
     from alchemy.extras.inspect.seam import seam
 
-    image = args.image and images.read(args.image)
-    mask = args.mask and torch.from_numpy(np.array(images.read(args.mask, "L"))).float() / 255
+    # Read the user's image and mask, and the checkpoint.
+    image = images.read(args.image) if args.image else None
+    mask = None
+    if args.mask:
+        mask = torch.from_numpy(np.array(images.read(args.mask, "L"))).float() / 255
     sdxl = cli.load(args)
+    args.size = image.size[::-1] if image else args.size or sdxl.size
+    if mask is not None and mask.shape != args.size:
+        height, width = mask.shape
+        raise ValueError(f"{args.mask} is {width}x{height}, not the image's size; resize it")
     fitting.settle(args, sdxl)
-    size = image.size[::-1] if image else args.size or sdxl.size
-    if args.mask and mask.shape != size:
-        raise ValueError(
-            f"{args.mask} is {mask.shape[1]}x{mask.shape[0]}, the picture {size[1]}x{size[0]}: a mask has to be of the picture's size"
-        )
-    # Without --token, the word of the one embedding is what is put in.
-    words = cli.put_loras(
-        sdxl,
-        args.lora,
-        args.embedding,
-        args.token and [args.prompt, args.token, args.negative_prompt],
+    prompts = args.token and [args.prompt, args.token, args.negative_prompt]
+    tokens = cli.apply_loras(sdxl, args.lora, args.embedding, prompts)
+    args.token = args.token or tokens[0]
+
+    # Fill in the checkpoint's defaults.
+    names = ("sampler", "steps", "guidance", "strength", "threshold", "dilate")
+    options = {name: getattr(args, name) for name in names}
+    options = {name: sdxl.defaults[name] if v is None else v for name, v in options.items()}
+    timesteps = partial(
+        samplers.find_sampler(options["sampler"]).timesteps,
+        sdxl.schedule,
+        options["steps"],
+        args.spacing,
     )
-    args.token = args.token or (words or [cli.EXAMPLE["token"]])[0]
-    chosen = {
-        k: sdxl.defaults[k] if getattr(args, k) is None else getattr(args, k)
-        for k in ("sampler", "steps", "guidance", "strength", "threshold", "dilate")
-    }
-    sampler, started = samplers.find_sampler(chosen["sampler"]), []
+    stage_2 = timesteps(options["strength"])
+    totals = [len(stage_2)] if image else [len(timesteps(1.0)), len(stage_2)]
+    steps = " + ".join(map(str, totals))
+    cli.log(f"{cli.describe(sdxl, args)}: {args.size[1]}x{args.size[0]}, {steps} steps")
 
-    def timesteps(strength):
-        return sampler.timesteps(sdxl.schedule, chosen["steps"], args.spacing, strength)
+    # Generate the scene, segment the class, and insert the subject.
+    watcher = new_watcher(sdxl, args, timesteps, image, mask, options) if page else None
+    stages = list(enumerate(totals, 2 if image else 1))
 
-    def bar(steps):
-        second = bool(image or started)
-        started.append(second)
-        steps = pace.drawing(args, sdxl, watcher.follow(steps) if page else steps)
-        return cli.progress(
-            steps,
-            len(timesteps(chosen["strength"] if second else 1.0)),
-            "stage 2" if second else "stage 1",
-        )
+    def progress(steps):
+        stage, total = stages.pop(0)
+        name = f"stage {stage}"
+        return cli.follow_steps(args, sdxl, steps, total=total, name=name, recorder=watcher)
 
-    if page:
-        from alchemy.extras.inspect import placing
-
-        totals = [len(timesteps(1.0)), len(timesteps(chosen["strength"]))]
-        watcher = placing.Watcher(
-            sdxl,
-            args.prompt,
-            args.class_word,
-            args.token,
-            totals,
-            image=image,
-            mask=mask,
-            size=size,
-            negative_prompt=args.negative_prompt,
-            full=args.inspect_full,
-            **cli.drawing(args) | chosen,
-        )
-    made = alchemy.insert(
+    insertion = alchemy.insert(
         sdxl,
         args.prompt,
         args.class_word,
@@ -230,32 +176,78 @@ def main(argv=None):
         image=image,
         mask=mask,
         seed=args.seed,
-        size=args.size,
+        size=None if image else args.size,
         crop=args.crop,
         negative_prompt=args.negative_prompt,
-        progress=bar,
+        progress=progress,
         spacing=args.spacing,
         eta=args.eta,
-        **chosen,
+        **options,
     )
-    second, edge = timesteps(chosen["strength"]), seam(made)
-    cli.say(f"stage 2 ran {pace.ran(sdxl.schedule, second, chosen['steps'])}")
-    cli.say(
-        f"changed {float((made.feathered > 0).float().mean()):.1%} of the picture; seam {edge:.2f} (the jump across the mask's edge over the scene's own)"
+
+    # Write everything.
+    jump = seam(insertion)
+    changed = float((insertion.feathered > 0).float().mean())
+    cli.log(f"stage 2: {cli.describe_steps(sdxl.schedule, stage_2, options['steps'])}")
+    cli.log(f"changed {changed:.1%} of the image; seam {jump:.2f} (contrast at the mask's edge)")
+    metadata = cli.metadata(args) | options | {"script": "insert.py", "box": insertion.box}
+    metadata |= {"first_timestep": stage_2[0][0], "seam": round(jump, 4)}
+    paths = save(insertion, result, folder, metadata)
+    if page:
+        from alchemy.extras.inspect import placing
+
+        paths += placing.write_page(page, watcher, insertion, metadata)
+    cli.log_written(*paths, main=folder / "sheet.png")
+
+
+def new_watcher(sdxl, args, timesteps, image, mask, options: dict):
+    """The recorder of both stages for --inspect."""
+    from alchemy.extras.inspect import placing
+
+    totals = [len(timesteps(1.0)), len(timesteps(options["strength"]))]
+    return placing.Watcher(
+        sdxl,
+        args.prompt,
+        args.class_word,
+        args.token,
+        totals,
+        image=image,
+        mask=mask,
+        size=args.size,
+        negative_prompt=args.negative_prompt,
+        full=args.inspect_full,
+        **cli.sampling_options(args) | options,
     )
-    facts = (
-        results.facts_of(args)
-        | chosen
-        | {
-            "script": "insert.py",
-            "size": size,
-            "first_timestep": second[0][0],
-            "box": made.box,
-            "seam": round(edge, 4),
-        }
+
+
+def save(insertion, result: Path, folder: Path, metadata: dict) -> list[Path]:
+    """The result, every intermediate image, a sheet of them side by side, and the metadata."""
+    from alchemy.extras.inspect import sheets
+    from alchemy.files import save_json
+    from alchemy.formats import png
+
+    soft_mask = sheets.grey(insertion.soft)
+    row = [
+        ("scene", insertion.scene),
+        ("soft mask", soft_mask),
+        ("may change", sheets.outlined(insertion.scene, insertion.feathered)),
+        ("result", insertion.result),
+    ]
+    pictures = (
+        insertion.result,
+        insertion.scene,
+        soft_mask,
+        sheets.grey(insertion.mask),
+        sheets.grey(insertion.feathered),
+        insertion.crop,
+        insertion.generated,
+        sheets.sheet([row]),
     )
-    paths = write(made, result, folder, facts)
-    cli.wrote(*paths, *(placing.write_page(page, watcher, made, facts) if page else ()))
+    paths = [result] + [folder / name for name in NAMES]
+    for path, picture in zip(paths, pictures, strict=False):
+        png.save(picture, path, metadata)
+    save_json(metadata, paths[-1])
+    return paths
 
 
 if __name__ == "__main__":

@@ -1,234 +1,181 @@
-"""Draw pictures from a prompt, or from a prompt and a picture.
+"""Generate images from a prompt, or from a prompt and an image.
 
-python sample.py "a photo of a sks dog on a beach" --lora out/my-dog/lora.safetensors --seed 0 --out out/beach.png
+python sample.py                                      the example subject, on the miniature
+python sample.py "a photo of a sks dog on a beach" --lora out/my-dog --out out/beach.png
 python sample.py "a watercolor of a sks dog" --image photo.jpg --strength 0.6
-python sample.py --like out/beach.png                     make it again
-python sample.py --prompts prompts.txt --count 10 --lora ... --out out/set/        a data set: pictures and metadata.jsonl
-torchrun --nproc-per-node 4 sample.py ...                 several pictures, on several GPUs at once
+python sample.py --like out/beach.png                 the same image again
+python sample.py --prompts prompts.txt --count 10 --out out/set     a set with metadata.jsonl
+torchrun --nproc-per-node 4 sample.py ...             several images, on several GPUs at once
 """
 
+from functools import partial
 from pathlib import Path
 
 from alchemy import cli
-from alchemy.command import inspecting, pace, results, together
 from alchemy.extras import distributed
-from alchemy.formats.text import read_text
 
 
-def parse(argv):
+def parser() -> cli.Parser:
     p = cli.parser(__doc__)
-    p.add_argument(
-        "prompt", nargs="?", help=f"what to draw (default: the example subject {cli.PLACE})"
-    )
-    p.add_argument(
-        "--out",
-        default="out/samples",
-        metavar="PATH",
-        help="folder, or a .png file (default: out/samples)",
-    )
-    p.add_argument(
-        "--count",
-        type=cli.COUNT,
-        default=1,
-        metavar="N",
-        help="pictures, of seeds --seed, --seed + 1, ... (default: 1)",
-    )
-    p.add_argument(
-        "--prompts",
-        metavar="FILE",
-        help="a prompt a line: --count pictures of each, with metadata.jsonl, which train.py --captions reads; what is there is not drawn again",
-    )
-    p.add_argument(
-        "--image",
-        metavar="FILE",
-        help="a picture to start from (Img2Img); it is scaled and cropped to --size",
-    )
-    p.add_argument(
-        "--strength",
-        type=cli.STRENGTH,
-        metavar="S",
-        help=cli.by_checkpoint("strength", "above 0, to 1: how far back to noise the picture goes"),
-    )
-    p.add_argument(
-        "--like",
-        metavar="PICTURE",
-        help="take every setting from this picture's text chunk; other flags override",
-    )
+    add = p.add_argument
+    add("prompt", nargs="?", help=f"(default: the example subject {cli.EXAMPLE_SCENE})")
+    text = "folder, or a .png file (default: out/samples)"
+    add("--out", default="out/samples", metavar="PATH", help=text)
+    text = "number of images, with the seeds --seed, --seed + 1, ... (default: 1)"
+    add("--count", type=cli.COUNT, default=1, metavar="N", help=text)
+    text = "file with one prompt per line: --count images of each and metadata.jsonl, which "
+    text += "train.py --captions reads; a second call continues the set"
+    add("--prompts", metavar="FILE", help=text)
+    text = "image to start from (Img2Img); it is scaled and cropped to --size"
+    add("--image", metavar="FILE", help=text)
+    text = cli.by_checkpoint("strength", "above 0, to 1: how far the image is noised")
+    add("--strength", type=cli.STRENGTH, metavar="S", help=text)
+    text = "take the settings from this image by sample.py; other flags override them"
+    add("--like", metavar="IMAGE", help=text)
     cli.add_checkpoint(p)
-    cli.add_drawing(p)
-    p.add_argument(
-        "--merge",
-        action="store_true",
-        help="add the LoRAs to the weights before drawing: they cost nothing then, and the last digits are others",
-    )
-    inspecting.add_flags(p)
-    args = given = p.parse_args(argv)
-    if args.prompts and (args.prompt or args.like or cli.is_picture(Path(args.out))):
-        raise ValueError("--prompts goes without a prompt and --like, and --out is then a folder")
-    if args.like:
-        from alchemy.formats.png import facts_of
+    cli.add_sampling(p)
+    text = "add the LoRAs to the weights first: faster steps, results equal but for rounding"
+    p.add_argument("--merge", action="store_true", help=text)
+    cli.add_inspect(p)
+    return p
 
-        facts = facts_of(args.like)
-        if facts.get("script") != "sample.py":
-            raise ValueError(
-                f"--like {args.like}: {facts.get('script', 'another tool')} made it; only pictures by sample.py can be made again so"
-            )
-        p.set_defaults(
-            **{k: v for k, v in facts.items() if k in vars(args) and k not in results.PLACES}
-        )
-        args = p.parse_args(argv)
-        args.size, args.lora = (
-            tuple(args.size),
-            given.lora or args.lora,
-        )  # --lora replaces, it does not add
-        args.embedding = given.embedding or args.embedding
-    if given.strength is not None and not args.image:
-        raise ValueError("--strength is of a picture to start from; --image names it")
-    together.drawing(args)
+
+def parse(argv: list[str] | None) -> cli.argparse.Namespace:
+    p = parser()
+    args = cli.parse(p, argv)
+    if args.prompts and (args.prompt or args.like or cli.is_image_path(Path(args.out))):
+        raise ValueError("--prompts: leave out the prompt and --like, and give a folder as --out")
+    given_strength = args.strength
+    if args.like:
+        from alchemy.extras import image_sets
+
+        values = image_sets.read_like(args.like, p, args)
+        args = p.parse_over(argv, values)
+        args.lora = values.get("lora", args.lora)
+    if given_strength is not None and not args.image:
+        raise ValueError("--strength needs an image to start from; give it with --image")
+    cli.check_sampling(args)
+    cli.choose_seed(args)
     if args.prompt is None and not args.prompts:
-        args.prompt = "a photo of a {token} {class_word} ".format(**cli.EXAMPLE) + cli.PLACE
+        args.prompt = f"a photo of a {cli.EXAMPLE_TOKEN} {cli.EXAMPLE_CLASS} {cli.EXAMPLE_SCENE}"
         args.lora = args.lora or cli.default_lora()
     return args
 
 
-def places(out, seeds):
-    """A free path for each seed: in the folder out, or, where out is a file, that file, numbered by seed if there are several."""
-    if not cli.is_picture(out):
-        return [cli.free_path(out / f"{seed:04d}.png") for seed in seeds]
-    return [
-        cli.free_path(out if len(seeds) == 1 else out.with_stem(f"{out.stem}-{seed}"))
-        for seed in seeds
-    ]
-
-
-def jobs(args, out):
-    """(prompt, seed, path) of every picture; of a data set, those that are there already too."""
-    if not args.prompts:
-        seeds = range(args.seed, args.seed + args.count)
-        return [(args.prompt, seed, path) for seed, path in zip(seeds, places(out, seeds))]
-    lines = [line.strip() for line in read_text(args.prompts).split("\n")]
-    prompts = [line for line in lines if line for _ in range(args.count)]
-    if not prompts:
-        raise ValueError(f"{args.prompts}: no prompt in it")
-    return [(prompt, args.seed + k, out / f"{k:05d}.png") for k, prompt in enumerate(prompts)]
-
-
-def end(args, out, page, wanted):
-    """What is left to do when all is drawn."""
-    from alchemy.command import dataset
-
-    if page and not any(page.iterdir()):
-        inspecting.take_back(page)
-    if args.prompts:
-        cli.wrote(dataset.write_list(out, wanted))
-
-
-def main(argv=None):
+def main(argv: list[str] | None = None) -> None:
     args = parse(argv)
     out = Path(args.out)
-    wanted = jobs(args, out)
-    cli.folder(out.parent if cli.is_picture(out) else out)
+    folder = out.parent if cli.is_image_path(out) else out
+    # Several runs may add images to a folder at once, but only one to a set.
+    with (
+        cli.output_folder(folder, lock=bool(args.prompts)),
+        cli.page_folder(args, folder) as page,
+    ):
+        generate(args, folder, page)
 
+
+def generate(args: cli.argparse.Namespace, folder: Path, page: Path | None) -> None:
     from PIL import Image, ImageOps
+
+    from alchemy import files, images, pipeline, samplers
     from alchemy.command import fitting
-    from alchemy import images, pipeline, sampling, samplers
-    from alchemy.command import dataset
+    from alchemy.extras import image_sets
     from alchemy.formats import png
 
+    # Load the checkpoint and add the LoRAs, before a prompt is encoded: they may change that too.
+    jobs = image_sets.list_jobs(args)
     if args.prompts:
-        dataset.check_list(out, wanted)
-    page = inspecting.page_folder(args, out.parent if cli.is_picture(out) else out)
-    if page:
-        from alchemy.extras.inspect.page import Recorder, write
-    image = args.image and images.read(args.image)
+        image_sets.check_list(folder, jobs)
+    start = images.read(args.image) if args.image else None
     sdxl = cli.load(args)
-    fitting.settle(args, sdxl)
-    # Before a prompt is encoded: text encoders may have adapters too.
-    cli.put_loras(
-        sdxl,
-        args.lora,
-        args.embedding,
-        [args.negative_prompt, *(prompt for prompt, *_ in wanted)],
-        args.merge,
+    prompts = list(dict.fromkeys(job.prompt for job in jobs))
+    cli.apply_loras(
+        sdxl, args.lora, args.embedding, [*prompts, args.negative_prompt], merge=args.merge
     )
+
+    # Fill in the checkpoint's defaults.
     size, unconditional, options = pipeline.resolve_options(
-        sdxl, args.negative_prompt, args.size, cli.drawing(args)
+        sdxl, args.negative_prompt, args.size, cli.sampling_options(args)
     )
-    strength = sdxl.defaults["strength"] if args.strength is None else args.strength
-    image = image and ImageOps.fit(image, size[::-1], Image.LANCZOS)
-    grid = samplers.find_sampler(options["sampler"]).timesteps(
-        sdxl.schedule, options["steps"], options.get("spacing"), strength if image else 1.0
-    )
-    cli.say(
-        f"{options['sampler']}: {pace.ran(sdxl.schedule, grid, options['steps'])}, {size[1]}x{size[0]}"
-    )
+    args.size = size
+    fitting.settle(args, sdxl)
+    strength = 1.0
+    if start:
+        strength = sdxl.defaults["strength"] if args.strength is None else args.strength
+        start = ImageOps.fit(start, size[::-1], Image.LANCZOS)
+    sampler = samplers.find_sampler(options["sampler"])
+    timesteps = sampler.timesteps(sdxl.schedule, options["steps"], args.spacing, strength)
+    metadata = cli.metadata(args) | options
+    metadata |= {"script": "sample.py", "strength": strength, "count": 1}
+    metadata["digests"] = image_sets.file_digests(args)
 
-    facts = (
-        results.facts_of(args)
-        | {
-            "script": "sample.py",
-            "size": size,
-            "strength": strength,
-            "count": 1,
-            "digests": dataset.digests(args),
-        }
-        | options
-    )
-    missing = [
-        job
-        for job in wanted
-        if not (
-            args.prompts and dataset.is_there(job[2], facts | {"prompt": job[0], "seed": job[1]})
-        )
-    ][distributed.rank_slice()]
-    distributed.barrier()  # all have seen what is there, before any draws
-    conditioning = {
-        prompt: sdxl.encode_prompt([prompt], size)
-        for prompt in dict.fromkeys(prompt for prompt, *_ in missing)
-    }
-    sdxl.free("text_encoders")  # the UNet can use the memory
-    for prompt, seed, path in (
-        dataset.keeping_list(out, wanted, missing)
-        if args.prompts and not distributed.rank()
-        else missing
-    ):
-        recorder = page and Recorder(
+    # Leave out what a set has already, and take this process's share of the rest.
+    if args.prompts:
+        jobs_left = [job for job in jobs if not image_sets.is_done(job, metadata)]
+    else:
+        jobs_left = jobs
+    count = f"{cli.count_of(len(jobs_left), 'image')} of {size[1]}x{size[0]}"
+    what = cli.describe_steps(sdxl.schedule, timesteps, options["steps"])
+    cli.log(f"{cli.describe(sdxl, args)}: {count}, {options['sampler']}, {what}")
+    jobs_left = jobs_left[distributed.rank_slice()]
+    distributed.barrier()  # all have seen what exists before one writes
+
+    # Encode each prompt once, then free the text encoders: the UNet can use the memory.
+    conditioning = {prompt: sdxl.encode_prompt([prompt], size) for prompt in prompts}
+    sdxl.free("text_encoders")
+
+    for job in jobs_left:
+        recorder = None
+        if page:
+            recorder = new_recorder(sdxl, args, job.prompt, len(timesteps), options)
+        image = pipeline.sample(
             sdxl,
-            prompt,
-            len(grid),
-            negative_prompt=args.negative_prompt,
-            full=args.inspect_full,
-            **options,
-        )
-
-        def bar(steps):
-            return cli.progress(
-                pace.drawing(args, sdxl, recorder.follow(steps) if recorder else steps),
-                len(grid),
-                f"seed {seed}",
-            )
-
-        picture = pipeline.sample(
-            sdxl,
-            conditioning[prompt],
+            conditioning[job.prompt],
             unconditional,
-            seed,
+            job.seed,
             size,
-            image=image,
+            image=start,
             strength=strength,
-            progress=bar,
+            progress=partial(
+                cli.follow_steps,
+                args,
+                sdxl,
+                total=len(timesteps),
+                name=f"seed {job.seed}",
+                recorder=recorder,
+            ),
             **options,
         )
-        png.save(picture, path, facts | {"prompt": prompt, "seed": seed})
+        image_metadata = metadata | {"prompt": job.prompt, "seed": job.seed}
+        write = files.replace if args.prompts else files.create
+        path = png.save(image, job.path, image_metadata, write)
+        cli.log_written(path)
         if recorder:
-            where = page if len(wanted) == 1 else page / path.stem
-            paths = write(
-                where, prompt, [("", recorder, picture)], facts | {"prompt": prompt, "seed": seed}
-            )
-        cli.wrote(path, *(paths if recorder else ()))
+            write_page(page, len(jobs), path, recorder, image, image_metadata)
+        if args.prompts and not distributed.rank():
+            image_sets.write_list(folder, jobs)  # of use even if the run is stopped
+
     distributed.barrier()
-    if not distributed.rank():
-        end(args, out, page, wanted)
+    if page and not jobs_left:
+        cli.log("all images exist already, so there is no page")
+    if args.prompts and not distributed.rank():
+        cli.log_written(image_sets.write_list(folder, jobs))
+
+
+def new_recorder(sdxl, args, prompt, total, options):
+    from alchemy.extras.inspect.page import Recorder
+
+    full, negative_prompt = args.inspect_full, args.negative_prompt
+    return Recorder(sdxl, prompt, total, negative_prompt=negative_prompt, full=full, **options)
+
+
+def write_page(page: Path, count: int, path: Path, recorder, image, metadata: dict) -> None:
+    """The page of one image; of several, each has a folder of its own."""
+    from alchemy.extras.inspect.page import write
+
+    folder = page if count == 1 else page / path.stem
+    paths = write(folder, metadata["prompt"], [("", recorder, image)], metadata)
+    cli.log_written(*paths, main=paths[-1])
 
 
 if __name__ == "__main__":

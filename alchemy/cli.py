@@ -30,6 +30,7 @@ BUNDLED_LORA = ROOT / "weights" / "example.safetensors"
 
 MAX_SIDE = 16384  # pixels
 MAX_MESSAGE = 380  # characters
+SAMPLING_OPTIONS = ("sampler", "spacing", "steps", "guidance", "eta")  # of alchemy.denoise
 OUT_OF_MEMORY = ("out of memory", "can't allocate memory", "alloc_failed")  # CUDA, CPU, cuBLAS
 
 # Flags of diffusers' scripts, kohya's, A1111 and ComfyUI: what they are called here.
@@ -238,13 +239,15 @@ def size(text: str) -> tuple[int, int]:
     return sides[-1], sides[0]
 
 
-def scaled_file(text: str) -> tuple[str, float]:
-    """ "FILE" or "FILE:0.8" to (path, scale); the scale is 1 where none is given."""
+def scaled_file(text: str) -> tuple[str, float | None]:
+    """ "FILE" or "FILE:0.8" to (path, scale); None where no scale is given (find_loras)."""
     path, colon, scale = text.rpartition(":")
     try:
-        path, scale = (path, float(scale)) if colon else (text, 1.0)
+        path, scale = (path, float(scale)) if colon else (text, None)
     except ValueError:
-        return text, 1.0  # the colon belongs to the path
+        return text, None  # the colon belongs to the path
+    if scale is None:
+        return path, scale
     if not abs(scale) <= 1e6:
         raise argparse.ArgumentTypeError(f"{text!r} has no finite scale; give FILE, or FILE:0.8")
     return path, scale
@@ -329,8 +332,7 @@ def add_inspect(p: Parser) -> None:
 
 def sampling_options(args: argparse.Namespace) -> dict:
     """The options of alchemy.denoise among the flags."""
-    names = ("sampler", "spacing", "steps", "guidance", "eta")
-    return {name: getattr(args, name) for name in names}
+    return {name: getattr(args, name) for name in SAMPLING_OPTIONS}
 
 
 def check_sampling(args: argparse.Namespace) -> None:
@@ -385,7 +387,7 @@ def load(args: argparse.Namespace):
 
     # Look at the small files before gigabytes are read.
     if getattr(args, "lora", None):
-        args.lora = [(lora_file(path), scale) for path, scale in args.lora]
+        find_loras(args)
         for path, _ in args.lora:
             open_safetensors(path)
     weights = ROOT / MINI if args.weights == MINI else args.weights
@@ -419,14 +421,32 @@ def check_weights(args: argparse.Namespace, weights: Path) -> None:
         raise ValueError(f"--weights {weights}: no checkpoint; did you mean {inner}?")
 
 
-def lora_file(path: str) -> str:
-    """The LoRA of a path: the file itself, or lora.safetensors in the folder of a run."""
-    if not Path(path).is_dir():
-        return path
-    inside = Path(path) / "lora.safetensors"
-    if not inside.exists():
-        raise ValueError(f"--lora {path}: the folder has no lora.safetensors; name a file")
-    return str(inside)
+def find_loras(args: argparse.Namespace) -> None:
+    """Replace the folder of a run by its lora.safetensors, and a scale that is not given by 1."""
+    for i, (path, scale) in enumerate(args.lora):
+        if Path(path).is_dir():
+            path = str(Path(path) / "lora.safetensors")
+            if not Path(path).exists():
+                raise ValueError(f"--lora {args.lora[i][0]}: the folder has no lora.safetensors")
+        args.lora[i] = (path, 1.0 if scale is None else scale)
+
+
+def lora_metadata(path: str) -> dict[str, str]:
+    """The metadata in the header of a LoRA file."""
+    from .formats.tensors import open_safetensors
+
+    return open_safetensors(path).metadata() or {}
+
+
+def single_token(token: str, class_word: str) -> str:
+    """The token without the class word, which some write behind it; several words are refused."""
+    words = token.split()
+    if len(words) > 1 and " ".join(words[1:]).lower() == class_word.lower():
+        log(f"--token is {words[0]!r}: {class_word!r} is the class word")
+        return words[0]
+    if len(words) > 1:
+        raise ValueError(f"--token {token!r} is several words; the token is one, such as sks")
+    return token
 
 
 def default_lora() -> list[tuple[str, float]]:
@@ -507,6 +527,16 @@ def progress(iterable: Iterable, total: int, name: str, describe: Callable = str
             log(f"{name}: {count}/{total}, {rate:.2f}/s, {left} left {describe(item)}".rstrip())
             reported = now
         yield item
+
+
+def follow_steps(args, sdxl, steps: Iterable, *, total: int, name: str, recorder=None) -> Iterator:
+    """The Steps of one image with progress, recorded for --inspect, with cached keys and values."""
+    from .extras import compile, optimizations
+
+    steps = recorder.follow(steps) if recorder else steps
+    steps = optimizations.cached_steps(sdxl.unet, steps)
+    steps = compile.report_compile_time(steps, log) if args.compile else steps
+    return progress(steps, total, name)
 
 
 def no_description(item: object) -> str:
@@ -603,19 +633,44 @@ def remove_empty(folders: list[Path]) -> None:
 
 def free_folder(wanted: str | Path, flag: str, *taken: Path) -> Path:
     """The folder, or the next of its name (page-1, page-2) that is new or empty and not taken."""
-    path, count = Path(wanted), 0
+    from . import files
+
+    if not str(wanted) or Path(wanted).is_file():
+        raise ValueError(f"{flag} {str(wanted)!r} is not a folder; name one")
     used = [Path(folder).resolve() for folder in taken]
     try:
-        if not str(wanted) or path.exists() and not path.is_dir():
-            raise ValueError(f"{flag} {str(wanted)!r} is not a folder; name one")
-        while path.resolve() in used or path.exists() and any(path.iterdir()):
-            count += 1
-            path = Path(wanted).with_name(f"{Path(wanted).resolve().name}-{count}")
+        for path in files.numbered(Path(wanted)):
+            empty = not path.exists() or path.is_dir() and not any(path.iterdir())
+            if empty and path.resolve() not in used:
+                return path
     except OSError as error:  # a name that is too long, a folder that may not be read
         raise ValueError(
             f"{flag} {wanted}: cannot write there ({error.strerror}); name another folder"
         ) from None
-    return path
+
+
+@contextmanager
+def numbered_folder(out: Path, names: tuple[str, ...], main: str) -> Iterator[tuple[Path, Path]]:
+    """(path of the main result, folder of the rest) of a run that writes several files.
+
+    A folder that holds one of the names, or that another run is writing to, is passed over for
+    the next number. Where out is an image path, the rest goes to a folder of its name beside it.
+    """
+    from . import files
+
+    with ExitStack() as stack:
+        for candidate in files.numbered(out):
+            image = is_image_path(out)
+            folder = candidate.with_suffix("") if image else candidate
+            result = candidate if image else folder / main
+            if result.exists() or any((folder / name).exists() for name in names):
+                continue
+            try:
+                stack.enter_context(output_folder(folder))
+                break
+            except files.FolderInUseError:
+                continue
+        yield result, folder
 
 
 @contextmanager

@@ -1,6 +1,7 @@
 """Files that a crash, a full disk or a kill leaves as they were or whole; a lock on a folder."""
 
 import contextlib
+import itertools
 import json
 import os
 import shutil
@@ -13,25 +14,25 @@ os.umask(UMASK)
 TEMPORARY = ".tmp-"  # folders that hold one unfinished file; a kill leaves them behind
 
 
-def replace(path: str | Path, write: Callable[[Path], object]) -> None:
+def replace(path: str | Path, write: Callable[[Path], object]) -> Path:
     """write(a new file), sync it, rename it to path: path is the old file or the whole new one.
 
     The new file is in a private folder beside it, so that two processes never share one.
     """
     write_and_move(Path(path), write, os.replace)
+    return Path(path)
 
 
 def create(path: str | Path, write: Callable[[Path], object]) -> Path:
     """The same, but over no file: beach.png, or else beach-1.png, beach-2.png, ... Returns it."""
-    candidates = numbered(Path(path))
 
     def move(new, _):
-        for candidate in candidates:
+        for candidate in numbered(Path(path)):
             with contextlib.suppress(FileExistsError):
                 move_exclusive(new, candidate)
                 return candidate
 
-    return write_and_move(Path(path), write, move)
+    return write_and_move(free_path(path), write, move)
 
 
 def write_and_move(path: Path, write: Callable, move: Callable) -> Path:
@@ -78,12 +79,12 @@ def remove_leftovers(folder: Path) -> None:
 
 
 def numbered(path: Path) -> Iterator[Path]:
-    """beach.png, beach-1.png, beach-2.png, ..."""
+    """beach.png, beach-1.png, beach-2.png, ..., or, of a folder, v1.5, v1.5-1, ..."""
     yield path
-    count = 1
-    while True:
-        yield path.with_name(f"{path.stem}-{count}{path.suffix}")
-        count += 1
+    path = path.resolve() if path.name in ("", "..") else path
+    suffix = path.suffix if path.suffix.lower() == ".png" else ""
+    for count in itertools.count(1):
+        yield path.with_name(f"{path.name.removesuffix(suffix)}-{count}{suffix}")
 
 
 def free_path(path: str | Path) -> Path:
@@ -128,18 +129,22 @@ def save_text(text: str, path: str | Path) -> None:
     replace(path, lambda new: new.write_text(text, encoding="utf-8"))
 
 
+class FolderInUseError(ValueError):
+    """Another run has locked the folder."""
+
+
 @contextlib.contextmanager
 def lock_folder(folder: str | Path, flag: str = "--out") -> Iterator[None]:
     """Keep other runs out of a folder; the operating system releases the lock of a killed process.
 
-    Raises ValueError where another run holds it.
+    Raises FolderInUseError, a ValueError, where another run holds it.
     """
     path = Path(folder) / ".lock"
     while True:
         file = open(path, "a")  # noqa: SIM115  closed below
         if not try_lock(file):
             file.close()
-            raise ValueError(
+            raise FolderInUseError(
                 f"{flag} {folder}: another run is writing there; wait, or name another folder"
             )
         # The run that held it may have removed the file between open and lock.

@@ -18,19 +18,21 @@ A sampler of your own is Sampler(update=my_step), with
 my_step(step, previous, eta, randn) -> x_prev, and goes to denoise(..., sampler=...).
 """
 
+from __future__ import annotations
+
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from torch import Tensor
+if TYPE_CHECKING:  # the command line reads the table and does not wait for torch
+    from torch import Tensor
 
-if TYPE_CHECKING:
     from .sampling import Step
     from .schedule import Schedule
 
 # (step, the step before or None, eta, randn() -> unit Gaussian like x_t) -> x_prev
-Update = Callable[["Step", "Step | None", float, Callable[[], Tensor]], Tensor]
+Update = Callable[["Step", "Step | None", float, Callable[[], "Tensor"]], "Tensor"]
 
 
 def ddim_sigma(alpha_bar: float, alpha_bar_prev: float, eta: float) -> float:

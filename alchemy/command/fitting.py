@@ -6,7 +6,7 @@ from dataclasses import replace
 import torch
 
 from .. import cli
-from ..extras import memory
+from ..extras import memory, optimizations
 from ..extras.optimizations import missing_for_fp8
 from ..extras import distributed
 
@@ -114,10 +114,8 @@ def settle(args, sdxl, foretell=False):
         if hasattr(args, "checkpointing"):
             args.checkpointing = run.checkpointing
         if run.fp8 and not args.fp8_base:
-            from .pace import prepare
-
             args.fp8_base = True
-            prepare(args, sdxl)
+            optimizations.prepare(sdxl, True, args.compile)
     if foretell or run in known:
         most(run)
         cli.say(told(known[run]))

@@ -8,11 +8,11 @@ from .. import images
 from ..files import replace
 
 
-def save(picture, path, facts):
-    """A PNG whose text chunk "alchemy" holds facts (a dict) as JSON."""
+def save(picture, path, facts, write=replace):
+    """A PNG whose text chunk "alchemy" holds facts (a dict) as JSON. write: files.replace or create; returns the path."""
     info = PngImagePlugin.PngInfo()
     info.add_itxt("alchemy", json.dumps(facts, ensure_ascii=False))
-    replace(path, lambda new: picture.save(new, "PNG", pnginfo=info))
+    return write(path, lambda new: picture.save(new, "PNG", pnginfo=info))
 
 
 def check(path, wanted):

@@ -1,46 +1,45 @@
-"""sample.py: what it draws, where it writes it, and that it can be made again to the bit."""
+"""sample.py: the images, where they are written, and how they are made again to the bit."""
 
+import json
 import signal
 
 import pytest
-from PIL import Image
-
-from alchemy import cli
-from alchemy.formats import png
-from helpers.checkpoints import vocabulary_read_once  # noqa: F401
 from helpers.running import (
     PROMPT,
     STEPS,
     call,
     contents,
     good,
-    lora_file,
+    nothing_written,
     picture,
-    pictures,
     pixels,
     process,
-    quick,
+    refused,
     same,
-    tiny,
-)  # noqa: F401
+)
+from PIL import Image, PngImagePlugin
+
+import sample
+from alchemy import cli, pipeline
+from alchemy.formats import png
 
 
 @pytest.mark.parametrize(
     "size, shape", [("32", (32, 32)), ("20x36", (36, 20)), ("4x12", (12, 4)), ("44x28", (28, 44))]
 )
-def test_any_multiple_of_the_factor_is_drawn(pictures, size, shape):
+def test_any_multiple_of_the_factor_is_a_size(pictures, size, shape):
     (image,) = pictures(PROMPT, "--size", size)
     assert image.shape == (*shape, 3) and image.std() > 5
 
 
-def test_picture_i_of_a_call_is_that_of_seed_plus_i_alone(pictures, tmp_path):
-    three = pictures(PROMPT, "--count", 3, "--sampler", "ddpm")  # which draws noise at each step
-    for i, image in enumerate(three):
-        assert same(pictures(PROMPT, "--seed", i, "--sampler", "ddpm")[0], image)
+def test_image_i_of_a_call_is_that_of_seed_plus_i_alone(pictures):
+    three = pictures(PROMPT, "--count", 3, "--sampler", "ddpm")  # which adds noise at each step
+    for seed, image in enumerate(three):
+        assert same(pictures(PROMPT, "--seed", seed, "--sampler", "ddpm")[0], image)
     assert not same(three[0], three[1])
 
 
-def test_pictures_take_the_next_free_number(pictures, tmp_path):
+def test_images_take_the_next_free_name(pictures):
     for _ in range(2):
         pictures(PROMPT, "--count", 2, "--seed", 7)
     assert sorted(contents("out/samples")) == ["0007-1.png", "0007.png", "0008-1.png", "0008.png"]
@@ -49,152 +48,150 @@ def test_pictures_take_the_next_free_number(pictures, tmp_path):
         pictures(PROMPT, "--out", "here/beach.png")
     pictures(PROMPT, "--out", "here/beach.png", "--count", 2)
     pictures(PROMPT, "--out", "v1.5")
-    assert sorted(contents("here")) == [
-        "beach-0.png",
-        "beach-1-1.png",
-        "beach-1.png",
-        "beach-2.png",
-        "beach.png",
-    ]
+    names = ["beach-0.png", "beach-1-1.png", "beach-1.png", "beach-2.png", "beach.png"]
+    assert sorted(contents("here")) == names
     assert contents("out/samples") == before and sorted(contents("v1.5")) == ["0000.png"]
 
 
-def test_a_picture_tells_how_it_was_made_and_like_makes_it_again(
-    pictures, tiny, lora_file, tmp_path
-):
+def test_an_image_carries_its_settings_and_like_makes_it_again(pictures, tiny, lora_file, tmp_path):
     picture(30, 50).save(tmp_path / "start.png")
-    flags = [
-        PROMPT,
-        "--count",
-        2,
-        "--seed",
-        3,
-        "--size",
-        "36x28",
-        "--sampler",
-        "euler_ancestral",
-        "--timestep-spacing",
-        "trailing",
-        "--eta",
-        0.5,
-        "--steps",
-        4,
-        "--guidance",
-        2.5,
-        "--negative-prompt",
-        "é “ugly”",
-        "--lora",
-        f"{lora_file}:0.5",
-        "--lora",
-        f"{lora_file}:0.25",
-        "--image",
-        "start.png",
-        "--strength",
-        0.8,
-    ]
-    first = pictures(*flags)
-    facts = png.facts_of("out/samples/0004.png")
-    assert (
-        facts["prompt"] == PROMPT
-        and facts["seed"] == 4
-        and facts["size"] == [28, 36]
-        and facts["lora"] == [[str(lora_file), 0.5], [str(lora_file), 0.25]]
-    )
-    assert (
-        facts["weights"] == str(tiny)
-        and facts["negative_prompt"] == "é “ugly”"
-        and facts["count"] == 1
-    )
-    run = good(call("sample.py", "--like", "out/samples/0004.png", "--out", "again.png"))
-    assert [p.name for p in run.wrote] == ["again.png"] and same(pixels("again.png"), first[1])
-    assert png.facts_of("again.png") == facts and {"out", "like", "prompts"}.isdisjoint(
-        facts
-    )  # where it lies is no part of it
-    png.save(
-        Image.open("again.png"), "again.png", facts | {"out": "elsewhere", "like": "b.png"}
-    )  # as files of before have it
-    good(call("sample.py", "--like", "again.png", "--out", "once-more.png"))
-    assert same(pixels("once-more.png"), first[1])
+    files = ["--weights", tiny, "--image", "start.png"]
+    flags = ["--count", 2, "--seed", 3, "--size", "36x28", "--sampler", "euler_ancestral"]
+    flags += ["--timestep-spacing", "trailing", "--eta", 0.5, "--steps", 4, "--guidance", 2.5]
+    flags += ["--negative-prompt", "é “ugly”", "--strength", 0.8]
+    scaled = ["--lora", f"{lora_file}:0.5", "--lora", f"{lora_file}:0.25"]
+    first = pictures(PROMPT, *flags, *scaled, "--image", "start.png")
+
+    metadata = png.facts_of("out/samples/0004.png")
+    expected = {"prompt": PROMPT, "seed": 4, "size": [28, 36], "negative_prompt": "é “ugly”"}
+    expected |= {"lora": [[str(lora_file), 0.5], [str(lora_file), 0.25]], "weights": str(tiny)}
+    assert expected.items() <= metadata.items() and metadata["count"] == 1
+
+    # The files have to be given; the scales may come from the image.
+    like = ["sample.py", "--like", "out/samples/0004.png", *files]
+    run = good(call(*like, "--lora", lora_file, "--lora", lora_file, "--out", "again.png"))
+    assert same(pixels("again.png"), first[1]) and [p.name for p in run.wrote] == ["again.png"]
+    again = png.facts_of("again.png")
+    assert {k for k in again if again[k] != metadata[k]} == set()
+    run = good(call(*like, *scaled, "--seed", 3))
+    assert same(pixels(run.wrote[0]), first[0])
 
 
-def test_flags_go_over_those_of_like(pictures, lora_file):
+def test_flags_override_those_of_like(pictures, tiny, lora_file):
     (image,) = pictures(PROMPT, "--lora", lora_file)
-    for flags in (["a photo of a car"], ["--seed", 1], ["--lora", f"{lora_file}:0"]):
-        run = good(
-            call("sample.py", "--like", "out/samples/0000.png", *flags, "--out", "other.png")
-        )
-        assert not same(pixels(run.wrote[0]), image), flags
-    assert png.facts_of(
-        good(
-            call("sample.py", "--like", "out/samples/0000.png", "--lora", f"{lora_file}:0.5")
-        ).wrote[0]
-    )["lora"] == [[str(lora_file), 0.5]]
+    like = ["sample.py", "--like", "out/samples/0000.png", "--weights", tiny, "--lora"]
+    for flags in ([lora_file, "--seed", 1], [f"{lora_file}:0"], [lora_file, "a photo of a car"]):
+        assert not same(pixels(good(call(*like, *flags)).wrote[0]), image), flags
+    metadata = png.facts_of(good(call(*like, f"{lora_file}:0.5")).wrote[0])
+    assert metadata["lora"] == [[str(lora_file), 0.5]]
 
 
-def test_defaults_are_written_out_and_the_same_as_given(pictures):
+def like_image(**metadata):
+    """An image that claims to be by sample.py, with this metadata."""
+    info = PngImagePlugin.PngInfo()
+    base = {"script": "sample.py", "prompt": "a", "seed": 1, "weights": cli.MINI}
+    info.add_itxt("alchemy", json.dumps(base | metadata))
+    Image.new("RGB", (8, 8)).save("hostile.png", pnginfo=info)
+    return "hostile.png"
+
+
+@pytest.mark.parametrize(
+    "metadata, word",
+    [
+        ({"weights": "someone/checkpoint"}, "--weights someone/checkpoint"),
+        ({"lora": [["/etc/passwd", 1.0]]}, "--lora /etc/passwd"),
+        ({"embedding": ["/etc/passwd"]}, "--embedding /etc/passwd"),
+        ({"image": "/etc/passwd"}, "--image /etc/passwd"),
+        ({"vae": "/etc/passwd"}, "--vae /etc/passwd"),
+        ({"model_config": "/etc"}, "--model-config /etc"),
+        ({"seed": -1}, "seed"),
+        ({"eta": 7.5}, "eta"),
+        ({"guidance": "high"}, "guidance"),
+        ({"steps": 10**9}, "steps"),
+        ({"sampler": "x" * 5000}, "sampler"),
+        ({"sampler": "\x1b[2J"}, "'\\x1b[2J'"),
+        ({"prompt": None}, "prompt"),
+        ({"prompt": ["a"]}, "prompt"),
+        ({"size": [2**40, 8]}, "size"),
+        ({"script": "other"}, "not an image by sample.py"),
+    ],
+)
+def test_a_hostile_image_is_refused_by_like(metadata, word):
+    refused(call("sample.py", "--like", like_image(**metadata)), "hostile.png", word)
+    assert nothing_written()
+
+
+def test_like_takes_nothing_but_the_settings_of_the_image(tmp_path):
+    others = {"inspect": "page", "inspect_full": True, "count": 3, "out": "elsewhere", "merge": 1}
+    others |= {"device": "cuda", "dtype": "float16", "fp8_base": True, "compile": True}
+    args = sample.parse(["--like", like_image(strength=9, **others)])
+    assert (args.prompt, args.seed) == ("a", 1)
+    plain = sample.parse(["a", "--seed", "1"])
+    assert vars(args) == vars(plain) | {"like": "hostile.png"}
+
+
+def test_defaults_are_the_same_as_given_and_are_written(pictures):
     (image,) = pictures(PROMPT)
-    facts = png.facts_of("out/samples/0000.png")
-    assert (facts["sampler"], facts["steps"], facts["guidance"]) == ("euler", STEPS, 5.0)
+    metadata = png.facts_of("out/samples/0000.png")
+    assert [metadata[k] for k in ("sampler", "steps", "guidance")] == ["euler", STEPS, 5.0]
+    flags = ["--sampler", "euler", "--steps", STEPS, "--guidance", 5, "--size", 32]
+    assert same(pictures(PROMPT, *flags)[0], image)
+
+
+def test_a_lora_changes_the_image_and_at_scale_0_no_bit_of_it(pictures, lora_file):
+    none, one, zero, half, both = (
+        pictures(PROMPT, *(flag for file in files for flag in ("--lora", f"{lora_file}{file}")))[0]
+        for files in ([], [""], [":0"], [":0.5"], [":0.5", ":0"])
+    )
+    assert same(none, zero) and not same(none, one) and not same(one, half) and same(both, half)
+
+
+def test_the_folder_of_a_run_is_a_lora(pictures, lora_file, tmp_path):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run/lora.safetensors").write_bytes(lora_file.read_bytes())
     assert same(
-        pictures(PROMPT, "--sampler", "euler", "--steps", STEPS, "--guidance", 5, "--size", 32)[0],
-        image,
+        pictures("a", "--lora", "run:0.5")[0], pictures("a", "--lora", f"{lora_file}:0.5")[0]
     )
+    (tmp_path / "empty").mkdir()
+    refused(call("sample.py", "a", "--lora", "empty"), "--lora empty", "no lora.safetensors")
 
 
-def test_a_lora_changes_the_picture_and_at_scale_0_it_is_as_if_there_were_none(pictures, lora_file):
-    (none,), (one,), (zero,), (half,) = (
-        pictures(PROMPT, *flags)
-        for flags in (
-            [],
-            ["--lora", lora_file],
-            ["--lora", f"{lora_file}:0"],
-            ["--lora", f"{lora_file}:0.5"],
-        )
-    )
-    assert same(none, zero) and not same(none, one) and not same(one, half)
-    assert same(pictures(PROMPT, "--lora", f"{lora_file}:0.5", "--lora", f"{lora_file}:0")[0], half)
+def test_weights_that_are_the_folder_of_a_run_are_answered_with_its_checkpoint(tmp_path):
+    (tmp_path / "run/checkpoint").mkdir(parents=True)
+    (tmp_path / "run/checkpoint/model_index.json").touch()
+    refused(call("sample.py", "a", "--weights", "run"), "did you mean run/checkpoint?")
 
 
-def test_the_negative_prompt_counts_and_an_empty_one_is_a_prompt(pictures):
-    made = [
-        pictures(PROMPT, *flags)[0]
-        for flags in ([], ["--negative-prompt", ""], ["--negative-prompt", "ugly"])
-    ]
-    assert not any(same(made[a], made[b]) for a, b in ((0, 1), (0, 2), (1, 2)))
-    assert same(
-        *(pictures(PROMPT, "--guidance", 1, *flags)[0] for flags in ([], ["--negative-prompt", ""]))
-    )  # without guidance there is no part for it
+def test_an_empty_negative_prompt_is_a_prompt_and_without_guidance_none_matters(pictures):
+    negative = ([], ["--negative-prompt", ""], ["--negative-prompt", "ugly"])
+    none, empty, ugly = (pictures(PROMPT, *flags)[0] for flags in negative)
+    assert not same(none, empty) and not same(none, ugly) and not same(empty, ugly)
+    none, empty = (pictures(PROMPT, "--guidance", 1, *flags)[0] for flags in negative[:2])
+    assert same(none, empty)
 
 
-def test_img2img_starts_from_the_picture_and_strength_says_how_much_of_it_goes(pictures, tmp_path):
-    start = picture(48, 64)
-    start.save(tmp_path / "start.png")
-
-    def away(strength):
-        (image,) = pictures(PROMPT, "--image", "start.png", "--strength", strength, "--steps", 10)
-        return image
-
-    a, b, c = away(0.1), away(0.5), away(1)
-    assert not same(a, b) and not same(b, c) and same(c, pictures(PROMPT, "--steps", 10)[0])
-    run = good(call("sample.py", "--like", "out/samples/0000.png"))
-    assert "1 of 10 steps" in run.err and same(pixels(run.wrote[0]), a)
+def test_img2img_changes_more_at_higher_strength_and_at_1_ignores_the_image(pictures, tmp_path):
+    picture(48, 64).save(tmp_path / "start.png")
+    flags = [PROMPT, "--steps", 10]
+    start = ["--image", "start.png", "--strength"]
+    low, middle, full = (pictures(*flags, *start, strength)[0] for strength in (0.1, 0.5, 1))
+    assert not same(low, middle) and not same(middle, full) and same(full, pictures(*flags)[0])
 
 
-def test_what_really_runs_is_said_and_where_it_went(tiny):
-    run = good(call("sample.py", PROMPT, "--weights", tiny, "--steps", 4, "--size", "20x36"))
-    assert (
-        "euler: 4 of 4 steps, first t 751 (sigma 4.12), 20x36" in run.err
-        and "seed 0: 4/4" in run.err
-        and run.out == "wrote out/samples/0000.png\n"
-    )
+def test_the_first_line_tells_what_runs_and_the_last_what_was_written(tiny):
+    flags = ["--weights", tiny, "--steps", 4, "--size", "20x36"]
+    run = good(call("sample.py", PROMPT, *flags))
+    what = "1 image of 20x36, euler, 4 of 4 steps, first t 751 (sigma 4.12)"
+    assert run.err.splitlines()[0] == f"cpu, float32, {tiny}: {what}"
+    assert "seed 0: 4/4" in run.err and run.out == "wrote out/samples/0000.png\n"
 
 
-def test_words_that_are_lost_are_named(tiny):
+def test_words_that_are_cut_from_a_prompt_are_named(tiny):
     run = good(call("sample.py", "very " * 80 + "green dog", "--weights", tiny))
     assert "warning: prompt too long" in run.err and "green dog" in run.err
 
 
-def test_an_interrupt_ends_it_with_130_and_no_half_picture(tiny, monkeypatch):
+def test_an_interrupt_ends_with_status_130_and_no_half_image(tiny, monkeypatch):
     whole = cli.progress
 
     def interrupting(steps, *args):
@@ -208,7 +205,16 @@ def test_an_interrupt_ends_it_with_130_and_no_half_picture(tiny, monkeypatch):
     assert run.status == 130 and run.err.splitlines()[-1] == "interrupted" and contents("out") == {}
 
 
-def test_as_a_process_it_is_the_same(pictures, tiny):
+def test_a_process_generates_the_same_image(pictures, tiny):
     (image,) = pictures(PROMPT, "--steps", 2)
     run = good(process("sample.py", PROMPT, "--steps", 2, "--weights", tiny, "--out", "other"))
     assert same(pixels(run.wrote[0]), image)
+
+
+def test_what_the_vae_cannot_decode_is_an_error_and_no_image(tiny, monkeypatch):
+    def infinite(*args, **options):
+        raise FloatingPointError("the decoded image became NaN")
+
+    monkeypatch.setattr(pipeline, "sample", infinite)
+    refused(call("sample.py", "a", "--weights", tiny), "NaN")
+    assert nothing_written()

@@ -1,0 +1,144 @@
+"""Sets of images (sample.py --prompts), continued where they stopped; sample.py --like."""
+
+import argparse
+import hashlib
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+from .. import cli
+from ..files import save_text
+from ..formats import png
+from ..formats.text import read_text
+
+# --like takes these settings from an image. It never opens or downloads what the image names.
+LIKE_SETTINGS = ("prompt", "seed", "size", *cli.SAMPLING_OPTIONS, "negative_prompt", "strength")
+LIKE_FILES = ("weights", "vae", "model_config", "revision", "lora", "embedding", "image")
+# What determines an image: a file with another value is not of this set.
+IDENTITY = (*LIKE_SETTINGS, *LIKE_FILES, "dtype", "fp8_base", "digests")
+
+
+@dataclass(frozen=True)
+class Job:
+    """One image to generate: its prompt, its seed, and its file (or, if that exists, the next)."""
+
+    prompt: str
+    seed: int
+    path: Path
+
+
+def list_jobs(args: argparse.Namespace) -> list[Job]:
+    """All images of the flags; with --prompts, also those that exist already."""
+    out, seeds = Path(args.out), range(args.seed, args.seed + args.count)
+    if args.prompts:
+        prompts = []
+        for line in read_text(args.prompts).split("\n"):
+            prompts += [line.strip()] * (args.count if line.strip() else 0)
+        if not prompts:
+            raise ValueError(f"{args.prompts}: no prompt in it; write one per line")
+        seeds = range(args.seed, args.seed + len(prompts))
+        paths = [out / f"{i:05d}.png" for i in range(len(prompts))]
+        return list(map(Job, prompts, seeds, paths))
+    if not cli.is_image_path(out):
+        return [Job(args.prompt, seed, out / f"{seed:04d}.png") for seed in seeds]
+    if args.count == 1:
+        return [Job(args.prompt, args.seed, out)]
+    stem = out.stem
+    return [Job(args.prompt, seed, out.with_name(f"{stem}-{seed}.png")) for seed in seeds]
+
+
+def check_list(folder: Path, jobs: list[Job]) -> None:
+    """Raise ValueError where the folder's metadata.jsonl lists images of no job."""
+    path = folder / "metadata.jsonl"
+    if not path.exists():
+        return
+    listed = set()
+    try:
+        for line in read_text(path).split("\n"):
+            if line.strip():
+                listed.add(str(json.loads(line)["file_name"]))
+    except (json.JSONDecodeError, KeyError, TypeError, RecursionError):
+        raise ValueError(
+            f"{path}: not a list of images with captions; name another folder"
+        ) from None
+    others = sorted(listed - {job.path.name for job in jobs})
+    if others:
+        raise ValueError(f"{path} lists other images ({others[0]}); name another folder")
+
+
+def write_list(folder: Path, jobs: list[Job]) -> Path:
+    """Write metadata.jsonl of the images that exist, as train.py --captions reads it."""
+    rows = []
+    for job in jobs:
+        if job.path.exists():
+            row = {"file_name": job.path.name, "text": job.prompt}
+            rows.append(json.dumps(row, ensure_ascii=False) + "\n")
+    save_text("".join(rows), folder / "metadata.jsonl")
+    return folder / "metadata.jsonl"
+
+
+def file_digests(args: argparse.Namespace) -> list[str]:
+    """The start of the SHA-256 of each LoRA, embedding and start image: names can stay the same."""
+    names = [path for path, _ in args.lora or ()] + (args.embedding or [])
+    names += [args.image] if args.image else []
+    digests = []
+    for name in names:
+        path = Path(name)
+        files = sorted(path.glob("*.safetensors")) if path.is_dir() else [path]
+        digest = hashlib.sha256()
+        for file in files:
+            digest.update(file.read_bytes())
+        digests.append(digest.hexdigest()[:16])
+    return digests
+
+
+def is_done(job: Job, metadata: dict) -> bool:
+    """Whether an image of the set exists. Raises ValueError where it has other settings."""
+    if not job.path.exists():
+        return False
+    metadata = metadata | {"prompt": job.prompt, "seed": job.seed}
+    png.check(job.path, {name: metadata.get(name) for name in IDENTITY})
+    return True
+
+
+def read_like(path: str, p: cli.Parser, args: argparse.Namespace) -> dict:
+    """The flags of --like: the settings in an image by sample.py, each checked as a flag is.
+
+    Weights, LoRAs, embeddings and the start image that it names have to be given as flags, unless
+    they are the defaults: an image from elsewhere must not decide what is opened or downloaded.
+    """
+    metadata = png.facts_of(path)
+    if not isinstance(metadata, dict) or metadata.get("script") != "sample.py":
+        raise ValueError(f"--like {path}: not an image by sample.py")
+    values = {}
+    try:
+        for name in LIKE_SETTINGS:
+            if name in metadata and (name != "strength" or args.image):
+                values[name] = p.from_json(name, metadata[name])
+        if not isinstance(values.get("prompt"), str) or values.get("seed", 0) < 0:
+            raise ValueError("no prompt, or no seed")
+        for name in LIKE_FILES:
+            wanted = p.from_json(name, metadata.get(name))
+            values |= like_file(path, p, args, name, wanted)
+    except ValueError as error:
+        raise ValueError(f"--like {path}: {error}") from None
+    return values
+
+
+def like_file(path: str, p: cli.Parser, args: argparse.Namespace, name: str, wanted) -> dict:
+    """The value of --like for a flag that names a file; see read_like."""
+    given = getattr(args, name)
+    if name == "lora" and [file for file, _ in given or ()] == [file for file, _ in wanted or ()]:
+        # The same files; where no scale is given, it is the image's.
+        values = []
+        for (file, scale), (_, image_scale) in zip(given or (), wanted or (), strict=True):
+            values.append((file, image_scale if scale is None else scale))
+        return {name: values or None}
+    if given != p.get_default(name) or not wanted or wanted == p.get_default(name):
+        return {}
+    if name == "lora" and wanted == cli.default_lora():
+        return {name: wanted}
+    shown = wanted[0] if isinstance(wanted, list) else wanted
+    shown = shown[0] if isinstance(shown, tuple) else shown
+    flag = f"--{name.replace('_', '-')}"
+    raise ValueError(f"it was made with {flag} {shown}; give {flag} too, that file or another")
