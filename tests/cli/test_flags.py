@@ -6,19 +6,7 @@ import subprocess
 import sys
 
 import pytest
-from helpers.checkpoints import vocabulary_read_once  # noqa: F401
-from helpers.running import (
-    MAIN,
-    ROOT,
-    SCENE,
-    call,
-    good,
-    nothing_written,
-    process,
-    quick,  # noqa: F401
-    refused,
-    tiny,  # noqa: F401
-)
+from helpers.running import MAIN, ROOT, SCENE, call, good, nothing_written, process, refused
 
 import insert
 import sample
@@ -58,7 +46,7 @@ def test_help_imports_nothing_heavy_and_one_flag_means_the_same_in_all_scripts()
         rates = [row for row in TABLE if row[0] in ("learning_rate", "full_rate", "word_rate")]
         for _, mini, sdxl, *_ in rates if script == "train.py" else []:
             assert f"{mini} for the miniature, {sdxl} for SDXL" in text
-    shared = ["weights", "device", "dtype", "vae", "lora", "sampler", "guidance", "negative-prompt", "config"]
+    shared = ["weights", "device", "dtype", "vae", "lora", "sampler", "guidance", "config"]
     assert [flag for flag in shared if len(explained[f"--{flag}"]) != 1] == []
     assert len(explained["--steps"]) == 2  # of training, and of denoising
 
@@ -128,7 +116,7 @@ def test_sizes_and_scaled_files_are_parsed(read, text, value):
             ["--negative-prompt has no effect with --guidance 1"],
         ),
         ("sample", ["a dog", "--model-config", "."], ["has configurations of its own"]),
-        ("sample", ["a dog", "--weights", "~nosuchuser/x"], ["~nosuchuser/x"]),
+        ("sample", ["a dog", "--weights", "~nosuchuser/x"], ["nosuchuser"]),
         ("sample", ["--out", "beach.jpg"], ["beach.jpg", ".png"]),
         ("sample", ["--inspect-full"], ["--inspect-full", "--inspect FOLDER"]),
         ("insert", [SCENE], ["--lora is missing", "--method full"]),
@@ -162,7 +150,7 @@ def test_a_refused_flag_is_named_in_one_line(script, argv, words):
         ("sample", "--cfg-scale", "--guidance"),
         ("sample", "--lora-scale", "--lora FILE:SCALE"),
         ("sample", "--num_inference_steps", "--steps"),
-        ("sample", "--variant", ".fp16. files"),
+        ("sample", "--variant", "not needed"),
         ("insert", "--width", "--size WIDTHxHEIGHT"),
     ],
 )

@@ -1,160 +1,161 @@
-"""insert.py: what it writes, what it leaves alone, and what it tells."""
+"""insert.py: what it writes, what it leaves alone, and how it names the subject."""
 
 import json
 
 import numpy as np
 import pytest
-from PIL import Image
-
-import alchemy
-from alchemy import insertion
-from alchemy.formats import png
-from helpers.checkpoints import vocabulary_read_once  # noqa: F401
 from helpers.running import (
     SCENE,
     call,
     contents,
     good,
-    lora_file,
     picture,
-    pictures,
     pixels,
-    quick,
+    refused,
     same,
-    tiny,
-)  # noqa: F401
+)
+from PIL import Image
+from safetensors.torch import load_file, save_file
 
-NAMES = [
-    "crop.png",
-    "drawn.png",
-    "facts.json",
-    "feathered.png",
-    "mask.png",
-    "result.png",
-    "scene.png",
-    "sheet.png",
-    "soft_mask.png",
-]
+import alchemy
+from alchemy import insertion
+from alchemy.formats import png
+
+NAMES = ["crop.png", "feathered.png", "inpainted.png", "mask.png", "metadata.json"]
+NAMES += ["result.png", "scene.png", "sheet.png", "soft_mask.png"]
+OWN = (SCENE, "--image", "own.png", "--mask", "mask.png", "--steps", 2)
 
 
 @pytest.fixture
-def inserted(tiny, lora_file):
-    return lambda *argv: good(
-        call(
-            "insert.py",
-            argv[0],
-            "--class-word",
-            "dog",
-            "--weights",
-            tiny,
-            "--lora",
-            lora_file,
-            *argv[1:],
-        )
-    )
+def insert(inserted):
+    return lambda *argv: good(inserted(*argv))
 
 
-def test_insert_writes_every_intermediate_and_the_facts(inserted, tmp_path):
-    run = inserted(SCENE, "--steps", 8, "--seed", 2, "--strength", 0.5)
-    assert sorted(contents("out/insert")) == NAMES and sorted(p.name for p in run.wrote) == NAMES
-    facts = json.loads(contents("out/insert")["facts.json"])
-    assert (facts["seed"], facts["strength"], facts["sampler"], facts["steps"]) == (
-        2,
-        0.5,
-        "euler",
-        8,
-    )
-    assert (
-        facts["first_timestep"] == 376
-        and "stage 2 ran 4 of 8 steps, first t 376" in run.err
-        and "stage 1: 8/8" in run.err
-    )
-    assert (
-        facts["prompt"] == SCENE
-        and facts["token"] == "sks"
-        and facts["size"] == [32, 32]
-        and len(facts["box"]) == 4
-    )
-    assert png.facts_of("out/insert/result.png") == facts
-    feathered, scene, result = (
-        pixels(f"out/insert/{name}.png") for name in ("feathered", "scene", "result")
-    )
-    assert (scene == result)[feathered == 0].all() and not same(scene, result)
-    assert {
-        pixels(f"out/insert/{name}.png").shape
-        for name in ("scene", "soft_mask", "mask", "feathered", "result")
-    } == {(32, 32, 3)}
-    assert set(np.unique(pixels("out/insert/mask.png"))) <= {0, 255}
+@pytest.fixture
+def own(tmp_path):
+    """An image of one's own, 50 x 83, with a mask: files, and the mask."""
+    mask = np.zeros((50, 83), dtype=np.uint8)
+    mask[12:31, 40:63] = 255
+    picture(50, 83).save("own.png")
+    Image.fromarray(mask).save("mask.png")
+    return mask
 
 
-def test_the_scene_is_drawn_without_the_lora_as_sample_draws_it(inserted, pictures):
-    inserted(SCENE, "--steps", 8, "--seed", 2)
+def image(name):
+    return pixels(f"out/insert/{name}.png")
+
+
+def test_every_intermediate_is_written_and_the_background_is_unchanged(insert):
+    run = insert("--steps", 8, "--seed", 2, "--strength", 0.5)
+    assert sorted(contents("out/insert")) == NAMES
+    written, opened = run.out.splitlines()
+    assert sorted(p.split("/")[-1] for p in written.split()[1:]) == NAMES
+    assert opened == "open out/insert/sheet.png"
+    assert "stage 1: 8/8" in run.err and "stage 2: 4 of 8 steps, first t 376" in run.err
+
+    metadata = json.loads(contents("out/insert")["metadata.json"])
+    expected = {"seed": 2, "strength": 0.5, "sampler": "euler", "steps": 8, "token": "sks"}
+    expected |= {"first_timestep": 376, "prompt": SCENE, "size": [32, 32]}
+    assert expected.items() <= metadata.items() and len(metadata["box"]) == 4
+    assert png.facts_of("out/insert/result.png") == metadata
+
+    outside = image("feathered") == 0
+    assert (image("scene") == image("result"))[outside].all()
+    assert not same(image("scene"), image("result"))
+    for name in ("scene", "soft_mask", "mask", "feathered", "result"):
+        assert image(name).shape == (32, 32, 3)
+    assert set(np.unique(image("mask"))) <= {0, 255}
+
+
+def test_the_scene_is_that_of_sample_without_the_lora(insert, pictures):
+    insert("--steps", 8, "--seed", 2)
     (scene,) = pictures(SCENE, "--steps", 8, "--seed", 2)
-    assert same(pixels("out/insert/scene.png"), scene)
+    assert same(image("scene"), scene)
 
 
-def test_a_second_run_takes_the_next_free_name_and_a_png_is_the_results(inserted, tmp_path):
+def test_a_further_run_takes_the_next_free_name(inserted, own, tmp_path):
     (tmp_path / "out/insert").mkdir(parents=True)
     picture(8, 8).save("out/insert/scene.png")  # somebody's own
     before = contents("out/insert")
-    picture(32, 32).save("own.png")
-    mask = np.zeros((32, 32), dtype=np.uint8)
-    mask[8:24, 8:24] = 255
-    Image.fromarray(mask).save("mask.png")
-    own = [SCENE, "--image", "own.png", "--mask", "mask.png", "--steps", 2]
-    inserted(*own)
-    inserted(*own)
-    assert (
-        contents("out/insert") == before
-        and sorted(contents("out/insert-1")) == sorted(contents("out/insert-2")) == NAMES
-    )
     for _ in range(2):
-        run = inserted(*own, "--out", "new/park.png")
-    assert run.wrote[0].as_posix() == "new/park-1.png"
+        good(inserted(*OWN[1:]))
+    assert contents("out/insert") == before
+    assert sorted(contents("out/insert-1")) == sorted(contents("out/insert-2")) == NAMES
+    for _ in range(2):
+        run = good(inserted(*OWN[1:], "--out", "new/park.png"))
+    assert run.out.split()[1] == "new/park-1.png"
     rest = sorted(set(NAMES) - {"result.png"})
-    assert sorted(contents("new")) == sorted(
-        ["park.png", "park-1.png", *(f"{f}/{name}" for f in ("park", "park-1") for name in rest)]
-    )
+    folders = [f"{folder}/{name}" for folder in ("park", "park-1") for name in rest]
+    assert sorted(contents("new")) == sorted(["park.png", "park-1.png", *folders])
     assert same(pixels("new/park.png"), pixels("out/insert-1/result.png"))
 
 
-def test_into_a_picture_of_ones_own_of_any_size_nothing_outside_the_mask_changes(
-    inserted, tmp_path
-):
-    start, mask = picture(50, 83), np.zeros((50, 83), dtype=np.uint8)
-    mask[12:31, 40:63] = 255
-    start.save("own.png")
-    Image.fromarray(mask).save("mask.png")
-    run = inserted(SCENE, "--image", "own.png", "--mask", "mask.png", "--steps", 4)
-    result, kept = pixels("out/insert/result.png"), pixels("out/insert/scene.png")
-    assert (
-        same(kept, np.asarray(start))
-        and (result == kept)[mask == 0].all()
-        and not same(result, kept)
-    )
-    assert "stage 1" not in run.err and json.loads(contents("out/insert")["facts.json"])[
-        "size"
-    ] == [50, 83]
+def test_an_image_of_any_size_keeps_every_bit_outside_the_mask(insert, own):
+    run = insert(*OWN[1:])
+    assert same(image("scene"), pixels("own.png"))
+    assert (image("result") == image("scene"))[own == 0].all()
+    assert not same(image("result"), image("scene"))
+    assert "stage 1" not in run.err
+    assert json.loads(contents("out/insert")["metadata.json"])["size"] == [50, 83]
 
 
-def test_a_zero_is_a_value_and_not_a_missing_flag(inserted, monkeypatch):
-    seen = {}
-    whole = insertion.insert
-    monkeypatch.setattr(
-        alchemy,
-        "insert",
-        lambda *args, **options: (
-            seen.update(options) or whole(*args, **options | {"threshold": 0.4})
-        ),
-        raising=False,
-    )
-    picture(32, 32).save("own.png")
-    inserted(
-        SCENE, "--image", "own.png", "--steps", 2, "--threshold", 0, "--dilate", 0, "--guidance", 0
-    )
-    facts = json.loads(contents("out/insert")["facts.json"])
-    assert (
-        [seen[k] for k in ("threshold", "dilate", "guidance")]
-        == [facts[k] for k in ("threshold", "dilate", "guidance")]
-        == [0, 0, 0]
-    )
+def test_a_mask_of_another_size_is_refused(inserted, own):
+    picture(8, 8).save("mask.png")
+    refused(inserted(*OWN[1:]), "mask.png is 8x8", "resize it")
+
+
+def test_zero_is_a_value_of_threshold_dilate_and_guidance(insert, own, monkeypatch):
+    seen, whole = {}, insertion.insert
+
+    def record(*args, **options):
+        seen.update(options)
+        return whole(*args, **options | {"threshold": 0.4})
+
+    monkeypatch.setattr(alchemy, "insert", record, raising=False)
+    zero = ("threshold", "dilate", "guidance")
+    flags = [argument for name in zero for argument in (f"--{name}", 0)]
+    insert("--image", "own.png", "--steps", 2, *flags)
+    metadata = json.loads(contents("out/insert")["metadata.json"])
+    assert [seen[k] for k in zero] == [metadata[k] for k in zero] == [0, 0, 0]
+
+
+@pytest.fixture
+def trained(lora_file, tmp_path):
+    """A LoRA whose header says that it was trained with "zwx" and "cat"."""
+    header = {"alchemy.token": "zwx", "alchemy.class_word": "cat"}
+    save_file(load_file(lora_file), tmp_path / "trained.safetensors", header)
+    return "trained.safetensors"
+
+
+@pytest.mark.parametrize(
+    "prompt, flags, expected, said",
+    [
+        ("a cat in a park", [], ("cat", "zwx", "a cat in a park"), None),
+        ("a dog here", ["--class-word", "dog"], ("dog", "zwx", "a dog here"), "'dog', but"),
+        ("a cat", ["--token", "sks"], ("cat", "sks", "a cat"), "trained with 'zwx'"),
+        ("a cat", ["--token", "zwx Cat"], ("cat", "zwx", "a cat"), "--token is 'zwx'"),
+        ("a ZWX cat", [], ("cat", "zwx", "a cat"), "without the token: 'a cat'"),
+    ],
+)
+def test_token_and_class_word_come_from_the_lora(tiny, own, trained, prompt, flags, expected, said):
+    files = ["--weights", tiny, "--lora", trained, *OWN[1:]]
+    run = good(call("insert.py", prompt, *flags, *files))
+    metadata = json.loads(contents("out/insert")["metadata.json"])
+    assert (metadata["class_word"], metadata["token"], metadata["prompt"]) == expected
+    assert said in run.err if said else "warning" not in run.err
+
+
+def test_the_token_is_that_of_the_only_embedding(tiny, own, tmp_path):
+    rows = {name: 0.1 * alchemy.noise((1, 4, 1, width), [0])[0, :1, 0] for name, width in ROWS}
+    save_file(rows, tmp_path / "mine.safetensors", {"alchemy.token": "<mine>"})
+    flags = ["insert.py", *OWN, "--class-word", "dog", "--weights", tiny]
+    flags += ["--embedding", "mine.safetensors"]
+    for token, name in ((None, "out/insert"), ("<mine>", "same"), ("sks", "other")):
+        run = good(call(*flags, "--out", name, *(("--token", token) if token else ())))
+        assert json.loads(contents(name)["metadata.json"])["token"] == (token or "<mine>")
+        assert ("is in no prompt" in run.err) == (token == "sks")
+    assert same(image("inpainted"), pixels("same/inpainted.png"))
+    assert not same(image("inpainted"), pixels("other/inpainted.png"))
+
+
+ROWS = (("clip_l", 8), ("clip_g", 12))  # widths of the tiny checkpoint's text encoders

@@ -4,6 +4,7 @@ The single-file layout is written here from the other side than alchemy.formats.
 the original code (sgm) counts them. Sizes are uneven, so that a tensor in another's place has another shape wherever that can be.
 """
 
+import copy
 import json
 import shutil
 from functools import lru_cache
@@ -116,9 +117,18 @@ def refused(action, *words):
 
 @pytest.fixture(autouse=True, scope="module")
 def vocabulary_read_once():
-    """In the test files that import it, the same vocabulary is read once: it takes longer than everything else here."""
+    """In the test files that import it, a vocabulary is read once; each tokenizer is a copy."""
+    read = lru_cache(Tokenizer.from_folder)
+
+    def from_folder(*args):
+        tokenizer = copy.copy(read(*args))
+        for name, value in vars(tokenizer).items():
+            if isinstance(value, dict):
+                setattr(tokenizer, name, value.copy())
+        return tokenizer
+
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Tokenizer, "from_folder", lru_cache(Tokenizer.from_folder))
+        patch.setattr(Tokenizer, "from_folder", from_folder)
         yield
 
 
