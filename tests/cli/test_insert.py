@@ -21,7 +21,7 @@ import alchemy
 from alchemy import insertion
 from alchemy.formats import png
 
-NAMES = ["crop.png", "feathered.png", "inpainted.png", "mask.png", "metadata.json"]
+NAMES = ["crop.png", "feathered.png", "generated.png", "mask.png", "metadata.json"]
 NAMES += ["result.png", "scene.png", "sheet.png", "soft_mask.png"]
 OWN = (SCENE, "--image", "own.png", "--mask", "mask.png", "--steps", 2)
 
@@ -154,8 +154,8 @@ def test_the_token_is_that_of_the_only_embedding(tiny, own, tmp_path):
         run = good(call(*flags, "--out", name, *(("--token", token) if token else ())))
         assert json.loads(contents(name)["metadata.json"])["token"] == (token or "<mine>")
         assert ("is in no prompt" in run.err) == (token == "sks")
-    assert same(image("inpainted"), pixels("same/inpainted.png"))
-    assert not same(image("inpainted"), pixels("other/inpainted.png"))
+    assert same(image("generated"), pixels("same/generated.png"))
+    assert not same(image("generated"), pixels("other/generated.png"))
 
 
 ROWS = (("clip_l", 8), ("clip_g", 12))  # widths of the tiny checkpoint's text encoders
