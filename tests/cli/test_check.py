@@ -53,7 +53,7 @@ def test_tiny_pictures_copies_and_long_captions_are_named_and_good_ones_not(sdxl
     ],
 )
 def test_the_frame_is_around_the_middle_crop(height, width, size, inside, outside):
-    framed = np.asarray(preflight.cropped(Image.new("RGB", (width, height)), size))
+    framed = np.asarray(preflight.frame_crop(Image.new("RGB", (width, height)), size))
     assert tuple(framed[inside]) == LINE
     assert outside is None or tuple(framed[outside]) == (0, 0, 0)
 
@@ -233,10 +233,10 @@ def test_a_new_words_rows_are_not_counted_as_pieces(tiny, tmp_path):
 
 
 def test_the_sheet_shows_60_reduced_and_the_rest_is_looked_at_too(sdxl, tmp_path, monkeypatch):
-    kept, frame = [], preflight.cropped
+    kept, frame = [], preflight.frame_crop
     monkeypatch.setattr(
         preflight,
-        "cropped",
+        "frame_crop",
         lambda picture, size: kept.append(picture.size) or frame(picture, size),
     )
     Image.new("RGB", (1024, 768)).save(tmp_path / "large.png")

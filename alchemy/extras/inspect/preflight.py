@@ -1,82 +1,94 @@
-"""Before training: what the pictures are like, what is told of them, what it will cost. A line each for whoever reads it, and a sheet."""
+"""Before training: what is odd about the photos, and a sheet of them with their crops."""
 
 import hashlib
+from collections.abc import Callable, Sequence
+from pathlib import Path
 
 from PIL import Image, ImageDraw
 
 from ... import images
 from ...methods.captions import bucket
+from ...sdxl import SDXL
 from .sheets import LINE, sheet
 
-SHOWN = 60  # pictures on the sheet
+MAX_SHOWN = 60  # images on the sheet
+COLUMNS = 6
 
 
-def pieces(sdxl, token):
-    """How many pieces a token has in each tokenizer."""
+def pieces(sdxl, token):  # old name, until its last caller is changed
     return [len(tokenizer.tokens(token)) for tokenizer in sdxl.tokenizers]
 
 
-def cropped(picture, size):
-    """The picture with a frame around what the middle crop of size (H,W) takes of it."""
-    scale = max(size[0] / picture.height, size[1] / picture.width)
-    h, w = size[0] / scale, size[1] / scale
-    top, left = (picture.height - h) / 2, (picture.width - w) / 2
-    picture = picture.copy()
-    width = max(1, round(min(picture.size) / 64))
-    ImageDraw.Draw(picture).rectangle(
-        (left, top, left + w - 1, top + h - 1), outline=LINE, width=width
-    )
-    return picture
+def no_mask(path: Path) -> None:
+    return None
 
 
-def look(sdxl, pictures, size, buckets=False, mask_of=lambda path: None):
-    """(lines, sheet) about pictures, a list of (path, caption). size: (H,W) trained at; buckets: whether each has its own of that area;
-    mask_of(path): its mask, or None. What a mask leaves out is dark on the sheet."""
-    lines, cells, seen = (
-        [],
-        [],
-        {},
-    )  # no picture is kept but what the sheet shows, and that reduced: there may be thousands
+def look(
+    sdxl: SDXL,
+    pictures: Sequence[tuple[Path, str]],
+    size: tuple[int, int],
+    buckets: bool = False,
+    mask_of: Callable[[Path], Image.Image | None] = no_mask,
+) -> tuple[list[str], Image.Image]:
+    """Warnings, one line each, and a sheet about images given as (path, caption).
+
+    size: (H,W) trained at; with buckets, of that area and the image's own aspect ratio.
+    mask_of(path): its mask or None; what a mask leaves out is dark on the sheet.
+    """
+    lines, cells, seen = [], [], {}  # there may be thousands: only what is shown is kept
     for path, caption in pictures:
-        picture = images.read(path)
-        with Image.open(path) as file:
-            turned = ", turned" if file.getexif().get(0x0112, 1) != 1 else ""
-        target = (
-            bucket(picture.size[::-1], size[0] * size[1], 8 * sdxl.vae_scale_factor)
-            if buckets
-            else size
-        )
-        grown = max(target[0] / picture.height, target[1] / picture.width)
-        if grown > 1.5:
-            lines.append(
-                f"{path.name} is tiny, {picture.width}x{picture.height}: it is enlarged {grown:.1f} times"
-            )
-        same = seen.setdefault(
-            hashlib.sha256(picture.resize((64, 64)).tobytes()).hexdigest(), path.name
-        )
-        if same != path.name:
-            lines.append(f"{path.name} is the same picture as {same}")
+        image = images.read(path)
+        target = size
+        if buckets:
+            target = bucket(image.size[::-1], size[0] * size[1], 8 * sdxl.vae_scale_factor)
+        scale = max(target[0] / image.height, target[1] / image.width)
+        if scale > 1.5:
+            shown = f"{image.width}x{image.height}"
+            lines.append(f"{path.name} is small, {shown}: it is enlarged {scale:.1f} times")
+        digest = hashlib.sha256(image.resize((64, 64)).tobytes()).hexdigest()
+        first = seen.setdefault(digest, path.name)
+        if first != path.name:
+            lines.append(f"{path.name} is the same image as {first}")
         lost = sdxl.tokenizers[0].truncated_text(caption)
         if lost:
-            lines.append(f"{path.name}: its caption is too long, these words are lost: {lost!r}")
+            lines.append(f"{path.name}: the caption is too long; this is cut off: {lost!r}")
         mask = mask_of(path)
-        if len(cells) < SHOWN:
-            # The frame is the middle crop, and training's lies anywhere along the side that is not whole in it.
-            across, down = (
-                whole * grown >= side + sdxl.vae_scale_factor
-                for whole, side in zip(picture.size, target[::-1])
-            )
-            moves = (
-                ", crop moves " + ("sideways" if across else "up and down")
-                if across or down
-                else ""
-            )
-            label = f"{path.name} {picture.width}x{picture.height}{turned}{moves}"
-            picture = (
-                Image.composite(picture, picture.point(lambda value: value // 4), mask)
-                if mask
-                else picture
-            )
-            picture.thumbnail((512, 512))
-            cells.append((label, cropped(picture, target)))
-    return lines, sheet([cells[k : k + 6] for k in range(0, len(cells), 6)])
+        if len(cells) < MAX_SHOWN:
+            label = describe(path, image, target, scale, sdxl.vae_scale_factor)
+            cells.append((label, thumbnail(image, mask, target)))
+    return lines, sheet([cells[k : k + COLUMNS] for k in range(0, len(cells), COLUMNS)])
+
+
+def describe(
+    path: Path, image: Image.Image, target: tuple[int, int], scale: float, factor: int
+) -> str:
+    """Name, size, whether EXIF rotates it, and along which side training moves the crop."""
+    label = f"{path.name} {image.width}x{image.height}"
+    with Image.open(path) as file:
+        if file.getexif().get(0x0112, 1) != 1:
+            label += ", rotated"
+    if image.width * scale >= target[1] + factor:
+        return label + ", crop moves sideways"
+    if image.height * scale >= target[0] + factor:
+        return label + ", crop moves up and down"
+    return label
+
+
+def thumbnail(image: Image.Image, mask: Image.Image | None, size: tuple[int, int]) -> Image.Image:
+    """The image, reduced, dark outside the mask, with the center crop of size (H,W) framed."""
+    if mask:
+        image = Image.composite(image, image.point(lambda value: value // 4), mask)
+    image.thumbnail((512, 512))
+    return frame_crop(image, size)
+
+
+def frame_crop(image: Image.Image, size: tuple[int, int]) -> Image.Image:
+    """The image with a frame around what the center crop of size (H,W) takes of it."""
+    scale = max(size[0] / image.height, size[1] / image.width)
+    h, w = size[0] / scale, size[1] / scale
+    top, left = (image.height - h) / 2, (image.width - w) / 2
+    image = image.copy()
+    line = max(1, round(min(image.size) / 64))
+    frame = (left, top, left + w - 1, top + h - 1)
+    ImageDraw.Draw(image).rectangle(frame, outline=LINE, width=line)
+    return image

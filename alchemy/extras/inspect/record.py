@@ -1,178 +1,176 @@
-"""The recorder: it stands between the denoising loop and its end, looks at every Step and at the attention, and changes nothing.
+"""The recorder: it wraps the denoising loop, records every Step and the attention, changes nothing.
 
-    recorder = Recorder(sdxl, prompt, total=30, **settings)
-    pipeline.text_to_image(..., progress=recorder.follow)
+    recorder = Recorder(sdxl, prompt, total=30)
+    alchemy.text_to_image(sdxl, prompt, steps=30, progress=recorder.follow)
 
-What it keeps is on the CPU, in half precision or 8 bits; a page and sheets are made of it afterwards.
+The records are on the CPU, in half precision or 8 bits; page.py makes a page of them.
 """
 
 import math
+from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 
 import torch
+from torch import Tensor
 
 from ... import attention, samplers
+from ...sampling import Step
+from ...sdxl import SDXL
 from ...segmentation import AttentionMaps
-from .pictures import bytes_of, spread
+from .sprites import even_indices, to_uint8
 
-MOST_STEPS = 100  # of a longer run, so many are kept, evenly
-MOST_PLACES = 1024  # self-attention is N x N numbers: at levels of up to 32 x 32 places, ...
-LOOKS = 5  # ... at so many steps
-HALF = torch.finfo(torch.float16).max
+MAX_STEPS = 100  # of a longer run, so many are recorded
+MAX_SELF_POSITIONS = 1024  # self-attention is N x N: recorded up to 32 x 32 positions, ...
+SELF_STEPS = 5  # ... at so many steps
 QUANTITIES = ("x_t", "eps_uncond", "eps_cond", "eps", "x_0", "x_prev")
+NUMBERS = ("t", "alpha_bar", "alpha_bar_prev", "sigma")
 
 
 class Recorder:
-    """Keeps the Steps of one picture (of a batch, the last). total: how many will come. full: keep the arrays in float32, to be written
-    (else what float16 can hold is kept so).
+    """Records the Steps of one image (of a batch, the last).
 
-    steps: a dict of numbers each; latents: {quantity: list of (4,h,w)}; cross: per step {places: (N, tokens)}; own: {step: {places:
-    (N,N) uint8, each row by its largest}}; changed: what has a part in x_prev beside the sampler, "mask" or "hook"; layers_of: {places:
-    how many layers of cross-attention}.
+    total: how many Steps will come. full: keep float32, for a file (default: float16).
+    sampler, guidance, eta: those of the run; further options of denoise are ignored.
+
+    steps: numbers of each recorded step. latents: {quantity: [(4,h,w), ...]}.
+    cross: for each step {N: (N, tokens)}, the mean over heads and layers at the level with N
+        positions. self_attention: {step: {N: (N,N) uint8, each row scaled to its maximum}}.
+    layer_counts: {N: number of cross-attention layers}. latent_size: (h, w).
+    modifier: what else changes x_prev, "mask" or "hook". focus: the token to show first.
     """
 
     def __init__(
         self,
-        sdxl,
-        prompt,
-        total,
+        sdxl: SDXL,
+        prompt: str,
+        total: int,
         *,
-        negative_prompt=None,
-        full=False,
-        sampler="euler",
-        guidance=5.0,
-        eta=None,
-        **_,
+        negative_prompt: str | None = None,
+        full: bool = False,
+        sampler: str = "euler",
+        guidance: float = 5.0,
+        eta: float | None = None,
+        **_: object,
     ):
-        self.sdxl, self.prompt, self.negative, self.full = sdxl, prompt, negative_prompt, full
-        self.sampler, self.guidance, self.focus, self.changed = (
-            sampler,
-            guidance,
-            None,
-            None,
-        )  # focus: the token to be shown first
-        self.row = samplers.find_sampler(sampler)
-        self.eta = self.row.eta if eta is None else eta
-        self.total, self.kept, self.seen = total, spread(total, MOST_STEPS), {}
-        self.size = None  # (h, w) of the latents, known when the network is first called
-        self.looks = sorted(
-            {min(self.kept, key=lambda k: abs(k - look)) for look in spread(total, LOOKS)}
-        )
-        self.words = (
-            min(75, len(sdxl.tokenizers[0].tokens(prompt))) + 2
-        )  # with the start and the end
-        self.steps, self.latents, self.cross, self.own, self.layers_of = [], {}, [], {}, {}
+        self.sdxl, self.prompt, self.negative_prompt = sdxl, prompt, negative_prompt
+        self.sampler, self.guidance, self.full, self.total = sampler, guidance, full, total
+        self.eta = samplers.find_sampler(sampler).eta if eta is None else eta
+        self.modifier: str | None = None
+        self.focus: int | None = None
+        self.latent_size: tuple[int, int] | None = None
 
-    def follow(self, steps):
-        """Yield what steps yields. The attention is watched only while the loop makes a step that is kept."""
+        self.recorded = even_indices(total, MAX_STEPS)
+        self.self_steps = set()
+        for wanted in even_indices(total, SELF_STEPS):
+            self.self_steps.add(min(self.recorded, key=lambda k: abs(k - wanted)))
+        self.num_tokens = min(75, len(sdxl.tokenizers[0].tokens(prompt))) + 2  # with start and end
+
+        self.steps: list[dict] = []
+        self.latents: dict[str, list[Tensor]] = {}
+        self.cross: list[dict[int, Tensor]] = []
+        self.self_attention: dict[int, dict[int, Tensor]] = {}
+        self.layer_counts: dict[int, int] = {}
+        self.sums: dict[tuple[str, int], tuple[Tensor, int]] = {}  # of the step under way
+
+    def follow(self, steps: Iterable[Step]) -> Iterator[Step]:
+        """Yield the steps. Attention is recorded only during the steps that are kept."""
         steps, index = iter(steps), 0
         while True:
-            with self.watching(index):
+            with self.recording(index):
                 step = next(steps, None)
             if step is None:
                 return
-            if index in self.kept:
-                self.take(step)
+            if index in self.recorded:
+                self.add(step)
             yield step
             index += 1
 
     @contextmanager
-    def watching(self, index):
-        """Inside, the layers of a step are watched from the network's first call on, which tells the size of the latents."""
-        with ExitStack() as watched:
+    def recording(self, index: int) -> Iterator[None]:
+        """Record the attention of step `index`, from the UNet's first call on."""
+        with ExitStack() as stack:
 
-            def begin(unet, given):
-                called.remove()
-                self.size = tuple(given[0].shape[-2:])
-                watched.enter_context(
-                    attention.record_attention(unet, self.layers(index), self.see)
+            def begin(unet, inputs):
+                handle.remove()
+                self.latent_size = tuple(inputs[0].shape[-2:])
+                stack.enter_context(
+                    attention.record_attention(unet, self.layers(index), self.accumulate)
                 )
 
-            called = self.sdxl.unet.register_forward_pre_hook(begin)
-            watched.callback(called.remove)
+            handle = self.sdxl.unet.register_forward_pre_hook(begin)
+            stack.callback(handle.remove)
             yield
 
-    def layers(self, index):
-        """Those to be watched at a step: cross-attention, and at a few steps self-attention where it is coarse enough."""
-        names = list(attention.attentions(self.sdxl.unet)) if index in self.kept else []
-        cross = [name for name in names if name.endswith("attn2")]
-        if index not in self.looks:
-            return cross
-        shape = AttentionMaps(self.sdxl.unet, [], self.size).layer_size
-        return cross + [
-            name
-            for name in names
-            if name.endswith("attn1") and math.prod(shape(name)) <= MOST_PLACES
-        ]
+    def layers(self, index: int) -> list[str]:
+        """The attention layers to record at step `index`."""
+        if index not in self.recorded:
+            return []
+        shape = AttentionMaps(self.sdxl.unet, [], self.latent_size).layer_size
+        names = []
+        for name in attention.attentions(self.sdxl.unet):
+            coarse = math.prod(shape(name)) <= MAX_SELF_POSITIONS
+            if name.endswith("attn2") or (index in self.self_steps and coarse):
+                names.append(name)
+        return names
 
-    def see(self, name, probabilities):
-        """One layer's (B, heads, N, M): the mean over the heads. The conditional half of a guided batch is its second."""
+    def accumulate(self, name: str, probabilities: Tensor) -> None:
+        """Add a layer's (B, heads, N, M). With guidance, the last row of the batch is cond."""
         p = probabilities[-1].mean(0)
-        key = name.rpartition(".")[2], len(p)
-        total, count = self.seen.get(key, (0, 0))
-        self.seen[key] = total + (p[:, : self.words] if key[0] == "attn2" else p), count + 1
+        kind = name.rpartition(".")[2]
+        p = p[:, : self.num_tokens] if kind == "attn2" else p
+        total, count = self.sums.get((kind, len(p)), (0, 0))
+        self.sums[kind, len(p)] = total + p, count + 1
 
-    def take(self, step):
-        if self.row.update is samplers.lcm_step:
-            sigma = self.eta * (1 - step.alpha_bar_prev) ** 0.5
-        else:
-            sigma = samplers.ddim_sigma(step.alpha_bar, step.alpha_bar_prev, self.eta)
-        self.steps.append(
-            {
-                "index": step.index,
-                "t": step.t,
-                "t_prev": step.t_prev,
-                "alpha_bar": step.alpha_bar,
-                "alpha_bar_prev": step.alpha_bar_prev,
-                "sigma": sigma,
-            }
-        )
+    def add(self, step: Step) -> None:
+        """Keep a Step and the attention accumulated since the last one."""
+        numbers = {key: getattr(step, key) for key in ("index", "t", "t_prev")}
+        numbers |= {"alpha_bar": step.alpha_bar, "alpha_bar_prev": step.alpha_bar_prev}
+        self.steps.append(numbers | {"sigma": self.new_noise(step)})
         for name in QUANTITIES:
-            if (x := getattr(step, name)) is not None:
+            x = getattr(step, name)
+            if x is not None:
                 x = x[-1].detach().to("cpu", torch.float32, copy=True)
-                self.latents.setdefault(name, []).append(
-                    x if self.full or x.abs().max() > HALF else x.half()
-                )
-        means = {key: total / count for key, (total, count) in self.seen.items()}
-        self.cross.append({n: p.half().cpu() for (kind, n), p in means.items() if kind == "attn2"})
-        self.layers_of |= {
-            n: count for (kind, n), (_, count) in self.seen.items() if kind == "attn2"
-        }
-        own = {
-            n: torch.from_numpy(bytes_of(p / p.amax(1, keepdim=True), 0, 1))
-            for (kind, n), p in means.items()
-            if kind == "attn1"
-        }
-        self.own |= {len(self.steps) - 1: own} if own else {}
-        self.seen = {}
+                fits = x.abs().max() <= torch.finfo(torch.float16).max
+                x = x.half() if fits and not self.full else x
+                self.latents.setdefault(name, []).append(x)
 
-    def shape(self, places):
-        """(h, w) of the level with so many places: the latents' sides, halved and rounded up so many times."""
-        halved = ([-(-side // 2**level) for side in self.size] for level in range(16))
-        return next((h, w) for h, w in halved if h * w == places)
+        cross, own = {}, {}
+        for (kind, n), (total, count) in self.sums.items():
+            mean = total / count
+            if kind == "attn2":
+                cross[n], self.layer_counts[n] = mean.half().cpu(), count
+            else:
+                own[n] = torch.from_numpy(to_uint8(mean / mean.amax(1, keepdim=True), 0, 1))
+        self.cross.append(cross)
+        if own:
+            self.self_attention[len(self.steps) - 1] = own
+        self.sums = {}
 
-    def stacked(self, name):
-        """All steps' latents of a quantity: (n,4,h,w) float32."""
+    def new_noise(self, step: Step) -> float:
+        """The standard deviation σ of the noise that the sampler draws anew in a step."""
+        if self.sampler == "lcm":
+            return self.eta * (1 - step.alpha_bar_prev) ** 0.5
+        return samplers.ddim_sigma(step.alpha_bar, step.alpha_bar_prev, self.eta)
+
+    def level_shape(self, positions: int) -> tuple[int, int]:
+        """(h, w) of the level with so many positions: the latents' sides, halved k times."""
+        h, w = self.latent_size
+        while h * w > positions:
+            h, w = -(-h // 2), -(-w // 2)
+        return h, w
+
+    def stacked(self, name: str) -> Tensor:
+        """A quantity at all recorded steps: (n,4,h,w) float32."""
         return torch.stack([x.float() for x in self.latents[name]])
 
-    def arrays(self):
-        """Everything as {name: tensor}, for a file: latents (n,4,h,w), cross-attention (n,N,tokens) by level, self-attention by step."""
-        made = {name: torch.stack(kept) for name, kept in self.latents.items()}
-        made |= {
-            f"cross_attention.{n}": torch.stack([step[n] for step in self.cross])
-            for n in (self.cross[0] if self.cross else ())
-        }
-        made |= {
-            f"self_attention.{n}.step_{k}": p
-            for k, levels in self.own.items()
-            for n, p in levels.items()
-        }
-        numbers = (
-            [s[key] for s in self.steps] for key in ("t", "alpha_bar", "alpha_bar_prev", "sigma")
-        )
-        return made | dict(
-            zip(
-                ("t", "alpha_bar", "alpha_bar_prev", "sigma"),
-                (torch.tensor(x, dtype=torch.float64) for x in numbers),
-            )
-        )
+    def arrays(self) -> dict[str, Tensor]:
+        """Everything as {name: tensor}, for a file."""
+        arrays = {name: torch.stack(latents) for name, latents in self.latents.items()}
+        for n in self.cross[0] if self.cross else ():
+            arrays[f"cross_attention.{n}"] = torch.stack([step[n] for step in self.cross])
+        for k, levels in self.self_attention.items():
+            for n, p in levels.items():
+                arrays[f"self_attention.{n}.step_{k}"] = p
+        for key in NUMBERS:
+            arrays[key] = torch.tensor([step[key] for step in self.steps], dtype=torch.float64)
+        return arrays

@@ -1,96 +1,98 @@
-"""Pictures of pictures: labelled sheets, masks over scenes, the loss curve. Small pictures are enlarged without blur, huge ones reduced."""
+"""Contact sheets: labelled images in rows, masks over scenes, the loss curve."""
+
+import math
+from collections.abc import Sequence
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont, ImageOps
+from torch import Tensor
 
 GAP, INK, PAPER, LINE = 8, (40, 40, 48), (250, 249, 246), (196, 80, 40)
 
 
-def font(size):
-    return ImageFont.load_default(size)
+def fit_for_sheet(image: Image.Image, least: int = 256, most: int = 1024) -> Image.Image:
+    """Enlarge by a whole factor until the shorter side has `least` pixels, or reduce to `most`."""
+    if max(image.size) > most:
+        return ImageOps.contain(image, (most, most))
+    factor = max(1, min(-(-least // min(image.size)), most // max(image.size)))
+    return image.resize((image.width * factor, image.height * factor), Image.NEAREST)
 
 
-def handy(picture, least=256, most=1024):
-    """Enlarged by a whole factor with sharp pixels until the shorter side has `least`; or reduced until the longer has no more than `most`."""
-    if max(picture.size) > most:
-        return ImageOps.contain(picture, (most, most))
-    factor = max(1, min(-(-least // min(picture.size)), most // max(picture.size)))
-    return picture.resize((picture.width * factor, picture.height * factor), Image.NEAREST)
-
-
-def sheet(rows, least=256):
-    """A list of rows, each a list of (label, PIL picture), to one picture."""
-    rows = [[(label, handy(p.convert("RGB"), least)) for label, p in row] for row in rows]
-    text = max(14, rows[0][0][1].height // 18)
-    heights = [max(p.height for _, p in row) + int(text * 1.5) + GAP for row in rows]
-    width = max(sum(p.width + GAP for _, p in row) for row in rows) + GAP
+def sheet(rows: Sequence[Sequence[tuple[str, Image.Image]]], least: int = 256) -> Image.Image:
+    """Rows of (label, image) as one image. least: the shorter side of each, see fit_for_sheet."""
+    fitted = []
+    for row in rows:
+        fitted.append([(label, fit_for_sheet(x.convert("RGB"), least)) for label, x in row])
+    text = max(14, fitted[0][0][1].height // 18)
+    font = ImageFont.load_default(text)
+    header = int(text * 1.5)
+    heights = [max(x.height for _, x in row) + header + GAP for row in fitted]
+    width = max(sum(x.width + GAP for _, x in row) for row in fitted) + GAP
     page = Image.new("RGB", (width, sum(heights) + GAP), PAPER)
     draw, y = ImageDraw.Draw(page), GAP
-    for row, height in zip(rows, heights):
+    for row, height in zip(fitted, heights, strict=True):
         x = GAP
-        for label, picture in row:
-            draw.text((x, y), fitting(draw, label, text, picture.width), INK, font(text))
-            page.paste(picture, (x, y + int(text * 1.5)))
-            x += picture.width + GAP
+        for label, image in row:
+            draw.text((x, y), shorten(draw, label, font, image.width), INK, font)
+            page.paste(image, (x, y + header))
+            x += image.width + GAP
         y += height
     return page
 
 
-def fitting(draw, label, text, width):
-    """The label, cut with an ellipsis where it is wider than its picture."""
-    if draw.textlength(label, font(text)) <= width:
+def shorten(draw: ImageDraw.ImageDraw, label: str, font: ImageFont.ImageFont, width: int) -> str:
+    """The label, cut with an ellipsis if it is wider than `width` pixels."""
+    if draw.textlength(label, font) <= width:
         return label
-    while label and draw.textlength(label + "…", font(text)) > width:
+    while label and draw.textlength(label + "…", font) > width:
         label = label[:-1]
     return label + "…"
 
 
-def grey(mask):
-    """(H,W) tensor in [0,1] to a grey picture."""
+def grey(mask: Tensor) -> Image.Image:
+    """A mask (H,W) in [0,1] as a grey image."""
     return Image.fromarray((mask.cpu().numpy() * 255).round().astype(np.uint8))
 
 
-def outlined(picture, mask):
-    """The picture dimmed outside the mask (H,W), so that the region can be judged."""
-    pixels = np.asarray(picture, dtype=np.float32)
-    return Image.fromarray(
-        (pixels * (0.35 + 0.65 * mask.cpu().numpy()[:, :, None])).astype(np.uint8)
-    )
+def outlined(image: Image.Image, mask: Tensor) -> Image.Image:
+    """The image, darkened outside the mask (H,W)."""
+    light = 0.35 + 0.65 * mask.cpu().numpy()[:, :, None]
+    return Image.fromarray((np.asarray(image, dtype=np.float32) * light).astype(np.uint8))
 
 
-def curve(values, width=512, height=256):
-    """Values per step as dots and their running mean as a line; NaN leaves a gap."""
-    page = Image.new("RGB", (width, height), "white")
-    draw, values = ImageDraw.Draw(page), np.array(values, dtype=np.float64)
-    good = np.isfinite(values)
-    if not good.any():
-        return page
-    margin, top = 52, max(float(np.quantile(values[good], 0.98)), 1e-6)
+def running_mean(values: Sequence[float]) -> list[float | None]:
+    """Exponential mean with decay 0.95, without its start-up bias; None before the first number."""
     total = weight = 0.0
     means = []
-    for v in (
-        values
-    ):  # divided by the weight that there is so far, or the first value would hang on for long
-        total, weight = (0.95 * total + v, 0.95 * weight + 1) if np.isfinite(v) else (total, weight)
+    for value in values:
+        if math.isfinite(value):
+            total, weight = 0.95 * total + value, 0.95 * weight + 1
         means.append(total / weight if weight else None)
+    return means
 
-    def at(i, v):
-        return (
-            margin + i / max(len(values) - 1, 1) * (width - margin - 10),
-            height - 24 - min(v / top, 1.0) * (height - 40),
-        )
 
-    for i, v in enumerate(values):
-        if np.isfinite(v):
-            x, y = at(i, v)
+def curve(values: Sequence[float], width: int = 512, height: int = 256) -> Image.Image:
+    """The loss of each step as a dot, and its running mean; NaN leaves a gap."""
+    page = Image.new("RGB", (width, height), "white")
+    finite = [value for value in values if math.isfinite(value)]
+    if not finite:
+        return page
+    draw, font = ImageDraw.Draw(page), ImageFont.load_default(13)
+    margin, top = 52, max(float(np.quantile(finite, 0.98)), 1e-6)
+
+    def position(step: int, value: float) -> tuple[float, float]:
+        x = margin + step / max(len(values) - 1, 1) * (width - margin - 10)
+        return x, height - 24 - min(value / top, 1.0) * (height - 40)
+
+    for step, value in enumerate(values):
+        if math.isfinite(value):
+            x, y = position(step, value)
             draw.ellipse((x - 1.5, y - 1.5, x + 1.5, y + 1.5), fill=(168, 168, 178))
-    draw.line([at(i, m) for i, m in enumerate(means) if m is not None], fill=LINE, width=2)
-    draw.line([at(0, top), at(0, 0), at(len(values) - 1, 0)], fill=INK)
-    for label, x, y in (
-        (f"{top:.2g}", 4, 10),
-        ("0", margin - 14, height - 32),
-        (f"step {len(values)}", width - 76, height - 20),
-        ("loss", 4, height // 2 - 8),
-    ):
-        draw.text((x, y), label, INK, font(13))
+    means = enumerate(running_mean(values))
+    draw.line([position(k, mean) for k, mean in means if mean is not None], fill=LINE, width=2)
+    draw.line([position(0, top), position(0, 0), position(len(values) - 1, 0)], fill=INK)
+    draw.text((4, 10), f"{top:.2g}", INK, font)
+    draw.text((4, height // 2 - 8), "loss", INK, font)
+    draw.text((margin - 14, height - 32), "0", INK, font)
+    draw.text((width - 76, height - 20), f"step {len(values)}", INK, font)
     return page

@@ -1,194 +1,192 @@
-"""What a Recorder kept, as a page and a contact sheet show it: pictures of each quantity, maps of each token, numbers."""
+"""What a Recorder recorded, as the page and the contact sheet show it."""
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image
+from torch import Tensor
 
 from ... import images
-from .pictures import bytes_of, film, preview, spread, uri
+from ...sdxl import SDXL
+from .record import Recorder
+from .sprites import data_uri, even_indices, preview, sprite_sheet, to_uint8
 
-DECODED = 6  # steps whose x_0 goes through the VAE
-MAPS = 800  # of a level, so many are shown: every step for 26 tokens, every third of 30 for 77
-MOST = 2**24  # numbers that torch.quantile takes
+DECODED_STEPS = 6  # x_0 goes through the VAE at so many steps
+MAX_MAPS = 800  # per level: all steps of 26 tokens, every third of 30 steps of 77
+MAX_QUANTILE = 2**24  # torch.quantile takes no more numbers
+LABELS = {
+    "x_t": "x_t",
+    "eps": "predicted noise",
+    "x_0": "predicted x_0",
+    "x_0_uncond": "x_0, uncond",
+    "x_0_cond": "x_0, cond",
+    "guidance": "cond − uncond",
+}
 
 
 @torch.no_grad()
-def decoded(recorder):
-    """{step: x_0 as a picture (3,H,W) in [-1,1]} of a few steps; grey where it is not finite."""
-    x_0, sdxl = recorder.latents["x_0"], recorder.sdxl
-
-    def one(x):
+def decode_steps(recorder: Recorder) -> dict[int, Tensor]:
+    """{step: the image (3,H,W) in [-1,1] that x_0 decodes to} of a few steps; grey for NaN."""
+    sdxl, decoded = recorder.sdxl, {}
+    for k in even_indices(len(recorder.steps), DECODED_STEPS):
+        x_0 = recorder.latents["x_0"][k]
         try:
-            return sdxl.vae.decode(x[None].float().to(sdxl.device))[0].float().cpu()
+            decoded[k] = sdxl.vae.decode(x_0[None].float().to(sdxl.device))[0].float().cpu()
         except FloatingPointError:
-            return torch.zeros(3, *(side * sdxl.vae_scale_factor for side in x.shape[1:]))
+            height, width = (side * sdxl.vae_scale_factor for side in x_0.shape[1:])
+            decoded[k] = torch.zeros(3, height, width)
+    return decoded
 
-    return {k: one(x_0[k]) for k in spread(len(x_0), DECODED)}
 
+def frames(recorder: Recorder, colors: Tensor) -> dict[str, np.ndarray]:
+    """{quantity: uint8 frames (n,h,w,3), one per step}; colors: see sprites.fit_colors.
 
-def frames(recorder, colours):
-    """{quantity: uint8 frames, one a step}. Of the guided and the unguided prediction, what x_0 each would mean."""
-    made = {name: preview(recorder.stacked(name), colours) for name in ("x_t", "x_0", "eps")}
-    x_prev = recorder.stacked("x_prev")
-    if len(recorder.steps) == recorder.total:  # each is the next x_t: only the last is new
-        made["x_t"] = np.concatenate([made["x_t"], preview(x_prev[-1:], colours)])
+    With guidance also the x_0 that eps_uncond and eps_cond alone imply, and their difference.
+    """
+    x_t, x_prev = recorder.stacked("x_t"), recorder.stacked("x_prev")
+    shown = {name: preview(recorder.stacked(name), colors) for name in ("x_t", "x_0", "eps")}
+    if len(recorder.steps) == recorder.total:  # x_prev is the next x_t: only the last is new
+        shown["x_t"] = np.concatenate([shown["x_t"], preview(x_prev[-1:], colors)])
     else:
-        made["x_prev"] = preview(x_prev, colours)
+        shown["x_prev"] = preview(x_prev, colors)
     if "eps_uncond" in recorder.latents:
-        ab = torch.tensor([s["alpha_bar"] for s in recorder.steps]).view(-1, 1, 1, 1)
-        a, s, x_t = ab.sqrt().clamp(min=1e-4), (1 - ab).sqrt(), recorder.stacked("x_t")
-        for name in ("uncond", "cond"):
-            made[f"x_0_{name}"] = preview((x_t - s * recorder.stacked(f"eps_{name}")) / a, colours)
-        difference = (
-            (recorder.stacked("eps_cond") - recorder.stacked("eps_uncond")).square().mean(1).sqrt()
-        )
-        made["guidance"] = bytes_of(
-            difference, 0, float(difference.flatten()[:MOST].quantile(0.995))
-        )
-    return made
+        ab = torch.tensor([step["alpha_bar"] for step in recorder.steps]).view(-1, 1, 1, 1)
+        uncond, cond = recorder.stacked("eps_uncond"), recorder.stacked("eps_cond")
+        for name, eps in (("x_0_uncond", uncond), ("x_0_cond", cond)):
+            x_0 = (x_t - (1 - ab).sqrt() * eps) / ab.sqrt().clamp(min=1e-4)
+            shown[name] = preview(x_0, colors)
+        difference = (cond - uncond).square().mean(1).sqrt()
+        top = float(difference.flatten()[:MAX_QUANTILE].quantile(0.995))
+        shown["guidance"] = to_uint8(difference, 0, top)
+    return shown
 
 
-def maps(recorder):
-    """Cross-attention: {level: (n, tokens, h, w) probabilities}, finest first, and "all", the mean of the levels, each by its own mean."""
+def attention_levels(recorder: Recorder) -> dict[str, Tensor]:
+    """Cross-attention by level, finest first: {"W × H": (n, tokens, h, w) probabilities}.
+
+    With several levels also "all": their mean, each divided by its own mean.
+    """
     if not recorder.cross or not recorder.cross[0]:
         return {}
     levels = {}
     for n in sorted(recorder.cross[0], reverse=True):
-        h, w = recorder.shape(n)
-        levels[f"{w} × {h}"] = (
-            torch.stack([step[n] for step in recorder.cross])
-            .float()
-            .movedim(-1, 1)
-            .unflatten(-1, (h, w))
-        )
+        h, w = recorder.level_shape(n)
+        stacked = torch.stack([step[n] for step in recorder.cross]).float()  # (n, N, tokens)
+        levels[f"{w} × {h}"] = stacked.movedim(-1, 1).unflatten(-1, (h, w))
+    if len(levels) == 1:
+        return levels
     finest = next(iter(levels.values())).shape[-2:]
-    even = [
-        F.interpolate(
-            m / m.mean((2, 3), keepdim=True).clamp(min=1e-9),
-            finest,
-            mode="bilinear",
-            align_corners=False,
-        )
-        for m in levels.values()
-    ]
-    return levels | ({"all": sum(even) / len(even)} if len(levels) > 1 else {})
+    total = 0
+    for level in levels.values():
+        relative = level / level.mean((2, 3), keepdim=True).clamp(min=1e-9)
+        total = total + F.interpolate(relative, finest, mode="bilinear", align_corners=False)
+    return levels | {"all": total / len(levels)}
 
 
-def mass(recorder):
-    """How much of all cross-attention goes to each token: (n, tokens), the mean over the places of a layer, and over the layers."""
-    layers = recorder.layers_of
-    return torch.stack(
-        [sum(layers[n] * p.float().mean(0) for n, p in step.items()) for step in recorder.cross]
-    ) / sum(layers.values())
+def attention_share(recorder: Recorder) -> Tensor:
+    """The share of all cross-attention that each token gets: (n, tokens), the mean over layers."""
+    counts, rows = recorder.layer_counts, []
+    for step in recorder.cross:
+        rows.append(sum(counts[n] * p.float().mean(0) for n, p in step.items()))
+    return torch.stack(rows) / sum(counts.values())
 
 
-def films_of(level):
-    """(n, tokens, h, w) to a film for each token, `at` some of the steps, the mean over all of them last, and the probabilities (low,
-    high) of black and white."""
-    at = spread(len(level), max(10, MAPS // level.shape[1]))
+def token_sprites(level: Tensor) -> dict:
+    """(n, tokens, h, w) to a sprite sheet for each token.
+
+    at: the steps shown; the last frame is the mean over all steps. range: the probabilities that
+    are black and white, for each token; the brightest 0.1 % are clipped.
+    """
+    at = even_indices(len(level), max(10, MAX_MAPS // level.shape[1]))
     level = torch.cat([level[at], level.mean(0, keepdim=True)])
-    films, ranges = [], []
+    sprites, ranges = [], []
     for token in level.unbind(1):
-        low, high = (
-            float(x) for x in torch.quantile(token.flatten()[:MOST], torch.tensor([0.0, 0.999]))
-        )  # a few brightest are cut
-        films.append(film(bytes_of(token, low, high)))
+        values = token.flatten()[:MAX_QUANTILE]
+        low, high = torch.quantile(values, torch.tensor([0.0, 0.999])).tolist()
+        sprites.append(sprite_sheet(to_uint8(token, low, high)))
         ranges.append([low, high])
-    return {"films": films, "range": ranges, "at": at}
+    return {"sprites": sprites, "range": ranges, "at": at}
 
 
-def tokens(sdxl, prompt):
-    """The prompt as each tokenizer cuts it: [id, spelling] of every piece with start and end, and the words that did not fit."""
-    cut = []
+def split_prompt(sdxl: SDXL, prompt: str) -> list[dict]:
+    """For each tokenizer: [id, text] of every token with start and end, and the text cut off."""
+    split = []
     for tokenizer in sdxl.tokenizers:
-        ids = tokenizer(prompt)
-        pieces = [[i, text] for i, text in tokenizer.tokens(prompt)][:75]
-        cut.append(
-            {
-                "pieces": [[ids[0], "start"], *pieces, [ids[len(pieces) + 1], "end"]],
-                "lost": tokenizer.truncated_text(prompt),
-            }
-        )
-    return cut
+        ids, tokens = tokenizer(prompt), [list(token) for token in tokenizer.tokens(prompt)[:75]]
+        tokens = [[ids[0], "start"], *tokens, [ids[len(tokens) + 1], "end"]]
+        split.append({"tokens": tokens, "truncated": tokenizer.truncated_text(prompt)})
+    return split
 
 
-def describe(recorder, name, picture, made, shown, levels):
-    """The stage as page/stage.js reads it. picture: what came of it; made: see decoded; shown: see frames; levels: see maps."""
-    spread_of = {q: recorder.stacked(q).flatten(1).std(1).tolist() for q in ("eps", "x_0")}
-    steps = [
-        dict(s, std={q: round(x[k], 4) for q, x in spread_of.items()})
-        for k, s in enumerate(recorder.steps)
-    ]
-    large = film(
-        torch.stack([m.movedim(0, -1) for m in made.values()])
-        .add(1)
-        .mul(127.5)
-        .round()
-        .clamp(0, 255)
-        .byte()
-        .numpy()
-    )
-    own = {}
-    for k, found in recorder.own.items():
-        for n, p in found.items():
-            h, w = recorder.shape(n)
-            level = own.setdefault(f"{w} × {h}", {"w": w, "h": h, "at": [], "src": []})
+def self_attention_images(recorder: Recorder) -> dict[str, dict]:
+    """{"W × H": {w, h, at: steps, src: data URIs of the (N,N) maps}}."""
+    levels: dict[str, dict] = {}
+    for k, maps in recorder.self_attention.items():
+        for n, p in maps.items():
+            h, w = recorder.level_shape(n)
+            level = levels.setdefault(f"{w} × {h}", {"w": w, "h": h, "at": [], "src": []})
             level["at"].append(k)
-            level["src"].append(uri(Image.fromarray(p.numpy())))
+            level["src"].append(data_uri(Image.fromarray(p.numpy())))
+    return levels
+
+
+def describe(
+    recorder: Recorder,
+    name: str,
+    image: Image.Image,
+    decoded: dict[int, Tensor],
+    shown: dict[str, np.ndarray],
+    levels: dict[str, Tensor],
+) -> dict:
+    """A stage as page/stage.js reads it, from what the functions above return."""
+    deviations = {q: recorder.stacked(q).flatten(1).std(1).tolist() for q in ("eps", "x_0")}
+    steps = []
+    for k, step in enumerate(recorder.steps):
+        steps.append(step | {"std": {q: round(x[k], 4) for q, x in deviations.items()}})
+    pixels = torch.stack(list(decoded.values())).movedim(1, -1)
+    cross = {key: token_sprites(level) for key, level in levels.items()}
     return {
         "name": name,
         "focus": recorder.focus,
         "prompt": recorder.prompt,
-        "negative": recorder.negative,
+        "negative": recorder.negative_prompt,
         "sampler": recorder.sampler,
         "guidance": recorder.guidance,
         "eta": recorder.eta,
         "guided": "eps_uncond" in recorder.latents,
-        "changed": recorder.changed,
+        "modifier": recorder.modifier,
         "steps": steps,
-        "tokens": tokens(recorder.sdxl, recorder.prompt),
-        "films": {key: film(x) for key, x in shown.items()},
-        "decoded": large | {"at": list(made)},
-        "picture": uri(picture, picture.width <= 256),
-        "cross": {key: films_of(level) for key, level in levels.items()},
-        "mass": [[round(x, 5) for x in row] for row in mass(recorder).tolist()] if levels else [],
-        "own": own,
-        "latent": recorder.size,
-        "pixels": picture.size[::-1],
+        "tokens": split_prompt(recorder.sdxl, recorder.prompt),
+        "sprites": {key: sprite_sheet(x) for key, x in shown.items()},
+        "decoded": sprite_sheet(to_uint8(pixels, -1, 1)) | {"at": list(decoded)},
+        "image": data_uri(image, image.width <= 256),
+        "cross": cross,
+        "attention_share": attention_share(recorder).tolist() if levels else [],
+        "self_attention": self_attention_images(recorder),
+        "latent_size": recorder.latent_size,
+        "image_size": image.size[::-1],
     }
 
 
-def contact(recorder, made, shown, levels):
-    """Rows of (label, picture) for sheets.sheet: each quantity, then each token's map, at a few steps."""
-    chosen = spread(len(recorder.steps), 8)
-    words = {
-        "x_t": "x_t",
-        "eps": "predicted noise",
-        "x_0": "predicted x_0",
-        "x_0_uncond": "x_0, unguided",
-        "x_0_cond": "x_0, prompt alone",
-        "guidance": "where the prompt speaks",
-    }
-    rows = [
-        [
-            (f"{words[q]}, t {recorder.steps[k]['t']:g}", Image.fromarray(shown[q][k]))
-            for k in chosen
-        ]
-        for q in words
-        if q in shown
-    ]
-    rows.append(
-        [(f"decoded, t {recorder.steps[k]['t']:g}", images.to_image(x)) for k, x in made.items()]
-    )
-    level = next(iter(levels.values()), None) if "all" not in levels else levels["all"]
-    pieces = tokens(recorder.sdxl, recorder.prompt)[0]["pieces"]
-    for i, (_, text) in list(enumerate(pieces))[:-1][:16] if level is not None else ():
-        m = bytes_of(level[chosen, i], float(level[:, i].min()), float(level[:, i].max()))
-        rows.append(
-            [
-                (f"{text!r}, t {recorder.steps[k]['t']:g}", Image.fromarray(m[j]))
-                for j, k in enumerate(chosen)
-            ]
-        )
-    return rows
+def contact_rows(
+    recorder: Recorder,
+    decoded: dict[int, Tensor],
+    shown: dict[str, np.ndarray],
+    levels: dict[str, Tensor],
+) -> list[list[tuple[str, Image.Image]]]:
+    """Rows for sheets.sheet: each quantity at a few steps, then the map of each token."""
+    steps = recorder.steps
+    chosen = even_indices(len(steps), 8)
+    rows = []
+    for quantity, label in LABELS.items():
+        if quantity in shown:
+            rows.append([(f"{label}, t {steps[k]['t']:g}", shown[quantity][k]) for k in chosen])
+    if levels:
+        level = levels.get("all", next(iter(levels.values())))
+        tokens = split_prompt(recorder.sdxl, recorder.prompt)[0]["tokens"][:-1]
+        for i, (_, text) in enumerate(tokens[:16]):
+            maps = to_uint8(level[:, i], float(level[:, i].min()), float(level[:, i].max()))
+            rows.append([(f"{text!r}, t {steps[k]['t']:g}", maps[k]) for k in chosen])
+    rows = [[(label, Image.fromarray(pixels)) for label, pixels in row] for row in rows]
+    labels = {k: f"decoded, t {steps[k]['t']:g}" for k in decoded}
+    return [*rows, [(labels[k], images.to_image(x)) for k, x in decoded.items()]]

@@ -1,130 +1,140 @@
-// What all parts use: elements, films (all frames of a quantity in one picture), colours, numbers, the place in time.
+// Shared: elements, numbers, images cut from sprite sheets, the heat map, the step shown.
 
 const data = JSON.parse(document.getElementById("data").textContent);
 
-// element("p.note", {onclick: f}, "text", child, ...); "html" among the attributes is for text of ours, never for the data's.
-function element(what, attributes, ...children) {
-  const [tag, ...classes] = what.split(".");
-  const made = document.createElement(tag);
-  if (classes.length) made.className = classes.join(" ");
+// element("p.note", {onclick: f}, "text", child, ...). "html" sets markup: for our own text only,
+// never for a prompt.
+function element(selector, attributes, ...children) {
+  const [tag, ...classes] = selector.split(".");
+  const node = document.createElement(tag);
+  if (classes.length) node.className = classes.join(" ");
   for (const [name, value] of Object.entries(attributes || {})) {
-    if (name === "html") made.innerHTML = value;
-    else if (name.startsWith("on")) made.addEventListener(name.slice(2), value);
-    else if (value !== false && value != null) made.setAttribute(name, value === true ? "" : value);
+    if (name === "html") node.innerHTML = value;
+    else if (name.startsWith("on")) node.addEventListener(name.slice(2), value);
+    else if (value != null) node.setAttribute(name, value);
   }
-  made.append(...children.filter(child => child != null));
-  return made;
+  node.append(...children.filter(child => child != null));
+  return node;
 }
 
 function svg(tag, attributes, ...children) {
-  const made = document.createElementNS("http://www.w3.org/2000/svg", tag);
-  for (const [name, value] of Object.entries(attributes)) made.setAttribute(name, value);
-  made.append(...children);
-  return made;
+  const node = document.createElementNS("http://www.w3.org/2000/svg", tag);
+  for (const [name, value] of Object.entries(attributes)) node.setAttribute(name, value);
+  node.append(...children);
+  return node;
 }
 
-// Numbers as people read them: 0.0123, 12.3, 1 230.
 function number(x, digits = 3) {
   if (x == null) return "–";
-  if (!isFinite(x)) return "∞";
-  if (x !== 0 && (Math.abs(x) < 1e-3 || Math.abs(x) >= 1e5)) return x.toExponential(1).replace("e", " · 10^").replace("^+", "^");
+  if (x !== 0 && (Math.abs(x) < 1e-3 || Math.abs(x) >= 1e5)) {
+    return x.toExponential(1).replace("e", " · 10^").replace("^+", "^");
+  }
   return String(+x.toPrecision(digits));
 }
-const percent = x => x >= 0.1 ? (100 * x).toFixed(0) + " %" : x >= 0.001 ? (100 * x).toFixed(1) + " %" : (100 * x).toPrecision(1) + " %";
 
-// Pictures are decoded once, when first needed.
-const loaded = new Map();
-function picture(src) {
-  if (!loaded.has(src)) {
-    loaded.set(src, new Promise((resolve, reject) => {
+function percent(x) {
+  if (x >= 0.1) return (100 * x).toFixed(0) + " %";
+  return (x >= 0.001 ? (100 * x).toFixed(1) : (100 * x).toPrecision(1)) + " %";
+}
+
+// The index of the entry of `steps` that is nearest to k.
+function nearest(steps, k) {
+  const closer = (best, step, i) => Math.abs(step - k) < Math.abs(steps[best] - k) ? i : best;
+  return steps.reduce(closer, 0);
+}
+
+// Images are decoded once, when first needed.
+const images = new Map();
+function loadImage(src) {
+  if (!images.has(src)) {
+    images.set(src, new Promise((resolve, reject) => {
       const image = new Image();
       image.onload = () => resolve(image);
-      image.onerror = () => reject(new Error("a picture of this page is damaged"));
+      image.onerror = () => reject(new Error("an image of this page is damaged"));
       image.src = src;
     }));
   }
-  return loaded.get(src);
+  return images.get(src);
 }
 
-function surface(w, h) {
-  const canvas = document.createElement("canvas");
-  canvas.width = w;
-  canvas.height = h;
-  return canvas.getContext("2d", {willReadFrequently: true});
+// A rectangle of an image as ImageData.
+async function pixels(src, x, y, w, h) {
+  const image = await loadImage(src), canvas = document.createElement("canvas");
+  canvas.width = w, canvas.height = h;
+  const context = canvas.getContext("2d", {willReadFrequently: true});
+  context.drawImage(image, x, y, w, h, 0, 0, w, h);
+  return context.getImageData(0, 0, w, h);
 }
 
-// One frame of a film as ImageData.
-async function frame(film, k) {
-  const image = await picture(film.src), context = surface(film.w, film.h);
-  context.drawImage(image, k % film.columns * film.w, Math.floor(k / film.columns) * film.h, film.w, film.h, 0, 0, film.w, film.h);
-  return context.getImageData(0, 0, film.w, film.h);
+// Frame k of a sprite sheet as ImageData.
+function frame({src, columns, w, h}, k) {
+  return pixels(src, k % columns * w, Math.floor(k / columns) * h, w, h);
 }
 
-// Put pixels on a canvas, unless something newer was asked of it meanwhile.
-async function show(canvas, pixels) {
-  const turn = canvas.turn = (canvas.turn || 0) + 1;
-  const made = await pixels;
-  if (canvas.turn !== turn) return;
-  canvas.width = made.width;
-  canvas.height = made.height;
-  canvas.getContext("2d").putImageData(made, 0, 0);
+// Show ImageData on a canvas, unless a later call has overtaken this one.
+async function show(canvas, promise) {
+  const call = canvas.call = (canvas.call || 0) + 1;
+  const image = await promise;
+  if (canvas.call !== call) return;
+  canvas.width = image.width, canvas.height = image.height;
+  canvas.getContext("2d").putImageData(image, 0, 0);
 }
 
-// Black, violet, orange, pale yellow: each lighter than the one before, so that it reads without colour too.
-const HEAT = [[12, 8, 26], [74, 22, 110], [170, 46, 98], [238, 108, 58], [252, 190, 82], [255, 250, 208]];
-const COLOURS = Array.from({length: 256}, (_, i) => {
-  const x = i / 255 * (HEAT.length - 1), k = Math.min(Math.floor(x), HEAT.length - 2);
-  return HEAT[k].map((low, c) => Math.round(low + (x - k) * (HEAT[k + 1][c] - low)));
+// Black, violet, orange, pale yellow: ever lighter, so that it reads without colour too.
+const STOPS = [[12, 8, 26], [74, 22, 110], [170, 46, 98], [238, 108, 58], [252, 190, 82],
+  [255, 250, 208]];
+const COLORS = Array.from({length: 256}, (_, i) => {
+  const x = i / 255 * (STOPS.length - 1), k = Math.min(Math.floor(x), STOPS.length - 2);
+  return STOPS[k].map((low, c) => Math.round(low + (x - k) * (STOPS[k + 1][c] - low)));
 });
 
-// A grey map in colours; over a picture, where one is given: the lighter the map, the less of the grey picture shows through.
-function coloured(map, under) {
-  const w = under ? under.width : map.width, h = under ? under.height : map.height;
-  const made = new ImageData(w, h);
-  for (let y = 0, i = 0; y < h; y++) {
-    const row = Math.floor(y * map.height / h) * map.width;
-    for (let x = 0; x < w; x++, i += 4) {
-      const value = map.data[4 * (row + Math.floor(x * map.width / w))];
-      const colour = COLOURS[value], share = under ? 0.3 + 0.6 * value / 255 : 1;
-      const grey = under ? (under.data[i] + under.data[i + 1] + under.data[i + 2]) / 3 * 0.6 : 0;
-      for (let c = 0; c < 3; c++) made.data[i + c] = share * colour[c] + (1 - share) * grey;
-      made.data[i + 3] = 255;
+// A grey map in colours, over a grey copy of an image if one is given.
+function colorize(map, under) {
+  const {width, height} = under || map, out = new ImageData(width, height);
+  for (let i = 0; i < width * height; i++) {
+    const y = Math.floor(Math.floor(i / width) * map.height / height);
+    const x = Math.floor(i % width * map.width / width);
+    const value = map.data[4 * (y * map.width + x)];
+    const share = under ? 0.3 + 0.6 * value / 255 : 1;
+    const sum = under ? under.data[4 * i] + under.data[4 * i + 1] + under.data[4 * i + 2] : 0;
+    for (let c = 0; c < 3; c++) {
+      out.data[4 * i + c] = share * COLORS[value][c] + (1 - share) * 0.2 * sum;
     }
+    out.data[4 * i + 3] = 255;
   }
-  return made;
+  return out;
 }
 
-// Of steps in order, where the one nearest to k stands.
-const nearest = (at, k) => at.reduce((best, j, i) => Math.abs(j - k) < Math.abs(at[best] - k) ? i : best, 0);
+// Frame k of a map in colours; over frame j of `under`, if given.
+async function heat(sprites, k, under, j) {
+  return colorize(await frame(sprites, k), under && await frame(under, j));
+}
 
-const heat = async (map, k, under, j) => coloured(await frame(map, k), under && await frame(under, j));
-
-// A picture with its caption; returns [figure, canvas, caption].
+// An image with its caption: [figure, canvas, caption].
 function tile(caption, name) {
-  const canvas = element("canvas", {role: "img", "data-shows": name, "aria-label": caption.replace(/<[^>]*>/g, "")});
+  const label = caption.replace(/<[^>]*>/g, "");
+  const canvas = element("canvas", {role: "img", "data-shows": name, "aria-label": label});
   canvas.width = canvas.height = 1;
   const words = element("figcaption", {html: caption});
   return [element("figure", {}, canvas, words), canvas, words];
 }
 
-function card(kind, title, text, ...children) {
-  return element("section.card" + kind, {}, element("h3", {}, title), element("p", {html: text}), ...children);
+function card(classes, title, html, ...children) {
+  return element("section.card" + classes, {}, element("h3", {}, title), element("p", {html}),
+    ...children);
 }
 
-// What a page could show, and does not.
-const absent = (title, why) => card(".full", title, "Not shown: " + why);
+const notShown = (title, reason) => card(".full", title, "Not shown: " + reason);
 
-// Names and values in columns.
-function numbers(rows) {
-  return element("dl.numbers", {}, ...rows.map(([name, value]) => element("div", {}, element("dt", {}, name), element("dd", {}, value))));
+function definitions(rows) {
+  return element("dl.numbers", {}, ...rows.map(([name, value]) =>
+    element("div", {}, element("dt", {}, name), element("dd", {}, value))));
 }
 
-// The place in time that the bar at the top sets; whoever shows something of it listens.
-const time = {k: 0, listeners: [], frames: []};
-function follow(listener) {
-  time.listeners.push(listener);
-}
+// The step that the bar at the top selects. `onStep(f)` calls f(k) whenever it changes.
+const timeline = {k: 0, listeners: [], frames: []};
+const onStep = listener => timeline.listeners.push(listener);
 function go(k) {
-  time.k = Math.max(0, Math.min(time.frames.length - 1, k));
-  for (const listener of time.listeners) listener(time.k);
+  timeline.k = Math.max(0, Math.min(timeline.frames.length - 1, k));
+  for (const listener of timeline.listeners) listener(timeline.k);
 }

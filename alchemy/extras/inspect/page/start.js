@@ -1,79 +1,97 @@
-// Puts the page together: what it is of, the bar that moves through time, the parts.
+// Assembles the page: header, the bar that selects the step, the cards.
 
-function bar() {
-  const slider = element("input", {type: "range", min: 0, max: time.frames.length - 1, value: 0, id: "step", "aria-label": "step"});
-  const said = element("output", {id: "said"});
-  let playing = null;
+function buildBar() {
+  const slider = element("input", {type: "range", min: 0, max: timeline.frames.length - 1,
+    value: 0, id: "step", "aria-label": "step"});
+  const status = element("output", {id: "status"});
   const button = element("button", {type: "button", id: "play", title: "play (space)"}, "▶");
+  let timer = null;
   function play() {
-    if (playing) clearInterval(playing), playing = null;
-    else {
-      if (time.k === time.frames.length - 1) go(0);
-      const pace = Math.max(80, Math.min(400, 9000 / time.frames.length));
-      playing = setInterval(() => time.k < time.frames.length - 1 ? go(time.k + 1) : play(), pace);
+    if (timer) {
+      clearInterval(timer);
+      timer = null;
+    } else {
+      const last = timeline.frames.length - 1, pause = 9000 / timeline.frames.length;
+      if (timeline.k === last) go(0);
+      const next = () => timeline.k < last ? go(timeline.k + 1) : play();
+      timer = setInterval(next, Math.max(80, Math.min(400, pause)));
     }
-    button.textContent = playing ? "❚❚" : "▶";
+    button.textContent = timer ? "❚❚" : "▶";
   }
   button.addEventListener("click", play);
   slider.addEventListener("input", () => go(+slider.value));
-  const back = element("button", {type: "button", title: "back (arrow left)", onclick: () => go(time.k - 1)}, "‹");
-  const on = element("button", {type: "button", title: "on (arrow right)", onclick: () => go(time.k + 1)}, "›");
+  const move = (label, title, by) => element("button", {type: "button", title,
+    onclick: () => go(timeline.k + by)}, label);
   document.addEventListener("keydown", event => {
-    // What has a use of its own for a key keeps it: a slider its arrows, a button and a summary the space bar.
-    const from = event.target.tagName, own = from === "INPUT" || event.key === " " && (from === "BUTTON" || from === "SUMMARY");
-    if (own || event.defaultPrevented || event.altKey || event.ctrlKey || event.metaKey) return;
-    const to = {ArrowLeft: time.k - 1, ArrowRight: time.k + 1}[event.key];
-    if (to !== undefined) go(to);
-    else if (event.key === " ") play();
+    // Sliders use the arrow keys themselves; buttons and summaries use the space bar.
+    const {tagName} = event.target, space = event.key === " ";
+    const used = tagName === "INPUT" || space && ["BUTTON", "SUMMARY"].includes(tagName);
+    if (used || event.defaultPrevented || event.altKey || event.ctrlKey || event.metaKey) return;
+    if (space) play();
+    else if (event.key === "ArrowLeft") go(timeline.k - 1);
+    else if (event.key === "ArrowRight") go(timeline.k + 1);
     else return;
     event.preventDefault();
   });
-  follow(k => {
+  onStep(k => {
     slider.value = k;
-    said.textContent = time.frames[k].said;
+    status.textContent = timeline.frames[k].status;
   });
-  document.getElementById("bar").append(back, button, on, slider, said);
+  document.getElementById("bar").append(move("‹", "back (arrow left)", -1), button,
+    move("›", "forward (arrow right)", 1), slider, status);
 }
 
-function facts() {
-  const rows = Object.entries(data.facts).filter(([, value]) => value !== null && value !== "").map(([name, value]) =>
-    element("tr", {}, element("th", {}, name), element("td", {}, typeof value === "string" ? value : JSON.stringify(value))));
-  return element("details.card.full", {}, element("summary", {}, "All settings"), element("table", {}, ...rows));
+function settingsCard() {
+  const known = Object.entries(data.metadata).filter(([, value]) => value !== null && value !== "");
+  const rows = known.map(([name, value]) => element("tr", {}, element("th", {}, name),
+    element("td", {}, typeof value === "string" ? value : JSON.stringify(value))));
+  return element("details.card.full", {}, element("summary", {}, "All settings"),
+    element("table", {}, ...rows));
 }
 
-function head() {
+function buildHeader() {
   const last = data.stages[data.stages.length - 1];
-  const size = last && (data.insertion ? data.insertion.size : [last.pixels[1], last.pixels[0]]).join(" × ");
-  const {method, steps, rank, seed, learning_rate: rate} = data.facts;
-  const told = last ? `${last.sampler}, guidance ${number(last.guidance)}, ${size}` :
-    `${method}, ${steps} steps, ${rank ? `rank ${rank}, ` : ""}learning rate ${rate}`;
-  const kind = element("div.label", {}, data.kind || "How this picture was drawn");
-  const top = document.getElementById("head");
-  const title = element(data.title.length > 120 ? "h1.long" : "h1", {}, data.title);
-  top.append(element("div", {}, kind, title, element("p", {}, `${told}, seed ${seed}`)));
-  if (last && !data.insertion) top.append(element("img", {src: last.picture, alt: "the finished picture"}));
+  const {method, steps, rank, seed, learning_rate: rate} = data.metadata;
+  let summary = `${method}, ${steps} steps, ${rank ? `rank ${rank}, ` : ""}learning rate ${rate}`;
+  if (last) {
+    const [h, w] = last.image_size, size = data.insertion ? data.insertion.size : [w, h];
+    summary = `${last.sampler}, guidance ${number(last.guidance)}, ${size.join(" × ")}`;
+  }
+  const header = document.getElementById("head");
+  header.append(element("div", {},
+    element("div.label", {}, data.kind || "How this image was generated"),
+    element(data.title.length > 120 ? "h1.long" : "h1", {}, data.title),
+    element("p", {}, `${summary}, seed ${seed}`)));
+  if (last && !data.insertion) {
+    header.append(element("img", {src: last.image, alt: "the finished image"}));
+  }
+}
+
+function buildTimeline() {
+  if (data.training) {
+    const {recorded_steps, losses} = data.training;
+    return recorded_steps.map(step => ({status: `after step ${step} of ${losses.length}`}));
+  }
+  const {steps} = data.stages.reduce((a, b) => b.steps.length > a.steps.length ? b : a);
+  const total = steps[steps.length - 1].index + 1;
+  return steps.map(({t, index, alpha_bar: ab}) =>
+    ({t, status: `step ${index + 1} of ${total} · t ${number(t, 4)} · σ ${number(sigma(ab))}`}));
 }
 
 function start() {
-  const longest = data.stages.reduce((best, stage) => !best || stage.steps.length > best.steps.length ? stage : best, null);
-  if (longest) {
-    const count = longest.steps[longest.steps.length - 1].index + 1;
-    time.frames = longest.steps.map(({t, index, alpha_bar}) =>
-      ({t, said: `step ${index + 1} of ${count} · t ${number(t, 4)} · σ ${number(sigma(alpha_bar))}`}));
+  const {stages, insertion, training} = data, main = document.getElementById("main");
+  timeline.frames = buildTimeline();
+  buildHeader();
+  buildBar();
+  if (insertion) main.append(compareCard());
+  if (stages.length) {
+    const classes = stages.length > 1 ? ".two" : "";
+    main.append(element("div.stages" + classes, {}, ...stages.map(stageView)));
   }
-  if (data.training) {
-    const {moments, losses} = data.training;
-    time.frames = moments.map(step => ({said: `after step ${step} of ${losses.length}`}));
-  }
-  head();
-  bar();
-  const main = document.getElementById("main");
-  if (data.insertion) main.append(compare());
-  if (data.stages.length) main.append(element("div.stages" + (data.stages.length > 1 ? ".two" : ""), {}, ...data.stages.map(stageView)));
-  if (data.training) main.append(trainingView());
-  if (data.insertion) main.append(maskMade(), putBack(data.stages[data.stages.length - 1]), composite());
-  main.append(facts());
-  go(0);
+  if (training) main.append(trainingView());
+  if (insertion) main.append(maskCard(), backgroundCard(stages[stages.length - 1]), compositeCard());
+  main.append(settingsCard());
+  go(training ? timeline.frames.length - 1 : 0);  // a training run is judged by its end
 }
 
 start();

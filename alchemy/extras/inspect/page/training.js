@@ -1,132 +1,161 @@
-// train.py's own: the loss, the loss by timestep, how far each layer has moved, previews through time.
+// train.py: loss, loss by timestep, how far each layer has moved, previews.
 
 const ERROR = `‖target − prediction(${X_T}, <i>t</i>, prompt)‖²`;
 
-// Round numbers between two.
-function round(low, high) {
+// Round numbers from low to high.
+function ticksBetween(low, high) {
   const least = (high - low) / 5, power = 10 ** Math.floor(Math.log10(least));
   const step = [1, 2, 5, 10].map(m => m * power).find(s => s >= least);
-  return Array.from({length: 7}, (_, k) => (Math.ceil(low / step - 1e-9) + k) * step).filter(v => v <= high);
+  const first = Math.ceil(low / step - 1e-9);
+  return Array.from({length: 7}, (_, k) => (first + k) * step).filter(v => v <= high);
 }
 
-// Axes, lines of [x, y] and a place for more. kind of y: plain or its logarithm.
-function chart(xs, ys, {log = false, x, y, H = 250}) {
-  const W = 560, left = 46, bottom = 34, f = log ? Math.log10 : v => v;
-  const [x0, x1] = xs, [y0, y1] = ys.map(f);
-  const within = v => Math.max(Math.min(v, y1), y0);
-  const at = (a, b) => [left + (a - x0) / (x1 - x0 || 1) * (W - left - 12), 10 + (y1 - within(f(b))) / (y1 - y0 || 1) * (H - 10 - bottom)];
-  const ticks = log ? [0.0001, 0.001, 0.01, 0.1, 1].filter(v => f(v) >= y0 - 1e-9 && f(v) <= y1 + 1e-9) : round(...ys);
-  const text = (x, y, anchor, said) => svg("text", {x, y, "text-anchor": anchor}, said);
-  const drawn = svg("svg", {viewBox: `0 0 ${W} ${H}`, class: "plot"},
-    ...ticks.flatMap(v => {
-      const [, y] = at(x0, v);
-      return [svg("line", {x1: left, x2: W - 12, y1: y, y2: y, class: "tick"}), text(left - 6, y + 3.5, "end", number(v, 2))];
-    }),
-    ...[x0, x1].map((v, i) => text(at(v, 1)[0], H - bottom + 14, i ? "end" : "start", number(v, 4))),
-    text((left + W) / 2, H - 4, "middle", x), text(W - 12, 22, "end", y));
-  const written = points => points.map(p => at(...p).map(c => c.toFixed(1)).join()).join(" ");
-  const line = (points, style) => svg("polyline", {points: written(points), class: style});
-  return {drawn, at, line, H, bottom};
+// Axes for lines of [x, y]; with `log`, y is logarithmic.
+function chart([x0, x1], yRange, {log = false, xLabel, yLabel, H = 250}) {
+  const W = 560, left = 46, bottom = 34, f = log ? Math.log10 : v => v, [y0, y1] = yRange.map(f);
+  const x = v => left + (v - x0) / (x1 - x0 || 1) * (W - left - 12);
+  const clipped = v => Math.max(Math.min(f(v), y1), y0);
+  const y = v => 10 + (y1 - clipped(v)) / (y1 - y0 || 1) * (H - 10 - bottom);
+  const text = (x, y, anchor, label) => svg("text", {x, y, "text-anchor": anchor}, label);
+  const powers = [0.0001, 0.001, 0.01, 0.1, 1];
+  const ticks = log ? powers.filter(v => f(v) >= y0 && f(v) <= y1) : ticksBetween(...yRange);
+  const grid = ticks.flatMap(v => [
+    svg("line", {x1: left, x2: W - 12, y1: y(v), y2: y(v), class: "tick"}),
+    text(left - 6, y(v) + 3.5, "end", number(v, 2))]);
+  const drawing = svg("svg", {viewBox: `0 0 ${W} ${H}`, class: "plot"}, ...grid,
+    text(x(x0), H - bottom + 14, "start", number(x0, 4)),
+    text(x(x1), H - bottom + 14, "end", number(x1, 4)),
+    text((left + W) / 2, H - 4, "middle", xLabel), text(W - 12, 22, "end", yLabel));
+  const point = ([a, b]) => `${x(a).toFixed(1)},${y(b).toFixed(1)}`;
+  const line = (points, classes) =>
+    svg("polyline", {points: points.map(point).join(" "), class: classes});
+  return {drawing, x, y, line, base: H - bottom};
 }
 
-function lossCurve() {
-  const {losses, means, moments} = data.training, good = losses.filter(v => v != null).sort((a, b) => a - b);
-  const top = good[Math.min(good.length - 1, Math.floor(good.length * 0.98))] || 1;
-  const {drawn, at, line, H, bottom} = chart([0, losses.length], [0, top * 1.05], {x: "step", y: "loss", H: 390});
-  const stride = Math.ceil(losses.length / 2000);  // no screen shows more
-  const thinned = values => values.map((v, i) => [i + 1, v]).filter(([, v], i) => v != null && i % stride === 0);
+function lossCard() {
+  const {losses, means, recorded_steps: steps} = data.training;
+  const sorted = losses.filter(v => v != null).sort((a, b) => a - b);
+  const top = sorted[Math.floor(0.98 * (sorted.length - 1))] || 1;
+  const {drawing, x, y, line, base} = chart([0, losses.length], [0, top * 1.05],
+    {xLabel: "step", yLabel: "loss", H: 390});
+  const stride = Math.ceil(losses.length / 2000);  // more points than a screen has pixels
+  const points = values => values.map((v, i) => [i + 1, v])
+    .filter(([step, v]) => v != null && (step - 1) % stride === 0);
   const r = losses.length < 200 ? 3 : 2;
-  for (const [cx, cy] of thinned(losses).map(p => at(...p))) drawn.append(svg("circle", {cx, cy, r, class: "dot faint"}));
-  drawn.append(line(thinned(means), "curve strong"));
-  const rule = svg("line", {y1: 8, y2: H - bottom, class: "rule"});
-  drawn.append(rule);
-  follow(k => { const [x] = at(moments[k], 0); rule.setAttribute("x1", x), rule.setAttribute("x2", x); });
-  const {method, captions, prior_weight: weight} = data.facts, prior = weight && !captions && method !== "textual-inversion";
-  return card("", "The loss",
-    `A dot for each step, the line is their running mean. One step sees a few timesteps only, drawn by chance, and some are much harder than
-     others: hence the dots' spread.
-     <b class="formula"><i>w<sub>t</sub></i> · ${ERROR}${prior ? " + <i>λ</i> · (the class stays as it was)" : ""}</b>`, drawn);
-}
-
-// When the page's first look was taken: of a run that was resumed, the curve of the loss alone goes further back.
-function beginning() {
-  const [begin] = data.training.moments;
-  return begin ? `after step ${begin}, where the run was resumed` : "before the first step";
-}
-
-function lossByTimestep() {
-  const {timesteps, by_t, moments} = data.training, first = beginning(), all = by_t.flatMap(([, row]) => row);
-  const ratios = by_t.map(([, row]) => row.map((v, j) => v / by_t[0][1][j]));
-  const x = "timestep t: 0 is clean, the end is noise", T = data.training.T;
-  const plain = chart([0, T], [Math.min(...all) / 1.3, Math.max(...all) * 1.3], {log: true, x, y: "error, logarithmic", H: 180});
-  const ratio = chart([0, T], [Math.min(0.95, ...ratios.flat()), Math.max(1.05, ...ratios.flat())],
-    {x, y: `the same, over what it was ${first}`, H: 200});
-  const lines = [[plain, by_t.map(([, row]) => row)], [ratio, ratios]].map(([where, rows]) => rows.map((row, i) => {
-    const made = where.line(row.map((v, j) => [timesteps[j], v]), "curve" + (i ? "" : " first"));
-    where.drawn.append(made);
-    return made;
-  }));
-  const said = element("figcaption");
-  follow(k => {
-    const now = by_t.reduce((best, [step], i) => step <= moments[k] ? i : best, 0);
-    for (const those of lines) those.forEach((made, i) => made.classList.toggle("strong", i === now));
-    said.textContent = `thick: after step ${by_t[now][0]}; dashed: ${first}`;
+  for (const [step, v] of points(losses)) {
+    drawing.append(svg("circle", {cx: x(step), cy: y(v), r, class: "dot faint"}));
+  }
+  const rule = svg("line", {y1: 8, y2: base, class: "rule"});
+  drawing.append(line(points(means), "curve strong"), rule);
+  onStep(k => {
+    const at = x(steps[k]);
+    rule.setAttribute("x1", at), rule.setAttribute("x2", at);
   });
-  return card("", "The loss by timestep",
-    `The same pictures with the same noise, at each noise level, measured ${by_t.length} times: what has been learned, and where. With
-     little noise (left) the noise is hard to see and the error large; with much (right) all is noise, and the question is what the
-     subject is.
-     <b class="formula">${ERROR}</b>`, plain.drawn, ratio.drawn, said);
+  const {method, captions, prior_weight: weight} = data.metadata;
+  const prior = weight && !captions && method !== "textual-inversion";
+  return card("", "Loss",
+    `One dot per step; the line is the running mean. A step sees a few random timesteps, and some
+     are much harder than others: hence the spread.
+     <b class="formula"><i>w<sub>t</sub></i> · ${ERROR}${prior ? " + <i>λ</i> · prior" : ""}</b>`,
+    drawing);
 }
 
-const ROWS = [["attn1.to_q", "self q"], ["attn1.to_k", "self k"], ["attn1.to_v", "self v"], ["attn1.to_out", "self out"],
-  ["attn2.to_q", "cross q"], ["attn2.to_k", "cross k"], ["attn2.to_v", "cross v"], ["attn2.to_out", "cross out"]];
+function timestepCard() {
+  const {timesteps, loss_by_timestep: measured, recorded_steps: steps, num_timesteps: T} =
+    data.training;
+  const rows = measured.map(([, row]) => row), ratios = rows.map(row =>
+    row.map((v, j) => v / rows[0][j]));
+  const first = steps[0] ? `after step ${steps[0]}, where the run was resumed`
+    : "before the first step";
+  const xLabel = "timestep t (0: image, end: noise)";
+  const absolute = chart([0, T], [Math.min(...rows.flat()) / 1.3, Math.max(...rows.flat()) * 1.3],
+    {log: true, xLabel, yLabel: "loss, logarithmic", H: 180});
+  const relative = chart([0, T],
+    [Math.min(0.95, ...ratios.flat()), Math.max(1.05, ...ratios.flat())],
+    {xLabel, yLabel: `relative to its value ${first}`, H: 200});
+  const draw = (chart, rows) => rows.map((row, i) => {
+    const points = row.map((v, j) => [timesteps[j], v]);
+    const line = chart.line(points, "curve" + (i ? "" : " first"));
+    chart.drawing.append(line);
+    return line;
+  });
+  const lines = [draw(absolute, rows), draw(relative, ratios)];
+  const caption = element("figcaption");
+  onStep(k => {
+    const now = measured.findLastIndex(([step]) => step <= steps[k]);
+    for (const group of lines) group.forEach((l, i) => l.classList.toggle("strong", i === now));
+    caption.textContent = `thick: after step ${measured[now][0]}; dashed: ${first}`;
+  });
+  return card("", "Loss by timestep",
+    `The same images with the same noise at each timestep, measured ${rows.length} times: at which
+     noise levels the model has improved.
+     <b class="formula">${ERROR}</b>`, absolute.drawing, relative.drawing, caption);
+}
 
-function heatMap() {
-  const {network, moments} = data.training, most = Math.max(1e-12, ...network.flatMap(([, rows]) => Object.values(rows).flat()));
-  const groups = [];
+const PROJECTIONS = ["attn1.to_q", "attn1.to_k", "attn1.to_v", "attn1.to_out", "attn2.to_q",
+  "attn2.to_k", "attn2.to_v", "attn2.to_out"];
+
+function normCard() {
+  const {network, recorded_steps: steps} = data.training, cells = [], groups = [];
+  const values = network.flatMap(([, rows]) => Object.values(rows).flat());
+  const most = Math.max(1e-12, ...values);
   for (const [block] of network) {
-    const name = block.startsWith("mid") ? "mid" : block.split("_")[0] + " " + block.split(".")[1];
-    if (groups.length && groups[groups.length - 1][0] === name) groups[groups.length - 1][1]++;
+    const [part, index] = block.split(".");
+    const name = part.startsWith("mid") ? "mid" : `${part.split("_")[0]} ${index}`;
+    const last = groups[groups.length - 1];
+    if (last && last[0] === name) last[1]++;
     else groups.push([name, 1]);
   }
-  const cells = [], body = ROWS.map(([key, label]) => element("tr", {}, element("th", {}, label), ...network.map(([block, rows]) => {
-    const cell = element("td", {"data-layer": `${block}.${key}`});
-    cells.push([cell, rows[key], `${block}.${key}`]);
-    return cell;
-  })));
-  const said = element("figcaption");
-  follow(k => {
+  const body = PROJECTIONS.map(key => {
+    const label = key.replace("attn1.to_", "self ").replace("attn2.to_", "cross ");
+    return element("tr", {}, element("th", {}, label), ...network.map(([block, rows]) => {
+      const cell = element("td", {"data-layer": `${block}.${key}`});
+      cells.push([cell, rows[key], `${block}.${key}`]);
+      return cell;
+    }));
+  });
+  const caption = element("figcaption");
+  onStep(k => {
     for (const [cell, norms, name] of cells) {
       const value = norms ? norms[k] : 0;
-      cell.style.background = `rgb(${COLOURS[Math.round(255 * value / most)]})`;
+      cell.style.background = `rgb(${COLORS[Math.round(255 * value / most)]})`;
       cell.title = `${name}: ${percent(value)}`;
     }
-    said.textContent = `after step ${moments[k]}; black is 0, the lightest ${percent(most)} (point at a cell for its own)`;
+    caption.textContent = `after step ${steps[k]}; black: 0, lightest: ${percent(most)} ` +
+      "(hover over a cell for its value)";
   });
-  const top = element("tr", {}, element("th"), ...groups.map(([name, span]) => element("th", {colspan: span}, name)));
+  const header = groups.map(([name, span]) => element("th", {colspan: span}, name));
   return card(".full", "How far each layer has moved",
-    `A column for each transformer block, in the order in which the network runs them; a row for each projection that a LoRA sits on.
-     <b class="formula">‖<i>α/r · B A</i>‖ / ‖<i>W</i>‖</b>`, element("table.heat", {}, top, ...body), said);
+    `The norm of each layer's change over that of its weights. A column per transformer block, in
+     the order of the network; a row per projection with a LoRA.
+     <b class="formula">‖<i>α/r · B A</i>‖ / ‖<i>W</i>‖</b>`,
+    element("table.heat", {}, element("tr", {}, element("th"), ...header), ...body), caption);
 }
 
-function previewGrid() {
-  const {previews, moments} = data.training, captions = data.facts.captions, prompts = previews[0][1].map(([prompt]) => prompt);
-  const columns = previews.map(([step, row]) => element("div.column", {}, element("div.label", {}, `step ${step}`),
+function previewCard() {
+  const {previews, recorded_steps: steps} = data.training;
+  const prompts = previews[0][1].map(([prompt]) => prompt);
+  const columns = previews.map(([step, row]) => element("div.column", {},
+    element("div.label", {}, `step ${step}`),
     ...row.map(([prompt, src]) => element("img", {src, alt: `${prompt}, step ${step}`}))));
-  follow(k => {
-    const now = previews.reduce((best, [step], i) => step <= moments[k] ? i : best, -1);
+  onStep(k => {
+    const now = previews.findLastIndex(([step]) => step <= steps[k]);
     columns.forEach((column, i) => column.classList.toggle("now", i === now));
   });
-  return card(".full", "What it draws, through time",
-    `The same seed each time, ${prompts.length} prompts from top to bottom. ` + (captions ? "They are captions of the pictures." :
-     "The first should become what is taught; the others should stay what they are."),
-    element("ol.prompts", {}, ...prompts.map(prompt => element("li", {}, prompt))), element("div.columns", {}, ...columns));
+  return card(".full", "Previews",
+    `${prompts.length} prompts from top to bottom, always with the same seed. ` +
+    (data.metadata.captions ? "They are captions of the training images."
+      : "The first should become the subject; the others should not change."),
+    element("ol.prompts", {}, ...prompts.map(prompt => element("li", {}, prompt))),
+    element("div.columns", {}, ...columns));
 }
 
 function trainingView() {
-  const made = data.training;
-  return element("div.lesson", {}, made.losses.length ? lossCurve() : null, made.by_t.length ? lossByTimestep() : null,
-    made.previews.length ? previewGrid() : absent("What it draws, through time", "the run drew no previews (--preview-every 0)."),
-    made.network.length ? heatMap() : absent("How far each layer has moved", "there is no LoRA whose size could be measured."));
+  const {losses, loss_by_timestep, previews, network} = data.training;
+  return element("div.training", {},
+    losses.length ? lossCard() : null, loss_by_timestep.length ? timestepCard() : null,
+    previews.length ? previewCard()
+      : notShown("Previews", "the run generated none (--preview-every 0)."),
+    network.length ? normCard()
+      : notShown("How far each layer has moved", "there is no LoRA to measure."));
 }

@@ -1,0 +1,167 @@
+"""The page of insert.py: both stages, how the mask was made, and the composite."""
+
+from collections.abc import Iterable, Iterator
+from contextlib import ExitStack
+from os import PathLike
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from torch import Tensor
+
+from ... import pipeline, segmentation
+from ...insertion import Insertion, with_token
+from ...sampling import Step
+from ...sdxl import SDXL
+from . import sheets
+from .page import write_page
+from .record import Recorder
+from .sprites import data_uri, single_sprite
+
+STAGES = ("Stage 1: the scene, from the base model", "Stage 2: the subject, with the LoRA")
+
+
+class InsertionRecorder:
+    """Records both stages of alchemy.insert, to which `follow` goes as its progress.
+
+    totals: the number of steps of each stage. image, mask, size: as given to alchemy.insert.
+    The attention to the class word is recorded a second time, beside insert's own; for an image
+    of the user's it comes from the one forward pass before stage 2.
+    """
+
+    def __init__(
+        self,
+        sdxl: SDXL,
+        prompt: str,
+        class_word: str,
+        token: str,
+        totals: tuple[int, int],
+        *,
+        image: Image.Image | None = None,
+        mask: Tensor | None = None,
+        size: tuple[int, int] | None = None,
+        **options: object,
+    ):
+        self.sdxl, self.stack, self.maps, self.current = sdxl, ExitStack(), None, -1
+        prompts = (prompt, with_token(prompt, class_word, token))
+        self.stages = []
+        for name, text, total in zip(STAGES, prompts, totals, strict=True):
+            recorder = Recorder(sdxl, text, total, **options)
+            recorder.focus = segmentation.token_positions(sdxl, text, class_word)[0]
+            self.stages.append((name, recorder))
+        if image:
+            del self.stages[0]
+        self.stages[-1][1].modifier = "mask"
+        if mask is None:
+            self.maps = self.class_maps(prompt, class_word, image, size)
+            if image:
+                self.stack.enter_context(self.maps.record())
+
+    def class_maps(self, prompt, class_word, image, size) -> segmentation.AttentionMaps:
+        """Maps of the class word over the steps that insert counts too, see segmentation."""
+        sdxl, window = self.sdxl, (0.0, 1.0)
+        if image:
+            size = segmentation.model_resolution(sdxl, image.size[::-1])
+        else:
+            window = sdxl.defaults["window"]
+        latent_size = tuple(side // sdxl.vae_scale_factor for side in size)
+        positions = segmentation.token_positions(sdxl, prompt, class_word)
+        timesteps = len(sdxl.schedule.alpha_bar)
+        return segmentation.AttentionMaps(sdxl.unet, positions, latent_size, timesteps, window)
+
+    def follow(self, steps: Iterable[Step]) -> Iterator[Step]:
+        """Record the next stage."""
+        self.current += 1
+        recorder, only = self.stages[self.current][1], len(self.stages) == 1
+        if self.maps and only:  # the user's image has just been segmented
+            self.stack.close()
+            self.maps.accumulate(0)
+        if self.maps and not only and self.current == 0:
+            return self.maps.follow(recorder.follow(steps))
+        return recorder.follow(steps)
+
+
+def mask_steps(
+    recorder: InsertionRecorder, made: Insertion, threshold: float
+) -> list[tuple[str, str, Tensor]]:
+    """(name, explanation, (H,W) in [0,1]) of each step from the attention to insert's mask."""
+    edge = ("feathered", "falls off towards its edge, inside it", made.feathered)
+    if recorder.maps is None:
+        return [("your mask", "given with --mask", made.mask), edge]
+    size = made.scene.size[::-1]
+    raw = recorder.maps.heatmap(0).float().cpu()
+    walked = recorder.maps.heatmap(recorder.sdxl.defaults["walk_iterations"]).float().cpu()
+    large = F.interpolate(walked[None, None], size, mode="bicubic", align_corners=False)[0, 0]
+    soft = segmentation.to_pixels(walked, made.scene)
+    rough = soft >= threshold
+    smooth = segmentation.remove_specks_and_holes(rough).float()
+    return [
+        ("cross-attention", "to the class word: mean over levels and steps", raw),
+        (
+            "times self-attention",
+            "one random-walk step: <i>A</i><sub>self</sub> · <i>m</i>",
+            walked,
+        ),
+        ("upsampled", "to the image's size, bicubic", large.clamp(0, 1)),
+        ("guided filter", "moves edges to the image's edges (He et al. 2010)", soft),
+        ("thresholded", f"at least {threshold:g}", rough.float()),
+        ("cleaned", "without specks and holes", smooth),
+        ("dilated", "by a margin: what may change", made.mask),
+        edge,
+    ]
+
+
+def latent_mask(made: Insertion, factor: int) -> Tensor:
+    """Where stage 2 generates, (h,w) of its latents: as in insertion.insert."""
+    top, left, height, width = made.box
+    part = made.mask[None, top : top + height, left : left + width]
+    inside = F.adaptive_max_pool2d(part, made.generated.size[::-1])[0]
+    return pipeline.latent_mask(inside, factor)[0, 0]
+
+
+def difference(made: Insertion) -> tuple[Tensor, int]:
+    """|result − scene| (H,W) uint8, the largest of three channels; and its maximum outside."""
+    result, scene = (torch.from_numpy(np.array(x)).int() for x in (made.result, made.scene))
+    changed = (result - scene).abs().amax(2)
+    outside = changed[made.feathered.cpu() == 0]
+    return changed.byte(), int(outside.max()) if outside.numel() else 0
+
+
+def write_insertion_page(
+    folder: str | PathLike, recorder: InsertionRecorder, made: Insertion, metadata: dict
+) -> list[Path]:
+    """Write the page of an Insertion; returns the paths."""
+    masks = mask_steps(recorder, made, metadata["threshold"])
+    changed, outside = difference(made)
+    top = max(int(changed.max()), 1)
+    images = [made.scene, made.generated][-len(recorder.stages) :]
+    shown = {
+        "mask": [
+            {"name": name, "note": note, "sprite": single_sprite(m)} for name, note, m in masks
+        ],
+        "seam": metadata["seam"],
+        "box": made.box,
+        "difference": single_sprite(changed / top),
+        "largest_difference": top,
+        "difference_outside": outside,
+        "changed_share": float((made.feathered > 0).float().mean()),
+        "latent_mask": single_sprite(latent_mask(made, recorder.sdxl.vae_scale_factor)),
+        "size": made.scene.size,
+        "segmented": recorder.maps is not None,
+        "result": data_uri(made.result, made.result.width <= 256),
+    }
+    # Only what no stage shows already.
+    if len(recorder.stages) == 1:
+        shown["scene"] = data_uri(made.scene, made.scene.width <= 256)
+    if made.crop != made.scene:
+        shown["crop"] = data_uri(made.crop, made.crop.width <= 256)
+    rows = [[(name, sheets.grey(m)) for name, _, m in masks]]
+    composite = [("scene", made.scene), ("crop", made.crop), ("generated", made.generated)]
+    composite += [("result", made.result), ("difference", Image.fromarray(changed.numpy()))]
+    stages = []
+    for (name, stage), image in zip(recorder.stages, images, strict=True):
+        stages.append((name, stage, image))
+    extra = {"kind": "How the subject was inserted into the scene", "insertion": shown}
+    return write_page(folder, metadata["prompt"], stages, metadata, extra, [*rows, composite])
