@@ -89,9 +89,13 @@ function start() {
     main.append(element("div.stages" + classes, {}, ...stages.map(stageView)));
   }
   if (training) main.append(trainingView());
-  if (insertion) main.append(maskCard(), backgroundCard(stages[stages.length - 1]), compositeCard());
+  if (insertion) {
+    main.append(maskCard(), backgroundCard(stages[stages.length - 1]), compositeCard());
+  }
   main.append(settingsCard());
-  go(training ? timeline.frames.length - 1 : 0);  // a training run is judged by its end
+  // index.html#12 opens at that step; a training run is judged by its last one.
+  const chosen = location.hash ? +location.hash.slice(1) : training ? Infinity : 0;
+  go(chosen);
 }
 
 start();
