@@ -36,10 +36,10 @@ def test_tiny_pictures_copies_and_long_captions_are_named_and_good_ones_not(sdxl
         sdxl, [(tmp_path / f"{name}.png", text) for name, text in captions.items()], (32, 32)
     )
     assert len(lines) == 3 and page.width > 4 * 256
-    assert lines[0].startswith("b.png is tiny, 60x20") and "1.6 times" in lines[0]
+    assert lines[0].startswith("b.png is small, 60x20") and "1.6 times" in lines[0]
     assert (
-        lines[1] == "c.png is the same picture as a.png"
-        and lines[2].startswith("c.png: its caption is too long")
+        lines[1] == "c.png is the same image as a.png"
+        and lines[2].startswith("c.png: the caption is too long")
         and "green" in lines[2]
     )
 
@@ -181,7 +181,7 @@ def test_a_caption_that_is_too_long_is_said_once_and_with_its_picture(tiny, tmp_
     )
     assert (
         run.err.count("lost") == 1
-        and "a.png: its caption is too long, these words are lost: 'green 2024'" in run.err
+        and "a.png: the caption is too long, this is cut off: 'green 2024'" in run.err
     )
 
 
@@ -253,5 +253,5 @@ def test_the_sheet_shows_60_reduced_and_the_rest_is_looked_at_too(sdxl, tmp_path
     assert (
         len(kept) == 60
         and kept[0] == (512, 384)
-        and lines[-1].startswith("large.png: its caption is too long")
+        and lines[-1].startswith("large.png: the caption is too long")
     )
