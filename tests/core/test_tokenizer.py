@@ -1,17 +1,18 @@
-"""The tokenizer (alchemy/tokenizer.py) against transformers' ids, rule by rule, and what else it promises."""
+"""The tokenizer against transformers' ids, rule by rule; positions, truncation, added tokens."""
 
 import json
-import sys
+import random
 import unicodedata
+import weakref
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
 from safetensors import safe_open
 
-ROOT = Path(__file__).resolve().parents[2]
-sys.path.insert(0, str(ROOT))
-from alchemy.tokenizer import Tokenizer  # noqa: E402
+from alchemy.tokenizer import Tokenizer
 
+ROOT = Path(__file__).resolve().parents[2]
 MINI = ROOT / "weights" / "mini"
 BOS, EOS = 49406, 49407
 NAMES = ("tokenizer", "tokenizer_2")
@@ -35,58 +36,49 @@ def fresh():
 @pytest.fixture(scope="module")
 def reference():
     with safe_open(ROOT / "tests" / "reference" / "tokens.safetensors", "np") as file:
-        return json.loads(file.metadata()["prompts"]), [
-            file.get_tensor(name).tolist() for name in ("ids_1", "ids_2")
-        ]
+        prompts = json.loads(file.metadata()["prompts"])
+        return prompts, [file.get_tensor(name).tolist() for name in ("ids_1", "ids_2")]
 
 
-# The ids
+# Ids
 
 
 @pytest.mark.parametrize("n", [0, 1])
 def test_ids_equal_the_reference(both, reference, n):
     prompts, ids = reference
     assert len(prompts) >= 320 and all(len(row) == 77 for row in ids[n])
-    assert [p for p, row in zip(prompts, ids[n]) if both[n](p) != row] == []
+    assert [p for p, row in zip(prompts, ids[n], strict=True) if both[n](p) != row] == []
 
 
-def test_reference_holds_the_prompts_of_the_list(reference):
-    sys.path.insert(0, str(ROOT / "tests" / "reference"))
-    from prompts import PROMPTS
+def test_the_reference_holds_the_prompts_of_prompts_json(reference):
+    file = ROOT / "tests" / "reference" / "prompts.json"
+    groups = json.loads(file.read_text("utf-8"))
+    assert reference[0] == [prompt for group in groups.values() for prompt in group]
 
-    assert reference[0] == PROMPTS
 
-
-def test_a_literal_prompt_has_the_known_ids(both):
+def test_tokenizer_1_pads_with_eos_and_tokenizer_2_with_0(both):
     start = [BOS, 320, 1125, 539, 320, 1929, EOS]
     assert both[0]("a photo of a dog") == start + [EOS] * 70
     assert both[1]("a photo of a dog") == start + [0] * 70
-    assert both[0]("") == [BOS] + [EOS] * 76 and both[1]("") == [BOS, EOS] + [0] * 75
-
-
-def test_first_eos_ends_the_text_and_padding_follows(both):
-    for tokenizer, pad in zip(both, (EOS, 0)):
-        assert tokenizer.pad == pad
-        ids = tokenizer("a dog, a cat")
-        end = ids.index(EOS)
-        assert end == 1 + len(tokenizer.tokens("a dog, a cat")) and set(ids[end + 1 :]) == {pad}
+    assert both[0]("") == [BOS] + [EOS] * 76
+    assert both[1]("") == [BOS, EOS] + [0] * 75
 
 
 @pytest.mark.parametrize("count", [74, 75, 76, 77, 200])
-def test_truncation_keeps_eos(both, count):
+def test_a_long_prompt_is_cut_to_75_tokens_and_keeps_eos(both, count):
     for tokenizer in both:
         ids = tokenizer("dog " * count)
         assert len(ids) == 77 and ids.index(EOS) == min(count, 75) + 1
 
 
-# The text rules
+# Text rules
 
 
-def test_lower_case_is_per_character_so_sigma_is_not_final(one):
+def test_lower_case_does_not_depend_on_the_context(one):
     assert one("ΟΔΟΣ") == one("οδοσ") != one("οδος")
 
 
-def test_composed_and_decomposed_accents_are_one(one):
+def test_composed_and_decomposed_accents_are_equal(one):
     assert one("cafe\u0301") == one("caf\u00e9") != one("cafe")
 
 
@@ -98,17 +90,21 @@ def test_white_space_is_unicodes_not_pythons(one):
         assert one(f"a{char}b") != one("a b"), hex(ord(char))
 
 
-def test_split_takes_letters_together_digits_alone_and_a_contraction_only_at_the_start_of_a_word(
-    one,
-):
-    spelled = lambda text: [piece for _, piece in one.tokens(text)]  # noqa: E731
-    assert spelled("cat2024,dog") == ["cat", "2", "0", "2", "4", ",", "dog"]
-    assert spelled("it's") == ["it", "'s"] and spelled("\"'s") == ["\"'", "s"]
-    assert spelled("(word:1.2)") == ["(", "word", ":", "1", ".", "2", ")"]
-    assert spelled("&amp;") == ["&", "amp", ";"]  # no html.unescape
+@pytest.mark.parametrize(
+    "text, words",
+    [
+        ("cat2024,dog", ["cat", "2", "0", "2", "4", ",", "dog"]),
+        ("it's", ["it", "'s"]),
+        ("\"'s", ["\"'", "s"]),  # a contraction starts a word
+        ("(word:1.2)", ["(", "word", ":", "1", ".", "2", ")"]),
+        ("&amp;", ["&", "amp", ";"]),  # no html.unescape
+    ],
+)
+def test_words_are_letters_one_number_or_other_signs(one, text, words):
+    assert [token for _, token in one.tokens(text)] == words
 
 
-def test_exclamation_mark_is_special_in_tokenizer_2_only(both):
+def test_an_exclamation_mark_is_the_padding_token_of_tokenizer_2(both):
     assert both[0]("a!b")[:5] == [BOS, 320, 256, 321, EOS]
     assert both[1]("a!b")[:5] == [BOS, 320, 0, 321, EOS]
     assert both[1]("wow!!")[:5] == [BOS, 2781, 0, 0, EOS]
@@ -119,119 +115,158 @@ def test_literal_special_tokens_become_their_ids(both):
     for tokenizer in both:
         assert tokenizer("a<|endoftext|>b")[:5] == [BOS, 320, EOS, 321, EOS]
         assert tokenizer("<|STARTOFTEXT|> b")[:4] == [BOS, BOS, 321, EOS]
-    # the padding token is looked for before lower-casing, the other one after it
-    assert both[0]("<|ENDOFTEXT|>")[1] != EOS and both[1]("<|ENDOFTEXT|>")[1] == EOS
+    # The padding token is matched before lower-casing, the other one after it.
+    assert both[0]("<|ENDOFTEXT|>")[1] != EOS
+    assert both[1]("<|ENDOFTEXT|>")[1] == EOS
 
 
-def test_a_bad_byte_of_the_command_line_is_no_crash(one):
+def test_a_surrogate_from_the_command_line_does_not_raise(one):
     assert len(one("a \udcff dog")) == 77
 
 
-# Words and their positions
+# Byte-pair merging
 
 
-def test_find_gives_every_occurrence(one):
-    text = "a cat and a caterpillar, cats; the cat's CAT"
-    ids = one(text)
-    found = one.find(text, "cat")
-    assert found == one.find(text, "Cat") == [[2], [10], [12]]
-    assert all(ids[p] == 2368 for [p] in found)
+def merge_plainly(ranks, symbols):
+    """The algorithm of Sennrich et al. as published: quadratic."""
+    symbols = [*symbols[:-1], symbols[-1] + "</w>"]
+    while known := [pair for pair in pairwise(symbols) if pair in ranks]:
+        best = min(known, key=ranks.get)
+        n = 0
+        while n < len(symbols) - 1:
+            if (symbols[n], symbols[n + 1]) == best:
+                symbols[n : n + 2] = [symbols[n] + symbols[n + 1]]
+            n += 1
+    return symbols
 
 
-def test_find_is_not_inside_other_words(one):
-    assert one.find("caterpillar concatenate cats", "cat") == []
-    assert one.find("cat2 2cat e\u0301cat", "cat") == []
-    assert one.find("124 24 1 24", "24") == [[4, 5], [7, 8]]
-    assert one.find("2 4", "24") == one.find("24", "2 4") == []
-    assert one.find("हिन्दी", "ह") == []  # the mark that follows is no letter, but the word goes on
-    assert one.find("(cat) cat-like my_cat <cat>", "cat") == [[2], [4], [9], [11]]
+def test_merging_equals_the_published_algorithm(one):
+    rng = random.Random(0)
+    for alphabet in ("a", "ab", "abcdeinorst", "=-!"):
+        for length in range(1, 60):
+            word = rng.choices(alphabet, k=length)
+            assert one._merge([*word]) == merge_plainly(one.merge_ranks, word)
 
 
-def test_find_words_of_several_tokens_and_phrases(both):
+def test_all_occurrences_of_a_pair_merge_before_a_pair_that_they_create():
+    merges = [("b", "c"), ("abc", "a"), ("a", "bc")]
+    tokenizer = Tokenizer({"<|endoftext|>": 0}, merges, 0, {"<|endoftext|>": 0})
+    assert tokenizer._merge([*"abcabcx"]) == ["abc", "abc", "x</w>"]
+
+
+def test_one_long_word_takes_lookups_in_proportion_to_its_length(fresh):
+    class Counting(dict):
+        count = 0
+
+        def get(self, pair):
+            Counting.count += 1
+            return super().get(pair)
+
+    fresh.merge_ranks = Counting(fresh.merge_ranks)
+    counts = []
+    for length in (2_000, 20_000):
+        Counting.count = 0
+        fresh._merge(["a", "b"] * (length // 2))
+        counts.append(Counting.count)
+    assert counts[1] < 11 * counts[0] and counts[0] < 20 * 2_000
+
+
+def test_a_tokenizer_is_freed_with_its_cache():
+    tokenizer = Tokenizer.from_folder(MINI / "tokenizer")
+    tokenizer("a dog")
+    reference = weakref.ref(tokenizer)
+    del tokenizer
+    assert reference() is None
+
+
+# Positions
+
+
+@pytest.mark.parametrize(
+    "text, phrase, positions",
+    [
+        ("a cat and a caterpillar, cats; the cat's CAT", "Cat", [[2], [10], [12]]),
+        ("caterpillar concatenate cats", "cat", []),
+        ("cat2 2cat e\u0301cat", "cat", []),
+        ("124 24 1 24", "24", [[4, 5], [7, 8]]),
+        ("2 4", "24", []),
+        ("24", "2 4", []),
+        ("हिन्दी", "ह", []),  # a mark follows: not a letter, but the word goes on
+        ("(cat) cat-like my_cat <cat>", "cat", [[2], [4], [9], [11]]),
+        ("dog " * 80, "dog", [[p] for p in range(1, 76)]),
+        ("a " * 74 + "golden retriever", "golden", [[75]]),
+        ("a " * 74 + "golden retriever", "golden retriever", []),  # cut in two
+        ("a dog", "cat", []),
+        ("a dog", "", []),
+        ("", "dog", []),
+    ],
+)
+def test_find_gives_the_positions_of_whole_words_before_the_cut(one, text, phrase, positions):
+    assert one.find(text, phrase) == positions
+
+
+def test_find_takes_words_of_several_tokens_and_phrases(both):
     text = "Golden Retriever, xqzzyv golden-retriever, goldenretriever golden  retriever"
     for tokenizer in both:
         ids = tokenizer(text)
-        [strange] = tokenizer.find(text, "xqzzyv")
-        assert len(strange) > 1 and tokenizer.decode(ids[p] for p in strange) == "xqzzyv"
+        [rare] = tokenizer.find(text, "xqzzyv")
+        assert len(rare) > 1 and tokenizer.decode(ids[p] for p in rare) == "xqzzyv"
         first, second = tokenizer.find(text, "golden retriever")
-        assert first == [1, 2] and tokenizer.decode(ids[p] for p in second) == "golden retriever"
+        assert first == [1, 2]
+        assert tokenizer.decode(ids[p] for p in second) == "golden retriever"
         assert second[1] == ids.index(EOS) - 1
 
 
-def test_find_leaves_out_what_the_limit_cuts(one):
-    assert one.find("dog " * 80, "dog") == [[p] for p in range(1, 76)]
-    text = "a " * 74 + "golden retriever"
-    assert one.find(text, "golden") == [[75]] and one.find(text, "golden retriever") == []
-    assert one.find("a dog", "cat") == one.find("a dog", "") == one.find("", "dog") == []
-
-
-def test_pieces_stand_at_their_positions(both):
+def test_tokens_stand_at_their_positions_and_are_not_cut(both):
     text = "a caterpillaresque 🦄, don't! 日本"
     for tokenizer in both:
-        pieces = tokenizer.tokens(text)
-        assert [i for i, _ in pieces] == tokenizer(text)[1 : len(pieces) + 1]
-        assert "".join(piece for _, piece in pieces).startswith("acaterpillaresque")
-    assert len(tokenizer.tokens("dog " * 100)) == 100
+        tokens = tokenizer.tokens(text)
+        assert [i for i, _ in tokens] == tokenizer(text)[1 : len(tokens) + 1]
+        assert "".join(token for _, token in tokens).startswith("acaterpillaresque")
+        assert len(tokenizer.tokens("dog " * 100)) == 100
 
 
-def test_lost_names_the_words_that_do_not_fit(both):
-    for tokenizer in both:
-        assert tokenizer.truncated_text("") == tokenizer.truncated_text("dog " * 75) == ""
-        assert tokenizer.truncated_text("dog " * 75 + "red cat") == "red cat"
-        assert (
-            tokenizer.truncated_text("dog " * 75 + "in 2024 at no2") == "in 2024 at no2"
-        )  # a numeral is a word of its own, but written as it was
-        assert (
-            tokenizer.truncated_text("dog " * 74 + "caterpillaresque 🦄") == "caterpillaresque 🦄"
-        )  # whole, though its start fits
+@pytest.mark.parametrize(
+    "text, rest",
+    [
+        ("", ""),
+        ("dog " * 75, ""),
+        ("dog " * 75 + "red cat", "red cat"),
+        ("dog " * 75 + "in 2024 at no2", "in 2024 at no2"),
+        ("dog " * 74 + "caterpillaresque 🦄", "caterpillaresque 🦄"),  # whole, if cut in two
+    ],
+)
+def test_truncated_text_is_what_does_not_fit(both, text, rest):
+    assert [tokenizer.truncated_text(text) for tokenizer in both] == [rest, rest]
 
 
-def test_decode_is_the_text_again(both):
+def test_decode_returns_the_text(both):
     for tokenizer in both:
         ids = tokenizer("A café, 日本 🦄 don't")
         assert tokenizer.decode(ids[1 : ids.index(EOS)]) == "a café , 日本 🦄 don 't"
     assert tokenizer.decode(ids).startswith("<|startoftext|>a café")
 
 
-# New tokens
+# Added tokens
 
 
-def test_add_gives_the_next_id_and_matches_literally(fresh):
+def test_an_added_token_gets_the_next_id_and_matches_literally(fresh):
     before = fresh("a dog")
-    assert (
-        fresh.add("<my-dog>") == 49408
-        and fresh.add("<my-dog>_1") == 49409
-        and fresh.add("<häuschen>") == 49410
-    )
+    added = [fresh.add(token) for token in ("<my-dog>", "<my-dog>_1", "<häuschen>")]
+    assert added == [49408, 49409, 49410]
     assert fresh("a <my-dog>")[:4] == [BOS, 320, 49408, EOS]
-    assert (
-        fresh("a <MY-DOG>")[2] == 49408
-    )  # found after lower-casing, as transformers finds an added token
-    assert fresh("x<my-dog>_1, <my-dog>s")[:7] == [
-        BOS,
-        343,
-        49409,
-        267,
-        49408,
-        338,
-        EOS,
-    ]  # the longest of two
+    assert fresh("a <MY-DOG>")[2] == 49408  # in any case of letters
+    ids = fresh("x<my-dog>_1, <my-dog>s")  # the longer of two that match
+    assert ids[:7] == [BOS, 343, 49409, 267, 49408, 338, EOS]
     assert fresh("a dog") == before
     assert fresh.find("a <my-dog> and a <my-dog>", "<my-dog>") == [[2], [5]]
     assert fresh.tokens("<my-dog> <häuschen>") == [(49408, "<my-dog>"), (49410, "<häuschen>")]
     assert fresh("<my-dog> " * 80)[75:] == [49408, EOS]
 
 
-@pytest.mark.parametrize(
-    "token", ["dog", "cactus", "!", "<|endoftext|>", "<|EndOfText|>", "", "  "]
-)
-def test_add_refuses_what_exists(fresh, token):
-    with pytest.raises(ValueError, match="token already"):
-        fresh.add(token)
-
-
-def test_add_refuses_a_second_time_in_any_case(fresh):
+def test_a_token_that_exists_or_is_blank_is_refused(fresh):
     fresh.add("<my-dog>")
-    for token in ("<my-dog>", "<My-Dog>"):
+    existing = ["dog", "cactus", "!", "<|endoftext|>", "<|EndOfText|>", "<my-dog>", "<My-Dog>"]
+    for token in [*existing, "", "  "]:
         with pytest.raises(ValueError, match="token already"):
             fresh.add(token)

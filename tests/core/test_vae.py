@@ -1,29 +1,23 @@
-"""The VAE against diffusers at factor 4 and 8 (tests/reference/vae, vae_8)."""
+"""The VAE against diffusers (tests/reference: vae, factor 4; vae_8, factor 8); strips."""
 
 import pytest
 import torch
 
+from alchemy import vae as vae_module
 from alchemy.blocks import Downsample
-from alchemy.vae import VAEConfig
+from alchemy.extras.counting import peak
+from alchemy.vae import VAE, VAEConfig
 
 NAMES = ("vae", "vae_8")
 
 
-def channels(tensor):
-    """Channel by channel, so that a small one is not drowned by a large one."""
-    return tensor.unbind(1)
-
-
 @pytest.mark.parametrize("name", NAMES)
-def test_encode_gives_scaled_mean_and_std_in_float64(name, reference, network, close):
+def test_encode_returns_scaled_mean_and_std_in_float64(name, reference, network, close):
     stored = reference(name)
     mean, std = network(name).encode(stored["inputs/images"].double())
-    for ours, theirs in (
-        (mean, stored["outputs/mean_scaled"]),
-        (std, stored["outputs/std_scaled"]),
-    ):
-        for a, b in zip(channels(ours), channels(theirs)):
-            close(a, b, 1e-9)
+    for channel in range(mean.shape[1]):
+        close(mean[:, channel], stored["outputs/mean_scaled"][:, channel], 1e-9)
+        close(std[:, channel], stored["outputs/std_scaled"][:, channel], 1e-9)
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -41,65 +35,83 @@ def test_float32_agrees_to_3e_6(name, reference, network, close):
     close(vae.decode(stored["inputs/latents"]), stored["outputs/decoded"], 3e-6)
 
 
-def test_scaling_factor_is_applied_once_each_way(reference, network, close):
-    stored, vae = reference("vae"), network("vae")
-    assert vae.config.scaling_factor == 0.13025
-    mean, _ = vae.encode(stored["inputs/images"].double())
-    close(mean / 0.13025, stored["outputs/mean"], 1e-9)
-    latents = stored["inputs/latents"].double()
-    close(vae.decoder(vae.post_quant_conv(latents / 0.13025)), stored["outputs/decoded"], 1e-9)
-
-
-def test_log_variance_is_clamped_at_minus_30(reference, network, close):
+def test_log_variance_is_clamped_at_minus_30_and_20(reference, network):
     stored, vae = reference("vae"), network("vae")
     _, log_variance = vae.quant_conv(vae.encoder(stored["inputs/images"].double())).chunk(2, dim=1)
-    assert (
-        log_variance[:, 0].min() < -30 < log_variance[:, 0].max()
-    )  # so that the reference does pin the clamp
+    assert log_variance[:, 0].min() < -30 < log_variance[:, 0].max()  # the reference pins it
     _, std = vae.encode(stored["inputs/images"].double())
-    assert std[:, 0].min().item() == pytest.approx(
-        0.13025 * torch.tensor(-15.0, dtype=torch.float64).exp().item(), rel=1e-12
-    )
+    smallest = 0.13025 * torch.tensor(-15.0, dtype=torch.float64).exp().item()
+    assert std[:, 0].min().item() == pytest.approx(smallest, rel=1e-12)
 
-
-def test_log_variance_is_clamped_at_20(network):
-    vae = network("vae")
     vae.quant_conv.bias[5] = 50
     _, std = vae.encode(torch.zeros(1, 3, 8, 8, dtype=torch.float64))
-    assert torch.allclose(
-        std[:, 1], torch.tensor(0.13025).double() * torch.tensor(10.0).double().exp(), rtol=1e-7
-    )
+    largest = 0.13025 * torch.tensor(10.0).double().exp()
+    assert torch.allclose(std[:, 1], largest, rtol=1e-7)
 
 
-def test_encoder_pads_right_and_bottom_only():
+def test_the_encoder_pads_right_and_bottom_only():
     down = Downsample(1, padding=0).double()
-    torch.nn.init.zeros_(down.conv.weight), torch.nn.init.zeros_(down.conv.bias)
-    down.conv.weight.data[0, 0, 0, 0] = (
-        1  # the kernel's first corner: it sees the padding only if that is left or top
-    )
-    picture = torch.arange(1.0, 17.0, dtype=torch.float64).view(1, 1, 4, 4)
-    assert torch.equal(down(picture), picture[:, :, ::2, ::2])
+    torch.nn.init.zeros_(down.conv.weight)
+    torch.nn.init.zeros_(down.conv.bias)
+    # The kernel's first corner meets the padding only if that is left or top.
+    down.conv.weight.data[0, 0, 0, 0] = 1
+    image = torch.arange(1.0, 17.0, dtype=torch.float64).view(1, 1, 4, 4)
+    assert torch.equal(down(image), image[:, :, ::2, ::2])
 
 
-def test_what_is_not_finite_raises_and_is_not_shown(network):
+def test_nan_raises_and_names_the_dtypes_that_work(network):
     vae = network("vae")
     vae.decoder.conv_out.bias[0] = float("nan")
     with pytest.raises(FloatingPointError, match="bfloat16"):
         vae.decode(torch.zeros(1, 4, 2, 2, dtype=torch.float64))
 
 
-def test_a_half_precision_vae_gives_float32_latents_and_pictures(reference, network, close):
+def test_a_bfloat16_vae_returns_float32_latents_and_images(reference, network, close):
     stored, vae = reference("vae"), network("vae", torch.bfloat16)
     mean, std = vae.encode(stored["inputs/images"])
-    assert mean.dtype == std.dtype == torch.float32 and vae.decode(mean).dtype == torch.float32
+    assert mean.dtype == std.dtype == vae.decode(mean).dtype == torch.float32
     close(mean, stored["outputs/mean_scaled"], 0.05)
 
 
 def test_configuration_defaults_are_sdxls():
-    assert VAEConfig.from_config({}) == VAEConfig() and VAEConfig().block_out_channels == (
-        128,
-        256,
-        512,
-        512,
-    )
-    assert VAEConfig().scaling_factor == 0.13025 and VAEConfig().force_upcast
+    config = VAEConfig.from_config({})
+    assert config == VAEConfig() and config.block_out_channels == (128, 256, 512, 512)
+    assert config.scaling_factor == 0.13025 and config.force_upcast
+
+
+# Strips
+
+
+@pytest.mark.parametrize("pixels", [1, 24, 60, 200, 1 << 20])
+@pytest.mark.parametrize("name", NAMES)
+def test_strips_have_no_seams_and_agree_to_1e_12(name, pixels, network, close, monkeypatch):
+    vae = network(name)
+    latents = torch.randn(2, 4, 11, 6, generator=torch.Generator().manual_seed(0)).double()
+    images = torch.randn(1, 3, 40, 24, generator=torch.Generator().manual_seed(1)).double()
+    whole, encoded = vae.decode(latents), vae.encode(images)
+    monkeypatch.setattr(vae_module, "STRIPS_ABOVE", 100)  # pixels: the coarse levels stay whole
+    monkeypatch.setattr(vae_module, "STRIP_PIXELS", pixels)  # one row at least
+    with torch.no_grad():
+        close(vae.decode(latents), whole, 1e-12)
+        for ours, theirs in zip(vae.encode(images), encoded, strict=True):
+            close(ours, theirs, 1e-12)
+
+
+@pytest.mark.parametrize("dtype, tol", [(torch.float32, 3e-6), (torch.bfloat16, 0.02)])
+def test_strips_agree_in_lower_precision(dtype, tol, network, close, monkeypatch):
+    vae = network("vae_8", dtype).to(memory_format=torch.channels_last)
+    latents = torch.randn(1, 4, 9, 8, generator=torch.Generator().manual_seed(0))
+    whole = vae.decode(latents)
+    monkeypatch.setattr(vae_module, "STRIPS_ABOVE", 100)
+    monkeypatch.setattr(vae_module, "STRIP_PIXELS", 300)
+    with torch.no_grad():
+        close(vae.decode(latents), whole, tol)
+
+
+@pytest.mark.parametrize("side, gigabytes", [(1024, 1.65), (2048, 3.6)])
+def test_peak_memory_of_decoding_in_bfloat16(side, gigabytes):
+    with torch.device("meta"):
+        vae = VAE().to(torch.bfloat16).requires_grad_(False)
+        latents = torch.empty(1, 4, side // 8, side // 8)
+    with torch.no_grad():
+        assert peak(lambda: vae.decode(latents)) < gigabytes * 1e9
