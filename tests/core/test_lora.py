@@ -1,64 +1,44 @@
-"""LoRA against peft (tests/reference/lora: rank 4, alpha 6, on unet_a), its life cycle, and its dtypes."""
+"""LoRA against peft (tests/reference/lora: rank 4, alpha 6, on unet_a), its life cycle, dtypes."""
 
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
+from helpers.networks import down_up, linear, random_lora, unet_inputs
 
+import alchemy
 from alchemy import lora
 
 SCALES = (1.0, 0.7)
-ORDER = ("latents", "t", "context", "pooled", "time_ids")
+MINI = Path(__file__).resolve().parents[2] / "weights" / "mini"
 
 
 @pytest.fixture
 def inputs(reference):
-    def of(dtype=torch.float64):
-        given = reference("unet_a").group("inputs/0/")
-        return [
-            given[k].to(dtype) if k in ("latents", "context", "pooled") else given[k] for k in ORDER
-        ]
-
-    return of
+    return lambda dtype=torch.float64: unet_inputs(reference("unet_a"), 0, dtype)
 
 
 @pytest.fixture
 def adapted(reference, network):
-    """adapted(scale, dtype of the network, dtype of the adapter): unet_a with the reference's LoRA."""
+    """adapted(scale, dtype of the network, dtype of the adapter): unet_a with the reference LoRA."""
 
     def make(scale, base=torch.float64, adapter=torch.float64):
         net, stored = network("unet_a", base), reference("lora")
+        alpha = float(stored.facts["alpha"])
         for name, layer in lora.attention_layers(net).items():
-            down, up = (
-                stored[f"lora/unet.{name}.lora.{part}.weight"].to(adapter)
-                for part in ("down", "up")
-            )
-            lora.add_adapter(layer, "subject", down, up, float(stored.facts["alpha"]), scale)
+            key = f"lora/unet.{name}.lora"
+            down, up = stored[f"{key}.down.weight"], stored[f"{key}.up.weight"]
+            lora.add_adapter(layer, "subject", down.to(adapter), up.to(adapter), alpha, scale)
         return net
 
     return make
 
 
-def linear(c_in=5, c_out=7, dtype=torch.float64, seed=0):
-    torch.manual_seed(seed)
-    return lora.LoRALinear(c_in, c_out, dtype=dtype)
-
-
-def pair(c_in=5, c_out=7, rank=2, seed=1):
-    made = torch.Generator().manual_seed(seed)
-    return (
-        torch.randn(s, generator=made, dtype=torch.float64) for s in ((rank, c_in), (c_out, rank))
-    )
-
-
 @pytest.mark.parametrize("scale", SCALES)
-def test_forward_beside_the_weight_in_float64(scale, reference, adapted, inputs, close, exact):
-    close(adapted(scale)(*inputs()), reference("lora")[f"outputs/scale_{scale}"], exact)
-
-
-@pytest.mark.parametrize("scale", SCALES)
-def test_merged_weights_and_forward_in_float64(scale, reference, adapted, inputs, close, exact):
+def test_beside_the_weights_and_merged_in_float64(scale, reference, adapted, inputs, close, exact):
     net, stored = adapted(scale), reference("lora")
+    close(net(*inputs()), stored[f"outputs/scale_{scale}"], exact)
     lora.merge(net)
     for name, weight in stored.group(f"merged/scale_{scale}/").items():
         close(net.get_parameter(name), weight, 1e-9)
@@ -94,22 +74,21 @@ def test_unmerging_restores_every_bit(dtype, network, adapted, inputs):
     lora.merge(net)
     assert not torch.equal(net(*inputs(dtype)), before)
     lora.unmerge(net)
-    assert all(
-        torch.equal(net.get_parameter(name), value) for name, value in base.named_parameters()
-    )
+    for name, value in base.named_parameters():
+        assert torch.equal(net.get_parameter(name), value)
     assert torch.equal(net(*inputs(dtype)), before)
 
 
-def test_merging_rounds_once_to_the_weights_dtype():
-    layer, (down, up) = linear(dtype=torch.bfloat16), pair()
+def test_merging_rounds_once_to_the_dtype_of_the_weight():
+    layer, (down, up) = linear(dtype=torch.bfloat16), down_up(dtype=torch.float32)
     before = layer.weight.detach().clone()
-    lora.add_adapter(layer, "a", down.float(), up.float(), 2)
+    lora.add_adapter(layer, "a", down, up, 2)
     layer.merge()
-    assert torch.equal(layer.weight, (before.float() + up.float() @ down.float()).bfloat16())
+    assert torch.equal(layer.weight, (before.float() + up @ down).bfloat16())
 
 
-def test_the_factor_is_scale_times_alpha_by_rank():
-    layer, (down, up) = linear(), pair(rank=4)
+def test_scaling_is_scale_times_alpha_by_rank():
+    layer, (down, up) = linear(), down_up(rank=4)
     x = torch.randn(3, 2, 5, dtype=torch.float64)
     before = layer(x)
     lora.add_adapter(layer, "a", down, up, 6, 0.5)
@@ -117,11 +96,11 @@ def test_the_factor_is_scale_times_alpha_by_rank():
     assert torch.allclose(layer.lora["a"].delta(), 0.75 * up @ down, rtol=1e-12)
 
 
-def test_several_adapters_add_each_at_its_scale(close):
+def test_adapters_are_summed_each_at_its_scale(close):
     layer, x = linear(), torch.randn(3, 5, dtype=torch.float64)
     expected = layer(x)
     for name, scale in (("a", 1.0), ("b", -0.3)):
-        down, up = pair(rank=3, seed=len(layer.lora))
+        down, up = down_up(rank=3, seed=len(layer.lora))
         lora.add_adapter(layer, name, down, up, 3, scale)
         expected = expected + scale * x @ down.T @ up.T
     close(layer(x), expected, 1e-12)
@@ -129,74 +108,54 @@ def test_several_adapters_add_each_at_its_scale(close):
     close(layer(x), expected, 1e-12)
 
 
-def test_adapters_are_float32_on_a_bfloat16_base_and_learn_there(network, inputs):
+def test_a_new_adapter_changes_nothing_and_is_trained_in_float32(network, inputs):
     net = network("unet_a", torch.bfloat16)
-    base = net(*inputs(torch.float32))
+    base, keys = net(*inputs(torch.float32)), list(net.state_dict())
     parameters = lora.add_lora(SimpleNamespace(unet=net), rank=4)
-    assert len(parameters) == 240 and all(
-        p.dtype == torch.float32 and p.requires_grad for p in parameters
-    )
+    assert [key for key in net.state_dict() if ".lora." not in key] == keys
+    assert len(parameters) == 240
+    assert all(p.dtype == torch.float32 and p.requires_grad for p in parameters)
     out = net(*inputs(torch.float32))
-    assert torch.equal(out, base)  # up is zero: before the first step nothing has changed
+    assert torch.equal(out, base)
     out.square().mean().backward()
-    # what learns first is up; down's gradient is zero as long as up is
-    assert all(p.grad.dtype == torch.float32 for p in parameters) and all(
-        p.grad.any() for p in parameters[1::2]
-    )
+    assert all(p.grad.dtype == torch.float32 for p in parameters)
+    assert all(p.grad.any() for p in parameters[1::2])  # of up; down's is zero while up is
     assert all(p.grad is None for name, p in net.named_parameters() if ".lora." not in name)
 
 
-def test_the_keys_of_the_base_stay_as_they_are(network):
-    net = network("unet_a")
-    keys = list(net.state_dict())
-    lora.add_lora(SimpleNamespace(unet=net), rank=2, name="dog")
-    assert [key for key in net.state_dict() if ".lora." not in key] == keys
-
-
-def test_a_fresh_adapter_is_uniform_by_the_layers_inputs_and_the_same_for_a_seed(network):
+def test_down_is_uniform_within_1_by_root_in_and_depends_on_the_seed(network):
     nets = [network("unet_a") for _ in range(3)]
-    for net, seed in zip(nets, (0, 0, 1)):
+    for net, seed in zip(nets, (0, 0, 1), strict=True):
         lora.add_lora(SimpleNamespace(unet=net), rank=64, seed=seed)
     one, same, other = (lora.attention_layers(net) for net in nets)
     for name, layer in one.items():
         down, bound = layer.lora["default"].down, layer.in_features**-0.5
-        assert (
-            0.98 * bound < down.abs().max() <= bound and abs(down.std() * 3**0.5 / bound - 1) < 0.1
-        )
-        assert torch.equal(down, same[name].lora["default"].down) and not torch.equal(
-            down, other[name].lora["default"].down
-        )
+        assert 0.98 * bound < down.abs().max() <= bound
+        assert abs(down.std() * 3**0.5 / bound - 1) < 0.1
+        assert torch.equal(down, same[name].lora["default"].down)
+        assert not torch.equal(down, other[name].lora["default"].down)
         assert layer.lora["default"].alpha == 64 and not layer.lora["default"].up.any()
 
 
-def test_an_adapter_that_does_not_fit_is_refused_with_both_shapes():
+def test_an_adapter_that_does_not_fit_is_refused_with_its_shapes():
     layer = linear()
     for c_in, c_out in ((6, 7), (5, 8), (7, 5)):
-        with pytest.raises(ValueError, match=r"\(2, %d\).*\(7, 5\)" % c_in):
-            lora.add_adapter(layer, "a", *pair(c_in, c_out), 2)
+        with pytest.raises(ValueError, match=rf"\(2, {c_in}\).*\(7, 5\)"):
+            lora.add_adapter(layer, "a", *down_up(c_in, c_out), 2)
     with pytest.raises(ValueError):
         lora.add_adapter(layer, "a", torch.zeros(2, 5), torch.zeros(7, 3), 2)
     assert not layer.lora
 
 
-def test_nothing_is_put_on_merged_weights():
-    layer = linear()
-    lora.add_adapter(layer, "a", *pair(), 2)
-    layer.merge()
-    with pytest.raises(ValueError, match="unmerge"):
-        lora.add_adapter(layer, "b", *pair(), 2)
-
-
-def test_a_name_taken_is_replaced():
-    layer, x = linear(), torch.randn(3, 5, dtype=torch.float64)
-    lora.add_adapter(layer, "a", *pair(seed=1), 2)
-    lora.add_adapter(layer, "a", *pair(seed=2), 2)
-    fresh = linear()
-    lora.add_adapter(fresh, "a", *pair(seed=2), 2)
+def test_an_adapter_replaces_one_of_its_name():
+    layer, fresh, x = linear(), linear(), torch.randn(3, 5, dtype=torch.float64)
+    lora.add_adapter(layer, "a", *down_up(seed=1), 2)
+    lora.add_adapter(layer, "a", *down_up(seed=2), 2)
+    lora.add_adapter(fresh, "a", *down_up(seed=2), 2)
     assert len(layer.lora) == 1 and torch.equal(layer(x), fresh(x))
 
 
-def test_scales_come_back_after_scaled_even_when_it_fails(adapted, network, inputs):
+def test_lora_scale_is_restored_even_after_an_error(adapted, network, inputs):
     net = adapted(0.7)
     before, base = net(*inputs()), network("unet_a")(*inputs())
     with pytest.raises(KeyError), lora.lora_scale(net, 0):
@@ -205,6 +164,80 @@ def test_scales_come_back_after_scaled_even_when_it_fails(adapted, network, inpu
     assert torch.equal(net(*inputs()), before)
 
 
+def test_set_lora_scale_sets_all_adapters_or_those_of_a_name():
+    net = torch.nn.Sequential(linear(), linear(7, 7))
+    for name in ("a", "b"):
+        lora.add_adapter(net[0], name, *down_up(), 2)
+    lora.add_adapter(net[1], "a", *down_up(7), 2)
+    lora.set_lora_scale(net, 0.5)
+    lora.set_lora_scale(net, 0.25, "a")
+    scales = [{name: a.scale for name, a in layer.lora.items()} for layer in net]
+    assert scales == [{"a": 0.25, "b": 0.5}, {"a": 0.25}]
+    with pytest.raises(ValueError, match="no LoRA is called 'c'"):
+        lora.set_lora_scale(net, 1.0, "c")
+
+
+def test_merged_layers_take_no_adapter_and_no_scale():
+    layer = linear()
+    lora.add_adapter(layer, "a", *down_up(), 2)
+    layer.merge()
+    with pytest.raises(ValueError, match="unmerge"):
+        lora.add_adapter(layer, "b", *down_up(), 2)
+    with pytest.raises(ValueError, match="unmerge"), lora.lora_scale(layer, 0):
+        pass
+
+
 def test_a_rank_below_1_is_refused(network):
     with pytest.raises(ValueError, match="rank"):
         lora.add_lora(SimpleNamespace(unet=network("unet_a")), rank=0)
+
+
+# Adapters cast once
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_cast_adapters_changes_no_bit_of_output_and_gradients(network, inputs, checkpointing):
+    results = []
+    for cast in (False, True):
+        net = network("unet_a", torch.bfloat16)
+        net.checkpointing = checkpointing
+        parameters = random_lora(net, 4)
+        dtype = torch.bfloat16 if cast else torch.float32  # float32: nothing to cast
+        for _ in range(2):  # gradients accumulate in float32
+            with lora.cast_adapters(net, dtype):
+                out = net(*inputs(torch.bfloat16))
+                out.float().square().mean().backward()
+        assert all(a.cast is None for a in lora.adapters(net))
+        results.append([out, *(p.grad for p in parameters)])
+    for ours, theirs in zip(*results, strict=True):
+        assert torch.equal(ours, theirs) and ours.any()
+    assert all(p.grad.dtype == torch.float32 for p in parameters)
+
+
+def test_cast_adapters_leaves_out_adapters_without_a_gradient(network, inputs):
+    net = network("unet_a", torch.bfloat16)
+    parameters = random_lora(net)
+    for layer in lora.attention_layers(net).values():
+        down, up = down_up(layer.in_features, layer.out_features, dtype=torch.float32)
+        lora.add_adapter(layer, "frozen", down, up, 2, scale=0.0)
+    with lora.cast_adapters(net, torch.bfloat16):
+        net(*inputs(torch.bfloat16)).float().square().mean().backward()
+    assert all(p.grad is not None for p in parameters)
+    assert all(a.down.grad is None for a in lora.adapters(net, "frozen"))
+
+
+def test_gradients_in_bfloat16_are_within_2_percent_of_float32_on_the_miniature():
+    gradients = []
+    for dtype in (torch.float32, torch.bfloat16):
+        sdxl = alchemy.load(MINI, "cpu", dtype)
+        parameters = random_lora(sdxl.unet, 4, std=0.02)
+        conditioning = sdxl.encode_prompt(["a photo of a dog", "a panda"], (64, 64))
+        generator = torch.Generator().manual_seed(0)
+        x_t, target = (torch.randn(2, 4, 16, 16, generator=generator) for _ in range(2))
+        with lora.cast_adapters(sdxl.unet, dtype):
+            out = sdxl.unet(x_t, torch.tensor([700.0, 300.0]), *conditioning.parts())
+            (out - target).square().mean().backward()
+        gradients.append(torch.cat([p.grad.flatten() for p in parameters]))
+    exact, rounded = gradients
+    assert (rounded - exact).norm() < 0.02 * exact.norm()
+    assert torch.nn.functional.cosine_similarity(rounded, exact, dim=0) > 0.9998

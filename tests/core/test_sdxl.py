@@ -5,11 +5,11 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from helpers.checkpoints import vocabulary_read_once, write_folder  # noqa: F401
 
 import alchemy
 from alchemy.formats import checkpoint
 from alchemy.sdxl import SDXL, Conditioning
-from helpers.checkpoints import vocabulary_read_once, write_folder  # noqa: F401
 
 NETWORKS = {"text_encoder": "text_1", "text_encoder_2": "text_2"}
 
