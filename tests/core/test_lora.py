@@ -21,7 +21,7 @@ def inputs(reference):
 
 @pytest.fixture
 def adapted(reference, network):
-    """adapted(scale, dtype of the network, dtype of the adapter): unet_a with the reference LoRA."""
+    """adapted(scale, dtype of the network, dtype of the adapter): unet_a with that LoRA."""
 
     def make(scale, base=torch.float64, adapter=torch.float64):
         net, stored = network("unet_a", base), reference("lora")
