@@ -35,9 +35,11 @@ def test_pencil_and_sepia_as_the_vae_returns_them_are_told_from_all_other_styles
     )
 
 
-def test_photos_of_one_place_differ_from_each_other_and_have_the_true_mask_of_their_size(measuring):
+def test_photos_of_one_background_differ_from_each_other_and_have_the_true_mask_of_their_size(
+    measuring,
+):
     photos, masks = (
-        sorted(folder.iterdir()) for folder in measuring.photos_of_one_place("dog-poodle")
+        sorted(folder.iterdir()) for folder in measuring.photos_of_one_background("dog-poodle")
     )
     assert [p.name for p in photos] == [p.name for p in masks] and len(photos) == 5
     said = measuring.classifier.name([Image.open(p).resize((128, 128)) for p in photos])
@@ -55,18 +57,18 @@ def test_photos_of_one_place_differ_from_each_other_and_have_the_true_mask_of_th
 def test_a_row_of_a_subject_and_one_of_a_style_are_measured_with_what_was_taught(
     measuring, monkeypatch
 ):
-    def teach(self, photos, out, *flags):
+    def train_subject(self, photos, out, *flags):
         out.mkdir(parents=True)
         shutil.copy(WEIGHTS / "example.safetensors", out / "lora.safetensors")
         (out / "seconds.json").write_text("61")
 
-    monkeypatch.setattr(methods.Methods, "teach", teach)
+    monkeypatch.setattr(methods.Methods, "train_subject", train_subject)
     monkeypatch.setattr(methods.Styles, "__init__", lambda self, sdxl, net: None)
     monkeypatch.setattr(methods.Styles, "name", lambda self, pictures: ["photo"] * len(pictures))
     monkeypatch.setattr(methods.Styles, "accuracy", lambda self: 0.5)
     found = measuring.of_subjects("lora", *methods.OF_SUBJECTS["lora"])
     assert all(
-        found[key] in (0, 1) for key in ("subject", "place", "prior", "class")
+        found[key] in (0, 1) for key in ("subject", "background", "prior", "class")
     )  # of one picture
     assert measuring.of_styles("style-lora", *methods.OF_STYLES["style-lora"]) == {
         "style": 0,
@@ -84,7 +86,7 @@ def test_rows_that_are_named_are_measured_and_kept_beside_what_was(monkeypatch, 
     monkeypatch.setattr(
         methods.Methods,
         "of_subjects",
-        lambda self, row, *_: {"subject": 0.5, "place": 1, "prior": 0, "class": len(row) / 10},
+        lambda self, row, *_: {"subject": 0.5, "background": 1, "prior": 0, "class": len(row) / 10},
     )
     for row in ("word", "lora", "lora"):
         methods.main([row, "--out", str(tmp_path)])
@@ -92,14 +94,14 @@ def test_rows_that_are_named_are_measured_and_kept_beside_what_was(monkeypatch, 
     assert (
         capsys.readouterr()
         .out.strip()
-        .endswith("| Textual Inversion (`word`) | 50% | 100% | 0% | 40% |")
+        .endswith("| Textual inversion (`word`) | 50% | 100% | 0% | 40% |")
     )
     with pytest.raises(ValueError, match="no row lara; there are lora-alone, "):
         methods.main(["lara"])
 
 
 def test_the_table_has_a_line_for_each_row_that_was_measured():
-    figures = {"subject": 0.5, "place": 1.0, "prior": 0.25, "class": 0.0}
+    figures = {"subject": 0.5, "background": 1.0, "prior": 0.25, "class": 0.0}
     assert methods.table({"word": figures}).splitlines()[2:] == [
-        "| Textual Inversion (`word`) | 50% | 100% | 25% | 0% |"
+        "| Textual inversion (`word`) | 50% | 100% | 25% | 0% |"
     ]

@@ -53,14 +53,14 @@ def test_every_caption_names_its_class_words_and_no_other(train_scenes):
         assert said == [word for word, _, _ in one.objects], one.caption
 
 
-def test_the_plain_caption_is_about_half_of_the_training_stream(train_scenes):
+def test_the_plain_caption_is_six_in_ten_of_the_training_stream(train_scenes):
     plain = {
         f"a photo of a {word} {phrase}"
         for word in world.CLASSES
         for those in world.BACKGROUNDS.values()
         for phrase in those
     }
-    assert 0.4 < np.mean([one.caption in plain for one in train_scenes]) < 0.6
+    assert 0.5 < np.mean([one.caption in plain for one in train_scenes]) < 0.7
 
 
 def test_every_training_instance_place_and_style_is_drawn(train_scenes):
@@ -98,9 +98,8 @@ def test_mask_is_the_matte_between_a_black_and_a_grey_place(objects, monkeypatch
     assert len(masks) == len(objects) and all(
         mask.dtype == np.float32 and mask.min() >= 0 and mask.max() <= 1 for mask in masks
     )
-    assert (
-        np.abs(matte - sum(masks)[..., None]).max() <= 1.01 / level.min()
-    )  # two roundings to 8 bits
+    error = np.abs(matte - sum(masks)[..., None]).max()
+    assert error <= 1.51 / level.min()  # three roundings to 8 bits
 
 
 def test_without_its_object_a_scene_is_the_same_place_without_mask_and_shadow():
@@ -158,16 +157,23 @@ def test_sprites_folder_holds_exactly_the_listed_instances_and_their_licence():
     assert files == {f"{instance}.webp" for instance in ALL} | {"LICENSE"}
 
 
-def test_subject_folders_hold_the_photos_that_the_world_draws():
-    assert {path.name for path in (WEIGHTS / "subjects").iterdir()} == set(world.HELD_OUT_INSTANCES)
+def test_each_subject_folder_holds_five_photos_of_192_pixels():
+    subjects = WEIGHTS / "subjects"
+    assert {path.name for path in subjects.iterdir()} == set(world.HELD_OUT_INSTANCES)
+    for instance in world.HELD_OUT_INSTANCES:
+        files = sorted((subjects / instance).iterdir())
+        assert [file.name for file in files] == [f"{k:02d}.jpg" for k in range(5)]
+        assert all(world.Image.open(file).size == (192, 192) for file in files)
+
+
+def test_subject_photos_show_the_subject_on_five_backgrounds_without_a_held_out_pair():
     for instance in world.HELD_OUT_INSTANCES:
         photos = world.subject_photos(instance)
-        assert len({photo.background for photo in photos}) == len(photos)
-        for k, photo in enumerate(photos):
-            stored = np.asarray(
-                world.Image.open(WEIGHTS / "subjects" / instance / f"{k:02d}.jpg"), np.float64
-            )
-            assert np.abs(stored - photo.image).mean() < 4  # JPEG's loss and no more
+        assert len({photo.background for photo in photos}) == len(photos) == 5
+        for photo in photos:
+            ((word, name, _),) = photo.objects
+            assert name == instance and photo.style == "photo"
+            assert (word, photo.background) not in world.HELD_OUT_PAIRS
 
 
 def test_captioned_scenes_are_of_a_style_that_no_training_saw_and_are_read_with_their_captions(

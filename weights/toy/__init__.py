@@ -1,4 +1,4 @@
-"""The toy world of the miniature: its scenes, how weights/mini was trained on them, and how it is measured.
+"""The toy world: its scenes, how weights/mini is trained on them, and how it is measured.
 
 Run each part as a module from the root of the repository:
 

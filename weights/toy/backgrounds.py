@@ -1,9 +1,7 @@
-"""The places of the toy world, each drawn from scratch by numpy at the size asked for.
+"""The backgrounds of the toy world, each drawn by numpy at the size asked for.
 
-`draw(name, rng, (H, W)) -> (rgb, horizon)`: float32 (3, H, W) in [0, 1], and the row (pixels) below which things stand.
-
-Lengths are in units of the shorter side, so that a sun is round and a brick is a brick at every size and aspect ratio.
-Textures are soft on purpose: per-pixel noise is what no autoencoder can keep, and it would drown the objects' edges in the loss.
+Lengths are in units of the shorter side, so that a sun is round at every aspect ratio. Textures are
+soft: no autoencoder keeps per-pixel noise, which would drown the edges of the objects in the loss.
 """
 
 import numpy as np
@@ -11,7 +9,7 @@ from PIL import Image
 
 
 class Canvas:
-    """A picture being painted from back to front: rgb (3, H, W), and coordinates y (H, 1), x (1, W) in shorter sides."""
+    """An image painted from back to front: rgb (3, H, W), coordinates y (H, 1) and x (1, W)."""
 
     def __init__(self, rng, size):
         height, width = size
@@ -19,24 +17,23 @@ class Canvas:
         self.h, self.w = height / self.m, width / self.m
         self.y = ((np.arange(height, dtype=np.float32) + 0.5) / self.m)[:, None]
         self.x = ((np.arange(width, dtype=np.float32) + 0.5) / self.m)[None, :]
-        self.rgb = np.zeros(
-            (3, height, width), np.float32
-        )  # planar: numpy is 5 times faster on it than on (H, W, 3)
+        # Planar: numpy is 5 times faster on it than on (H, W, 3).
+        self.rgb = np.zeros((3, height, width), np.float32)
 
     def colour(self, red, green, blue, spread=9):
-        """A jittered colour, (3, 1, 1) in [0, 1]; most of the jitter is common to the channels, so hues stay named by their place."""
+        """A jittered colour, (3, 1, 1) in [0, 1]; most of the jitter keeps the hue."""
         jitter = self.rng.uniform(-spread, spread) + self.rng.uniform(-spread / 2, spread / 2, 3)
         return ((np.array([red, green, blue]) + jitter) / 255).astype(np.float32)[:, None, None]
 
     def cover(self, depth, soft=1.0):
-        """Coverage in [0, 1] of a pixel that lies `depth` units inside a shape, with an edge `soft` pixels wide."""
+        """Coverage in [0, 1] of a pixel `depth` units inside a shape; the edge is `soft` pixels."""
         return np.clip(depth * (self.m / soft) + 0.5, 0, 1)
 
     def paint(self, alpha, colour):
         self.rgb += alpha * (colour - self.rgb)
 
     def ramp(self, top, bottom, start, end):
-        """Fill everything below `start` with a vertical gradient that has become `bottom` at `end`."""
+        """Fill everything below `start` with a gradient that has become `bottom` at `end`."""
         t = np.clip((self.y - start) / (end - start), 0, 1)
         self.paint(self.cover(self.y - start), top + (bottom - top) * t)
 
@@ -49,10 +46,9 @@ class Canvas:
         return self.rng.uniform(low, high) * self.h
 
     def wave(self, height, length):
-        """A random smooth line over the width, (1, W), within +-height: the outline of hills, dunes and shores."""
-        a, b = self.rng.uniform(
-            0, 2 * np.pi, 2
-        ).tolist()  # python floats: numpy's would make every array float64
+        """A random smooth line over the width, (1, W), within +-height: hills, dunes, shores."""
+        # Python floats: numpy's would make every array float64.
+        a, b = self.rng.uniform(0, 2 * np.pi, 2).tolist()
         k = 2 * np.pi / (length * self.rng.uniform(0.8, 1.3))
         return height * (0.65 * np.sin(k * self.x + a) + 0.35 * np.sin(2.3 * k * self.x + b))
 
@@ -67,7 +63,7 @@ class Canvas:
         self.rgb *= 1 + amount * where
 
     def disc(self, x, y, rx, ry, colour, soft=1.0, strength=1.0):
-        """An ellipse, painted in its own window only: a starry sky must not cost forty full pictures."""
+        """An ellipse, painted in its own window only, for speed."""
         m, pad = self.m, (soft + 1) / self.m
         rows = slice(max(0, int((y - ry - pad) * m)), max(0, int((y + ry + pad) * m) + 1))
         cols = slice(max(0, int((x - rx - pad) * m)), max(0, int((x + rx + pad) * m) + 1))
@@ -303,7 +299,7 @@ DRAW = {
 
 
 def draw(name, rng, size):
-    """Draw one place: float32 rgb (3, H, W) in [0, 1], and the row in pixels below which things stand."""
+    """One background: float32 rgb (3, H, W) in [0, 1], and the row below which objects stand."""
     canvas = Canvas(rng, size)
     horizon = DRAW[name](canvas)
     return np.clip(canvas.rgb, 0, 1), horizon * canvas.m

@@ -1,10 +1,11 @@
-"""How good is the miniature? Counted by the classifier and the true masks, on fixed seeds: the table of weights/README.md.
+"""How good the miniature is: the table of weights/README.md, by the classifier and the true masks.
 
-    python -m weights.toy.measure                                  everything, about 40 minutes on one core
-    python -m weights.toy.measure prompts pairs --share 0.2        some of it, on a fifth of the pictures
+python -m weights.toy.measure                               all, about 50 minutes on one core
+python -m weights.toy.measure prompts pairs --share 0.2     some of it, with a fifth of the images
 
-The scenes asked for have one object, the prompts are "a photo of a CLASS PLACE". What was measured of the same weights and defaults is
-kept in --out and printed with it, sheets of all pictures too; LoRAs that are there are not taught again.
+Scenes have one object; prompts are "a photo of a CLASS BACKGROUND". What was measured of the same
+weights and defaults is kept in --out and printed too, beside sheets of all images; LoRAs that are
+there are not trained again. Seeds are fixed.
 """
 
 import itertools
@@ -19,393 +20,389 @@ from pathlib import Path
 import numpy as np
 import torch
 from PIL import Image
+from torch import Tensor
 
 import alchemy
 from alchemy import cli, images, insertion, lora, sampling, segmentation
 from alchemy.extras.inspect import sheets
+from alchemy.extras.inspect.seam import seam
 from alchemy.files import save_json
 
 from . import WEIGHTS, classifier, world
-from .table import table
 
 TOKEN, SCALES, BATCH = "sks", (0.6, 0.8, 1.0), 4
-NOTHING = (None, None, None)  # what the classifier would say of a picture that could not be made
+NOTHING = (None, None, None)  # the classification of an image that could not be made
+ROWS = (  # (row, key, what is asked); the sign says in which direction
+    ("classifier on fresh renders: class", "classifier class", ">= 97%"),
+    ("classifier on fresh renders: instance", "classifier instance", ">= 97%"),
+    ("classifier on fresh renders: background", "classifier background", ">= 97%"),
+    ("classifier on fresh renders: mean IoU of its masks", "classifier iou", ">= 0.9"),
+    ("classifier on fresh renders: confident of an instance", "classifier confident", ""),
+    ("VAE, PSNR on fresh renders in dB", "psnr", ">= 32"),
+    ("after the VAE: class right, of the renders' rate", "vae class", ">= 98%"),
+    ("after the VAE: confident of an instance, of the renders' rate", "vae confident", ">= 85%"),
+    ("after the VAE: Fréchet distance over the floor", "vae distance", ""),
+    ("subjects' photos after the VAE: subject right", "vae subject", ""),
+    ("text to image: class right", "prompt class", ">= 95%"),
+    ("text to image: background right", "prompt background", ">= 98%"),
+    ("text to image: confident of an instance, of the renders' rate", "confident", ">= 70%"),
+    ("text to image: Fréchet distance over the floor", "distance", "<= 2"),
+    ("unseen pairs of class and background: both right", "pair both", ">= 90%"),
+    ("subject learned: subject right", "subject", ">= 80%"),
+    ("subject learned: background right", "subject background", ">= 85%"),
+    ("class prompt after training: not the subject", "prior", ">= 94%"),
+    ("class prompt after training: class right", "prior class", ">= 95%"),
+    ("segmentation of the class word on fresh renders, mean IoU", "iou", ">= 0.88"),
+    ("two stages: subject right", "two", ">= 85%"),
+    ("two stages: background right", "two background", ""),
+    ("one stage at its best scale: subject right", "one", ""),
+    ("one stage at its best scale: background right", "one background", ""),
+    ("two stages over one, both figures added", "more", ">= 0.1"),
+    ("insertions whose seam is below 1.3", "seam", ">= 90%"),
+    ("insertions without a mask, which count as wrong", "failed", ""),
+    ("region that may change over the true alpha's area, median", "area", "<= 1.6"),
+    ("part of the true area within that region, mean", "inside", ">= 90%"),
+    ("pixels changed outside the feathered mask", "outside", "<= 0"),
+)
+NUMBERS = ("psnr", "iou", "classifier iou", "distance", "vae distance", "area", "more")
+NOTES = ("classifier confusions", "best scale", "floor", "by class", "by background")
 
 
-def share(hits):
+def share(hits: list) -> float:
     return sum(hits) / max(1, len(hits))
 
 
-def phrase(place, kind=0):
-    return world.BACKGROUNDS[place][kind]
+def phrase(background: str, kind: int = 0) -> str:
+    return world.BACKGROUNDS[background][kind]
 
 
 @torch.no_grad()
-def drawn(sdxl, prompts, first_seed):
-    """A picture for each prompt at the defaults, of seeds first_seed, first_seed + 1, ...; several in a batch."""
-    options, pictures = {k: sdxl.defaults[k] for k in ("sampler", "steps", "guidance")}, []
+def generate(sdxl, prompts: list[str], first_seed: int) -> list[Image.Image]:
+    """An image per prompt at the defaults, of seeds first_seed, first_seed + 1, ..., in batches."""
+    options = {key: sdxl.defaults[key] for key in ("sampler", "steps", "guidance")}
+    size = [side // sdxl.vae_scale_factor for side in sdxl.size]
+    generated = []
     for start in range(0, len(prompts), BATCH):
-        told, count = (
-            sdxl.encode_prompt(prompts[start : start + BATCH]),
-            len(prompts[start : start + BATCH]),
-        )
+        cond = sdxl.encode_prompt(prompts[start : start + BATCH])
+        count = len(prompts[start : start + BATCH])
         seeds = range(first_seed + start, first_seed + start + count)
-        noise = sampling.noise(
-            (count, 4, *(side // sdxl.vae_scale_factor for side in sdxl.size)), seeds
-        ).to(sdxl.device)
-        for step in sampling.denoise(
-            sdxl, noise, told, sdxl.encode_prompt([None] * count), **options
-        ):
-            pass
-        pictures += [images.to_image(x) for x in sdxl.vae.decode(step.x_prev)]
-    return pictures
+        noise = sampling.noise((count, 4, *size), seeds).to(sdxl.device)
+        uncond = sdxl.encode_prompt([None] * count)
+        *_, step = sampling.denoise(sdxl, noise, cond, uncond, **options)
+        generated += [images.to_image(x) for x in sdxl.vae.decode(step.x_prev)]
+    return generated
+
+
+@torch.no_grad()
+def frechet(a: Tensor, b: Tensor) -> float:
+    """Fréchet distance of features (N,C) and (M,C): Heusel et al. 2017, eq. 6."""
+    a, b = a.double(), b.double()
+    cov_a, cov_b = torch.cov(a.T), torch.cov(b.T)
+    values, vectors = torch.linalg.eigh(cov_a)
+    root = vectors * values.clamp(min=0).sqrt() @ vectors.T
+    cross = torch.linalg.eigvalsh(root @ cov_b @ root).clamp(min=0).sqrt().sum()
+    means = (a.mean(0) - b.mean(0)).square().sum()
+    return float(means + cov_a.trace() + cov_b.trace() - 2 * cross)
 
 
 class Measure:
     """Each part fills `found` with its figures."""
 
-    def __init__(self, out, share, weights):
-        self.sdxl, self.classifier, self.weights, self.share, self.found = (
-            alchemy.load(weights, dtype="float32"),
-            classifier.load(),
-            weights,
-            share,
-            {},
-        )
-        files = [path for path in sorted(Path(weights).rglob("*.safetensors"))] + [
-            WEIGHTS.parent / "alchemy" / "defaults.py"
-        ]
-        self.out = Path(out) / f"{zlib.crc32(b''.join(path.read_bytes() for path in files)):08x}"
+    def __init__(self, out: str, share: float, weights: str):
+        self.sdxl = alchemy.load(weights, dtype="float32")
+        self.classifier, self.weights, self.share = classifier.load(), weights, share
+        self.found = {}
+        files = sorted(Path(weights).rglob("*.safetensors"))
+        files += [WEIGHTS.parent / "alchemy" / "defaults.py", classifier.FILE]
+        content = b"".join(path.read_bytes() for path in files)
+        self.out = Path(out) / f"{zlib.crc32(content):08x}"
         self.out.mkdir(parents=True, exist_ok=True)
 
-    def figures(self, part):
-        """What is found when a part is measured, {figure: value}."""
+    def figures(self, part: str) -> dict:
+        """What a part finds, {figure: value}."""
         getattr(self, part)()
         return self.found
 
-    def count(self, number):
+    def count(self, number: int) -> int:
         return max(1, round(number * self.share))
 
-    def show(self, name, labelled, columns=8):
-        """A sheet of (label, picture), for the eye."""
-        rows = [
-            list(labelled[k : k + columns])
-            for k in range(0, min(len(labelled), 10 * columns), columns)
-        ]
+    def show(self, name: str, labelled: list, columns: int = 8) -> None:
+        """A sheet of (label, image)."""
+        starts = range(0, min(len(labelled), 10 * columns), columns)
+        rows = [list(labelled[start : start + columns]) for start in starts]
         sheets.sheet(rows, least=128).save(self.out / f"{name}.png")
 
-    def read(self, name, pictures, wanted):
-        """What the classifier takes each picture for; None as a picture is nothing. wanted: (class, instance or None, place) of each, for the sheet."""
-        blank = Image.new("RGB", self.sdxl.size[::-1], "white")
-        said = [
-            s if p else NOTHING
-            for s, p in zip(
-                self.classifier.name([p or blank for p in pictures]), pictures, strict=False
-            )
-        ]
-        self.show(
-            name,
-            [
-                (f"{w[1] or w[0]} {w[2]}: {s[1]} {s[2]}", p or blank)
-                for w, s, p in zip(wanted, said, pictures, strict=False)
-            ],
-        )
-        return said
+    def read(self, name: str, generated: list, expected: list) -> list:
+        """The classification of each image, NOTHING for None, and a sheet of them.
 
-    def renders(self):
-        """The classifier's own errors, which bound all else, and the VAE's: the mean over pictures of one object in the plain style."""
+        expected: (class, instance or None, background) of each."""
+        blank = Image.new("RGB", self.sdxl.size[::-1], "white")
+        shown = [image or blank for image in generated]
+        found = self.classifier.name(shown)
+        cells = []
+        for k, image in enumerate(generated):
+            found[k] = found[k] if image else NOTHING
+            word, instance, background = expected[k]
+            label = f"{instance or word} {background}: {found[k][1]} {found[k][2]}"
+            cells.append((label, shown[k]))
+        self.show(name, cells)
+        return found
+
+    @torch.no_grad()
+    def features(self, generated) -> Tensor:
+        """Classifier features (N,512) of images or an array (N,128,128,3)."""
+        x = classifier.to_input(np.stack([np.asarray(image) for image in generated]))
+        return torch.cat([self.classifier.features(part) for part in x.split(64)])
+
+    @torch.no_grad()
+    def after_vae(self, x: Tensor) -> Tensor:
+        parts = [self.sdxl.vae.decode(self.sdxl.vae.encode(part)[0]) for part in x.split(16)]
+        return torch.cat(parts).clamp(-1, 1)
+
+    def distances(self, key: str, generated: list) -> None:
+        """Fréchet distance to 1000 fresh renders, over that of as many renders: the floor."""
+        reference, _, _ = classifier.fresh(1000, 2**22)
+        renders, _, _ = classifier.fresh(len(generated), 2**23)
+        reference = self.features(reference)
+        self.found["floor"] = frechet(self.features(renders), reference)
+        self.found[key] = frechet(self.features(generated), reference) / self.found["floor"]
+
+    def renders(self) -> None:
+        """The classifier's own errors, which bound all else, and the VAE's."""
         right, confused = classifier.accuracy(self.classifier, self.count(1580))
         self.found |= {f"classifier {head}": value for head, value in right.items()}
-        self.found["classifier confusions"] = (
-            ", ".join(
-                f"{truth} taken for {taken} {n}" for (truth, taken), n in confused.most_common(6)
-            )
-            or "none"
-        )
-        scenes = [
-            classifier.example(classifier.FRESH + 2**20 + k)[0][None].to(self.sdxl.device).float()
-            / 127.5
-            - 1
-            for k in range(self.count(200))
-        ]
+        pairs = [f"{a} taken for {b} {count}" for (a, b), count in confused.most_common(6)]
+        self.found["classifier confusions"] = ", ".join(pairs) or "none"
+        pixels, masks, truth = classifier.fresh(self.count(500), 2**20)
+        x = classifier.to_input(pixels)
         with torch.no_grad():
-            errors = [
-                ((self.sdxl.vae.decode(self.sdxl.vae.encode(x)[0]).clamp(-1, 1) - x) / 2)
-                .square()
-                .mean()
-                for x in scenes
-            ]
-        self.found["psnr"] = float(torch.stack([-10 * e.log10() for e in errors]).mean())
-        # What the VAE leaves of the subjects bounds all that can be learned of them.
-        photos = [
-            (one, Image.fromarray(photo.image))
-            for one in world.HELD_OUT_INSTANCES
-            for photo in world.subject_photos(one)
-        ]
-        with torch.no_grad():
-            latents = [
-                self.sdxl.vae.encode(
-                    images.to_tensor(p.resize(self.sdxl.size[::-1], Image.LANCZOS))
-                )[0]
-                for _, p in photos
-            ]
-            said = self.classifier.name(
-                [images.to_image(self.sdxl.vae.decode(x)[0]) for x in latents]
-            )
-        self.found["vae subject"] = share(
-            [s[1] == one for s, (one, _) in zip(said, photos, strict=False)]
-        )
+            heads = [self.classifier.mask_logits(self.classifier.maps(p)) for p in x.split(64)]
+        predicted = torch.cat(heads) > 0
+        true = torch.from_numpy(masks) > 127
+        union = (predicted | true).sum((1, 2)).clamp(min=1)
+        self.found["classifier iou"] = float(((predicted & true).sum((1, 2)) / union).mean())
 
-    def prompts(self):
-        seen = [
-            pair
-            for pair in itertools.product(world.CLASSES, world.BACKGROUNDS)
-            if pair not in world.HELD_OUT_PAIRS
-        ]
+        y = self.after_vae(x)
+        errors = ((y - x) / 2).square().mean((1, 2, 3))
+        self.found["psnr"] = float((-10 * errors.log10()).mean())
+        decoded = [images.to_image(one) for one in y]
+        rates = []
+        for shown in (pixels, decoded):
+            names, confidence = self.classifier.classify(shown)
+            hits = [name[0] == one[0] for name, one in zip(names, truth, strict=True)]
+            rates.append((share(hits), float((confidence > 0.9).float().mean())))
+        self.found["vae class"] = rates[1][0] / max(rates[0][0], 1e-9)
+        self.found["vae confident"] = rates[1][1] / max(rates[0][1], 1e-9)
+        self.found["classifier confident"] = rates[0][1]
+        self.distances("vae distance", decoded)
+        # What the VAE keeps of the subjects bounds all that can be learned of them.
+        hits = []
+        for instance in world.HELD_OUT_INSTANCES:
+            photos = [Image.fromarray(photo.image) for photo in world.subject_photos(instance)]
+            photos = [photo.resize(self.sdxl.size[::-1], Image.LANCZOS) for photo in photos]
+            y = self.after_vae(torch.cat([images.to_tensor(photo) for photo in photos]))
+            names = self.classifier.name([images.to_image(one) for one in y])
+            hits += [name[1] == instance for name in names]
+        self.found["vae subject"] = share(hits)
+
+    def prompts(self) -> None:
+        seen = list(itertools.product(world.CLASSES, world.BACKGROUNDS))
+        seen = [pair for pair in seen if pair not in world.HELD_OUT_PAIRS]
         rng = np.random.default_rng(0)
-        wanted = [
-            seen[k]
-            for k in np.concatenate([rng.permutation(len(seen)) for _ in range(5)])[
-                : self.count(500)
-            ]
-        ]
-        said = self.read(
-            "prompts",
-            drawn(
-                self.sdxl, [f"a photo of a {word} {phrase(place)}" for word, place in wanted], 1000
-            ),
-            [(word, None, place) for word, place in wanted],
-        )
-        for k, head, names in ((0, "class", world.CLASSES), (1, "place", world.BACKGROUNDS)):
-            hits = {
-                name: [s[2 * k] == name for s, w in zip(said, wanted, strict=False) if w[k] == name]
-                for name in names
-            }
+        order = np.concatenate([rng.permutation(len(seen)) for _ in range(5)])
+        expected = [seen[k] for k in order[: self.count(500)]]
+        prompts = [f"a photo of a {word} {phrase(background)}" for word, background in expected]
+        generated = generate(self.sdxl, prompts, 1000)
+        labels = [(word, None, background) for word, background in expected]
+        found = self.read("prompts", generated, labels)
+        for k, head, names in ((0, "class", world.CLASSES), (1, "background", world.BACKGROUNDS)):
+            hits = {name: [] for name in names}
+            for one, pair in zip(found, expected, strict=True):
+                hits[pair[k]].append(one[2 * k] == pair[k])
             self.found[f"prompt {head}"] = share(sum(hits.values(), []))
-            self.found[f"by {head}"] = {
-                name: round(share(those), 2) for name, those in hits.items() if those
-            }
+            rates = {name: round(share(rows), 2) for name, rows in hits.items() if rows}
+            self.found[f"by {head}"] = rates
+        _, confidence = self.classifier.classify(generated)
+        _, bound = self.classifier.classify(classifier.fresh(len(generated), 2**23)[0])
+        confident, bound = ((p > 0.9).float().mean() for p in (confidence, bound))
+        self.found["confident"] = float(confident / bound.clamp(min=1e-9))
+        self.distances("distance", generated)
 
-    def pairs(self):
-        wanted = list(world.HELD_OUT_PAIRS) * self.count(8)
-        said = self.read(
-            "pairs",
-            drawn(
-                self.sdxl, [f"a photo of a {word} {phrase(place)}" for word, place in wanted], 3000
-            ),
-            [(word, None, place) for word, place in wanted],
-        )
-        self.found["pair both"] = share(
-            [(s[0], s[2]) == w for s, w in zip(said, wanted, strict=False)]
-        )
+    def pairs(self) -> None:
+        expected = list(world.HELD_OUT_PAIRS) * self.count(8)
+        prompts = [f"a photo of a {word} {phrase(background)}" for word, background in expected]
+        labels = [(word, None, background) for word, background in expected]
+        found = self.read("pairs", generate(self.sdxl, prompts, 3000), labels)
+        hits = [(one[0], one[2]) == pair for one, pair in zip(found, expected, strict=True)]
+        self.found["pair both"] = share(hits)
 
-    def teach(self, photos, out, *flags):
-        """The folder out with what train.py makes of the photos, at the weights that are measured, and its seconds; one that is finished stays."""
-        if not (out / "seconds.json").exists():
-            start = time.time()
-            run = subprocess.run(
-                [
-                    sys.executable,
-                    WEIGHTS.parent / "train.py",
-                    photos,
-                    "--weights",
-                    self.weights,
-                    "--preview-every",
-                    "0",
-                    "--overwrite",
-                    "--out",
-                    out,
-                    *flags,
-                ],
-                capture_output=True,
-                text=True,
-            )
-            if run.returncode:
-                raise ValueError(f"train.py: {run.stderr.strip()[-300:]}")
-            save_json(round(time.time() - start), out / "seconds.json")
+    def train_subject(self, photos: Path, out: Path, *flags: str) -> Path:
+        """The folder out with what train.py writes, on the weights that are measured."""
+        if (out / "seconds.json").exists():
+            return out
+        start = time.time()
+        command = [sys.executable, str(WEIGHTS.parent / "train.py"), str(photos)]
+        command += ["--weights", self.weights, "--preview-every", "0", "--overwrite"]
+        command += ["--out", str(out), *flags]
+        run = subprocess.run(command, capture_output=True, text=True)
+        if run.returncode:
+            raise ValueError(f"train.py: {run.stderr.strip()[-300:]}")
+        save_json(round(time.time() - start), out / "seconds.json")
         return out
 
-    def lora(self, instance):
-        """What train.py learns with its defaults from the subject's photos."""
-        out = self.teach(
-            WEIGHTS / "subjects" / instance,
-            self.out / "loras" / instance,
-            "--class-word",
-            instance.split("-")[0],
-            "--token",
-            TOKEN,
-        )
-        return out / "lora.safetensors"
+    def lora(self, instance: str) -> Path:
+        """The LoRA that train.py makes with its defaults from the subject's photos."""
+        photos, out = WEIGHTS / "subjects" / instance, self.out / "loras" / instance
+        flags = ("--class-word", instance.split("-")[0], "--token", TOKEN)
+        return self.train_subject(photos, out, *flags) / "lora.safetensors"
 
-    def asked(self, instance):
-        """[(place, way to say it)] of places that are not on the subject's photos: every way in turn."""
-        known = {photo.background for photo in world.subject_photos(instance)}
-        places = [
-            place
-            for place in world.BACKGROUNDS
-            if place not in known and (instance.split("-")[0], place) not in world.HELD_OUT_PAIRS
-        ]
-        return [(places[k % len(places)], k // len(places) % 3) for k in range(self.count(12))]
+    def asked(self, instance: str) -> list[tuple[str, int]]:
+        """(background, index of its phrase) of those that the subject's photos do not show."""
+        word, known = instance.split("-")[0], set()
+        for photo in world.subject_photos(instance):
+            known.add(photo.background)
+        new = [b for b in world.BACKGROUNDS if b not in known]
+        new = [b for b in new if (word, b) not in world.HELD_OUT_PAIRS]
+        return [(new[k % len(new)], k // len(new) % 3) for k in range(self.count(12))]
 
-    def subjects(self):
-        """For each subject, prompts of places that are not on its photos: one stage at several scales, the class alone, two stages."""
+    def subjects(self) -> None:
+        """Per subject: one stage at several scales, the class prompt, two stages."""
         hits = {}
         for n, instance in enumerate(world.HELD_OUT_INSTANCES[: self.count(8)]):
-            word, seed = instance.split("-")[0], 5000 + 100 * n
-            asked = self.asked(instance)
-            prompts, wanted = (
-                [f"a photo of a {word} {phrase(*which)}" for which in asked],
-                [(word, instance, place) for place, _ in asked],
-            )
+            word, asked = instance.split("-")[0], self.asked(instance)
+            prompts = [f"a photo of a {word} {phrase(*pair)}" for pair in asked]
+            expected = [(word, instance, background) for background, _ in asked]
             alchemy.load_lora(self.sdxl, self.lora(instance))
-            made = self.one_stage(instance, prompts, wanted, seed) | self.two_stages(
-                instance, prompts, wanted, seed
-            )
+            made = self.one_stage(instance, prompts, expected, 5000 + 100 * n)
+            made |= self.two_stages(instance, prompts, expected, 5000 + 100 * n)
             for key, values in made.items():
                 hits.setdefault(key, []).extend(values)
             self.sdxl.free("unet")  # and the LoRA with it
-            print(
-                f"{instance}: "
-                + ", ".join(
-                    f"{key} {share(values):.2f}" for key, values in made.items() if key != "outside"
-                ),
-                flush=True,
-            )
+            print(f"{instance}: one {share(made['one 1.0']):.2f}, two {share(made['two']):.2f}")
         found = {key: share(values) for key, values in hits.items()}
-        best = max(SCALES, key=lambda scale: found[f"one {scale}"] + found[f"one place {scale}"])
-        self.found |= {
-            "subject": found["one 1.0"],
-            "subject place": found["one place 1.0"],
-            "prior": found["prior"],
-            "prior class": found["prior class"],
-            "two": found["two"],
-            "two place": found["two place"],
-            "one": found[f"one {best}"],
-            "one place": found[f"one place {best}"],
-            "best scale": best,
-            "more": found["two"]
-            + found["two place"]
-            - found[f"one {best}"]
-            - found[f"one place {best}"],
-            "failed": sum(hits["failed"]),
-            "outside": sum(hits["outside"]),
-        }
+        best = max(SCALES, key=lambda s: found[f"one {s}"] + found[f"one background {s}"])
+        for key in ("prior", "prior class", "two", "two background", "seam"):
+            self.found[key] = found[key]
+        self.found["subject"] = found["one 1.0"]
+        self.found["subject background"] = found["one background 1.0"]
+        self.found["one"] = found[f"one {best}"]
+        self.found["one background"] = found[f"one background {best}"]
+        two = found["two"] + found["two background"]
+        self.found["more"] = two - self.found["one"] - self.found["one background"]
+        self.found["best scale"] = best
+        self.found["failed"], self.found["outside"] = sum(hits["failed"]), sum(hits["outside"])
 
-    def one_stage(self, instance, prompts, wanted, seed):
-        word, hits = wanted[0][0], {}
+    def one_stage(self, instance: str, prompts: list, expected: list, seed: int) -> dict:
+        word, hits = expected[0][0], {}
+        named = [insertion.with_token(prompt, word, TOKEN) for prompt in prompts]
         for scale in SCALES:
             with lora.lora_scale(self.sdxl, scale):
-                pictures = drawn(
-                    self.sdxl,
-                    [insertion.with_token(prompt, word, TOKEN) for prompt in prompts],
-                    seed,
-                )
-            said = self.read(f"{instance}-one-{scale}", pictures, wanted)
-            hits[f"one {scale}"] = [s[1] == instance for s in said]
-            hits[f"one place {scale}"] = [s[2] == w[2] for s, w in zip(said, wanted, strict=False)]
-        said = self.read(f"{instance}-prior", drawn(self.sdxl, prompts, seed), wanted)
-        return hits | {
-            "prior": [s[1] != instance for s in said],
-            "prior class": [s[0] == word for s in said],
-        }
+                generated = generate(self.sdxl, named, seed)
+            found = self.read(f"{instance}-one-{scale}", generated, expected)
+            pairs = list(zip(found, expected, strict=True))
+            hits[f"one {scale}"] = [one[1] == instance for one in found]
+            hits[f"one background {scale}"] = [one[2] == truth[2] for one, truth in pairs]
+        found = self.read(f"{instance}-prior", generate(self.sdxl, prompts, seed), expected)
+        hits["prior"] = [one[1] != instance for one in found]
+        hits["prior class"] = [one[0] == word for one in found]
+        return hits
 
-    def two_stages(self, instance, prompts, wanted, seed):
-        made = []
+    def two_stages(self, instance: str, prompts: list, expected: list, seed: int) -> dict:
+        made, cells, changed = [], [], []
         for k, prompt in enumerate(prompts):
             try:
-                made.append(alchemy.insert(self.sdxl, prompt, wanted[0][0], TOKEN, seed=seed + k))
-            except (
-                ValueError
-            ) as error:  # no mask to be had: nothing is inserted, which counts as wrong
-                made.append(None)
+                one = alchemy.insert(self.sdxl, prompt, expected[0][0], TOKEN, seed=seed + k)
+            except ValueError as error:  # no mask: nothing is inserted, which counts as wrong
                 print(f"{prompt}, seed {seed + k}: {error}", flush=True)
-        said = self.read(f"{instance}-two", [m and m.result for m in made], wanted)
-        self.show(
-            f"{instance}-stages",
-            [
-                cell
-                for m in made
-                if m
-                for cell in (
-                    ("scene", m.scene),
-                    ("may change", sheets.outlined(m.scene, m.feathered)),
-                    ("result", m.result),
-                )
-            ],
-            9,
-        )
-        changed = [
-            (np.asarray(m.scene) != np.asarray(m.result)).any(-1) & (m.feathered == 0).numpy()
-            for m in made
-            if m
-        ]
+                made.append(None)
+                continue
+            made.append(one)
+            region = sheets.outlined(one.scene, one.feathered)
+            cells += [("scene", one.scene), ("may change", region), ("result", one.result)]
+            different = (np.asarray(one.scene) != np.asarray(one.result)).any(-1)
+            changed.append(int((different & (one.feathered == 0).numpy()).sum()))
+        self.show(f"{instance}-stages", cells, 9)
+        found = self.read(f"{instance}-two", [one and one.result for one in made], expected)
+        pairs = zip(found, expected, strict=True)
         return {
-            "two": [s[1] == instance for s in said],
-            "two place": [s[2] == w[2] for s, w in zip(said, wanted, strict=False)],
-            "failed": [m is None for m in made],
-            "outside": [int(c.sum()) for c in changed],
+            "two": [one[1] == instance for one in found],
+            "two background": [one[2] == truth[2] for one, truth in pairs],
+            "failed": [one is None for one in made],
+            "seam": [seam(one) < 1.3 for one in made if one],
+            "outside": changed,
         }
 
-    def masks(self):
-        """Of fresh renders of all classes: the segmentation, and the region of insert.py, beside the true alpha."""
-        rows, cells, words, s = [], [], list(world.CLASSES), self.sdxl.defaults
+    def masks(self) -> None:
+        """Of fresh renders of all classes: the segmentation and insert.py's region, against the
+        true alpha."""
+        ious, areas, insides, cells = [], [], [], []
+        words, defaults = list(world.CLASSES), self.sdxl.defaults
         for k in range(self.count(96)):
             word = words[k % len(words)]
-            ones = [one for one in world.CLASSES[word] if one not in world.HELD_OUT_INSTANCES]
-            scene = world.scene(
-                classifier.FRESH + 2**21 + k,
-                instance=ones[k // len(words) % len(ones)],
-                style="photo",
-            )
-            picture, alpha = (
-                Image.fromarray(scene.image),
-                torch.from_numpy(scene.objects[0][2]) > 0.5,
-            )
-            soft = alchemy.segment(self.sdxl, picture, word).cpu()
-            mask = segmentation.remove_specks_and_holes(soft >= s["threshold"])
+            known = [i for i in world.CLASSES[word] if i not in world.HELD_OUT_INSTANCES]
+            instance = known[k // len(words) % len(known)]
+            scene = world.scene(classifier.FRESH + 2**21 + k, instance=instance, style="photo")
+            image, alpha = Image.fromarray(scene.image), torch.from_numpy(scene.objects[0][2]) > 0.5
+            soft = alchemy.segment(self.sdxl, image, word).cpu()
+            mask = segmentation.remove_specks_and_holes(soft >= defaults["threshold"])
+            ious.append(float((mask & alpha).sum() / (mask | alpha).sum()))
+            cells += [(f"{word} {ious[-1]:.2f}", image), ("soft", sheets.grey(soft))]
             try:
-                may = segmentation.binarize(soft, s["threshold"], s["dilate"]) > 0
-            except (
-                ValueError
-            ):  # nothing, or all but nothing, is left outside: insert.py would refuse
-                may = None
-            rows.append(
-                (
-                    float((mask & alpha).sum() / (mask | alpha).sum()),
-                    float("inf") if may is None else float(may.sum() / alpha.sum()),
-                    0.0 if may is None else float((may & alpha).sum() / alpha.sum()),
-                )
-            )
-            cells += [(f"{word} {rows[-1][0]:.2f}", picture), ("soft", sheets.grey(soft))]
+                region = segmentation.binarize(soft, defaults["threshold"], defaults["dilate"]) > 0
+            except ValueError:  # nothing, or all but nothing, is outside: insert.py would refuse
+                areas.append(float("inf"))
+                insides.append(0.0)
+                continue
+            areas.append(float(region.sum() / alpha.sum()))
+            insides.append(float((region & alpha).sum() / alpha.sum()))
         self.show("masks", cells)
-        ious, areas, insides = zip(*rows, strict=False)
-        self.found |= {
-            "iou": statistics.mean(ious),
-            "area": statistics.median(areas),
-            "inside": statistics.mean(insides),
-        }
+        self.found["iou"] = statistics.mean(ious)
+        self.found["area"] = statistics.median(areas)
+        self.found["inside"] = statistics.mean(insides)
 
 
 PARTS = ("renders", "prompts", "pairs", "subjects", "masks")
 
 
-def measured(argv, description, kind, rows, name):
-    """Measure those rows of a kind of Measure that the flags name; (the Measure, all that its file `name` tells so far)."""
+def met(value: float, asked: str) -> bool:
+    """Whether a figure is what is asked: ">= 97%", "<= 1.6", or nothing."""
+    if not asked:
+        return True
+    sign, bound = asked.split()
+    bound = float(bound.rstrip("%")) / (100 if "%" in bound else 1)
+    return value >= bound if sign == ">=" else value <= bound
+
+
+def table(found: dict) -> str:
+    """Markdown of {key: figure}: what is measured and asked, what misses; then the notes."""
+    lines = ["| figure | measured | at least |", "|---|---|---|"]
+    for row, key, asked in ROWS:
+        if key not in found:
+            continue
+        value = found[key]
+        text = f"{value:.2f}" if key in NUMBERS else f"{value:.1%}"
+        text = str(value) if isinstance(value, int) else text
+        missed = "" if met(value, asked) else " (missed)"
+        lines.append(f"| {row} | {text} | {asked.replace('<= ', '').replace('>= ', '')}{missed} |")
+    for key in NOTES:
+        note = found.get(key)
+        if isinstance(note, dict):
+            note = ", ".join(f"{name} {value:.0%}" for name, value in note.items())
+        if note is not None:
+            lines.append(f"\n{key}: {note}")
+    return "\n".join(lines)
+
+
+def measured(argv, description: str, kind: type, rows: list, name: str) -> tuple[Measure, dict]:
+    """Measure the rows that the flags name; (the Measure, all figures of its file)."""
     parser = cli.parser(description)
-    parser.add_argument(
-        "rows", nargs="*", metavar="ROW", help=f"of {', '.join(rows)} (default: all)"
-    )
-    parser.add_argument(
-        "--share",
-        type=cli.number(float, 0, 1, above=True),
-        default=1.0,
-        metavar="X",
-        help="of the pictures (default: all; less is quicker, and rougher)",
-    )
+    parser.add_argument("rows", nargs="*", metavar="ROW", help=f"{', '.join(rows)} (default: all)")
+    parser.add_argument("--share", type=cli.number(float, 0, 1, above=True), default=1.0)
     parser.add_argument("--out", default="out/measure", metavar="FOLDER")
     parser.add_argument("--weights", default=str(WEIGHTS / "mini"), metavar="FOLDER")
     args = parser.parse_args(argv)
-    if unknown := set(args.rows) - set(rows):
+    unknown = set(args.rows) - set(rows)
+    if unknown:
         raise ValueError(f"no row {', '.join(unknown)}; there are {', '.join(rows)}")
     measure = kind(args.out, args.share, args.weights)
     file = measure.out / f"{name}-{args.share:g}.json"
@@ -413,17 +410,14 @@ def measured(argv, description, kind, rows, name):
         start = time.time()
         found = measure.figures(row)
         print(f"{row}: {time.time() - start:.0f} s", flush=True)
-        save_json(
-            (json.loads(file.read_text()) if file.exists() else {}) | found, file
-        )  # read anew: others may measure beside
+        before = json.loads(file.read_text()) if file.exists() else {}  # others may measure beside
+        save_json(before | found, file)
     return measure, json.loads(file.read_text())
 
 
-def main(argv=None):
+def main(argv=None) -> None:
     measure, found = measured(argv, __doc__, Measure, PARTS, "figures")
-    print(
-        f"\n{table(found)}\n\n{measure.share:.0%} of the pictures; sheets of them in {measure.out}"
-    )
+    print(f"\n{table(found)}\n\n{measure.share:.0%} of the images; sheets in {measure.out}")
 
 
 if __name__ == "__main__":

@@ -1,46 +1,54 @@
-"""What is each way of teaching good for? The same photos, taught by every method of train.py and measured alike: a table of weights/README.md.
+"""The training methods compared: one subject by every method of train.py, measured alike.
 
-    python -m weights.toy.methods                    every row, about 40 minutes on one core
-    python -m weights.toy.methods lora word          some of them
+python -m weights.toy.methods                    every row, about 40 minutes on one core
+python -m weights.toy.methods lora word          some of them
 
-What was measured of the same weights and defaults is kept in --out and printed with it; what is taught already is not taught again.
+What was measured of the same weights and defaults is kept in --out and printed too; what is
+trained already is not trained again.
 """
 
+from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image
+from torch import Tensor
 
 import alchemy
 from alchemy import cli, insertion
 from alchemy.formats.embeddings import load_embedding
 
 from . import WEIGHTS, classifier, world
-from .measure import TOKEN, Measure, drawn, measured, phrase, share
+from .measure import TOKEN, Measure, generate, measured, phrase, share
 
 SUBJECTS = ("dog-poodle",)  # more of world.HELD_OUT_INSTANCES take minutes each, in every row
 WORD = "<new>"
-CLASS = ("--class-pictures", "60")
+CLASS = ("--class-images", "60")
+FULL = ("--method", "full")
 INVERSION = ("--method", "textual-inversion", "--token", WORD)
-OF_SUBJECTS = {  # row: (what it is, whether all photos are of one place, flags beside --class-word and --token)
-    "lora-alone": ("LoRA, nothing kept", False, ("--prior-weight", "0")),
-    "lora": ("LoRA, the class held to the model's own prediction", False, ()),
-    "lora-pictures": ("LoRA, the class held to 60 pictures of it", False, CLASS),
-    "full-alone": ("DreamBooth, nothing kept", False, ("--method", "full", "--prior-weight", "0")),
-    "full": ("DreamBooth with 60 class pictures", False, ("--method", "full", *CLASS)),
-    "word": ("Textual Inversion", False, INVERSION),
-    "one-place": ("LoRA, all photos of one place", True, ()),
-    "one-place-masked": ("LoRA, all photos of one place, --mask", True, ("--mask", "{masks}")),
+OF_SUBJECTS = {  # row: (title, whether all photos show one background, flags)
+    "lora-alone": ("LoRA, no prior preservation", False, ("--prior-weight", "0")),
+    "lora": ("LoRA, prior: the base model's prediction", False, ()),
+    "lora-images": ("LoRA, prior: 60 class images", False, CLASS),
+    "full-alone": ("DreamBooth, no prior preservation", False, (*FULL, "--prior-weight", "0")),
+    "full": ("DreamBooth with 60 class images", False, (*FULL, *CLASS)),
+    "word": ("Textual inversion", False, INVERSION),
+    "one-background": ("LoRA, all photos on one background", True, ()),
+    "one-background-masked": (
+        "LoRA, all photos on one background, --mask",
+        True,
+        ("--mask", "{masks}"),
+    ),
 }
-OF_STYLES = {  # row: (what it is, the prompt that asks for the style, flags)
+OF_STYLES = {  # row: (title, the prompt that asks for the style, flags)
     "style-word": (
-        "Textual Inversion of a style",
+        "Textual inversion of a style",
         f"a picture of a {{}}, in the style of {WORD}",
         (*INVERSION, "--style", "--init-word", "watercolor"),
     ),
     "style-lora": (
-        "LoRA on captioned pictures of a style",
+        "LoRA on captioned images of a style",
         f"a {TOKEN} drawing of a {{}}",
         ("--captions",),
     ),
@@ -48,74 +56,57 @@ OF_STYLES = {  # row: (what it is, the prompt that asks for the style, flags)
 
 
 class Styles:
-    """Tells the styles of the world apart by colours and by means and deviations of the classifier's first responses: a linear map, fitted on renders as
-    the VAE returns them, which is the best that a picture of the model can be."""
+    """Tells the styles of the world apart: a linear map of colours and of the classifier's first
+    responses, fitted on renders as the VAE returns them, which no generated image can surpass."""
 
-    def __init__(self, sdxl, net, count=700):
-        self.sdxl, self.classifier, self.names = sdxl, net, list(world.STYLES)
-        x, truth = self.features(*self.renders(classifier.FRESH + 2**22, count))
+    def __init__(self, sdxl, network: classifier.Classifier, count: int = 700):
+        self.sdxl, self.classifier, self.names = sdxl, network, list(world.STYLES)
+        x, truth = self.renders(classifier.FRESH + 2**22, count)
+        x = self.features(x)
         self.mean, self.std = x.mean(0), x.std(0) + 1e-3
         x, y = (x - self.mean) / self.std, 2 * F.one_hot(truth, len(self.names)).float() - 1
-        self.bias, self.map = (
-            y.mean(0),
-            torch.linalg.solve(x.T @ x + 10 * torch.eye(x.shape[1]), x.T @ y),
-        )
+        self.bias = y.mean(0)
+        self.map = torch.linalg.solve(x.T @ x + 10 * torch.eye(x.shape[1]), x.T @ y)
 
     @torch.no_grad()
-    def renders(self, seed, count):
-        """count pictures (3,H,W) in [-1,1] after encoding and decoding, the styles in turn, and the number of each."""
-        truth = [k % len(self.names) for k in range(count)]
-        scenes = [
-            world.scene(seed + k, "any", style=self.names[style]).image
-            for k, style in enumerate(truth)
-        ]
-        x = (
-            torch.stack([torch.from_numpy(image) for image in scenes]).permute(0, 3, 1, 2).float()
-            / 127.5
-            - 1
-        )
-        return torch.cat(
-            [
-                self.sdxl.vae.decode(self.sdxl.vae.encode(part)[0]).clamp(-1, 1)
-                for part in x.split(16)
-            ]
-        ), truth
+    def renders(self, seed: int, count: int) -> tuple[Tensor, Tensor]:
+        """Images (count,3,H,W) in [-1,1] after the VAE, the styles in turn, and their indices."""
+        truth = torch.arange(count) % len(self.names)
+        scenes = []
+        for k, style in enumerate(truth.tolist()):
+            scenes.append(world.scene(seed + k, "any", style=self.names[style]).image)
+        parts = []
+        for x in classifier.to_input(np.stack(scenes)).split(16):
+            parts.append(self.sdxl.vae.decode(self.sdxl.vae.encode(x)[0]).clamp(-1, 1))
+        return torch.cat(parts), truth
 
     @torch.no_grad()
-    def features(self, x, truth=()):
-        chroma = (
-            x - x.mean(1, keepdim=True)
-        ).abs()  # the classifier is taught not to mind light and colours, by which some styles are told
-        found, h = [chroma.mean((2, 3)), x.mean((2, 3))], F.relu(self.classifier.stem(x))
-        for block in (None, *self.classifier.blocks[:3]):
-            h = block(h) if block else h
-            found += [h.mean((2, 3)), h.std((2, 3))]
-        return torch.cat(found, dim=1), torch.tensor(truth)
+    def features(self, x: Tensor) -> Tensor:
+        chroma = (x - x.mean(1, keepdim=True)).abs()
+        features = [chroma.mean((2, 3)), x.mean((2, 3))]
+        for responses in self.classifier.maps(x)[:4]:
+            features += [responses.mean((2, 3)), responses.std((2, 3))]
+        return torch.cat(features, dim=1)
 
-    def name(self, x):
-        """Pictures (B,3,H,W) in [-1,1], or a list of PIL ones, to a list of styles."""
+    def name(self, x) -> list[str]:
+        """The style of each image (B,3,H,W) in [-1,1], or of each PIL image of a list."""
         if isinstance(x, list):
-            x = (
-                torch.stack([torch.from_numpy(np.array(p)) for p in x]).permute(0, 3, 1, 2).float()
-                / 127.5
-                - 1
-            )
-        return [
-            self.names[k]
-            for k in ((self.features(x)[0] - self.mean) / self.std @ self.map + self.bias).argmax(1)
-        ]
+            x = classifier.to_input(np.stack([np.asarray(image) for image in x]))
+        scores = (self.features(x) - self.mean) / self.std @ self.map + self.bias
+        return [self.names[k] for k in scores.argmax(1)]
 
-    def accuracy(self, count=140):
+    def accuracy(self, count: int = 140) -> float:
         x, truth = self.renders(classifier.FRESH + 2**23, count)
-        return share([name == self.names[k] for name, k in zip(self.name(x), truth, strict=False)])
+        pairs = zip(self.name(x), truth, strict=True)
+        return share([name == self.names[k] for name, k in pairs])
 
 
 class Methods(Measure):
-    """A row for each way of teaching."""
+    """One row per method."""
 
-    def taught(self, photos, out, *flags):
-        """A model that has learned the photos."""
-        self.teach(photos, out, *flags)
+    def trained(self, photos: Path, out: Path, *flags: str):
+        """A checkpoint that has learned the photos."""
+        self.train_subject(photos, out, *flags)
         whole, adapter = out / "checkpoint", out / "lora.safetensors"
         sdxl = alchemy.load(whole if whole.exists() else self.weights, dtype="float32")
         if adapter.exists():
@@ -124,131 +115,103 @@ class Methods(Measure):
             load_embedding(sdxl, next(out.glob("*.safetensors")))
         return sdxl
 
-    def figures(self, row):
-        found = (
-            self.of_subjects(row, *OF_SUBJECTS[row])
-            if row in OF_SUBJECTS
-            else self.of_styles(row, *OF_STYLES[row])
-        )
-        print(
-            f"{row}: " + ", ".join(f"{key} {value:.2f}" for key, value in found.items()), flush=True
-        )
+    def figures(self, row: str) -> dict:
+        measure = self.of_subjects if row in OF_SUBJECTS else self.of_styles
+        found = measure(row, *(OF_SUBJECTS | OF_STYLES)[row])
+        print(f"{row}: " + ", ".join(f"{k} {value:.2f}" for k, value in found.items()), flush=True)
         return {row: found}
 
-    def folder(self, row):
-        return self.out / (
-            "loras" if row == "lora" else f"methods/{row}"
-        )  # what the other table needs is taught once
+    def folder(self, row: str) -> Path:
+        """The LoRAs of measure.py are shared: each is trained once."""
+        return self.out / ("loras" if row == "lora" else f"methods/{row}")
 
-    def photos_of_one_place(self, instance):
-        """Folders of five photos in one of the places that the subject's own photos show, and of their true masks."""
-        place, seed = world.subject_photos(instance, 1)[0].background, classifier.FRESH + 2**24
-        folders = [self.out / "photos" / f"{instance}{what}" for what in ("", "-masks")]
+    def photos_of_one_background(self, instance: str) -> list[Path]:
+        """Folders of five photos on one background of the subject's photos, and of their masks."""
+        background = world.subject_photos(instance, 1)[0].background
+        seed = classifier.FRESH + 2**24
+        folders = [self.out / "photos" / f"{instance}{end}" for end in ("", "-masks")]
         for folder in folders:
             folder.mkdir(parents=True, exist_ok=True)
         for k in range(5):
-            scene = world.scene(
-                seed + k, "any", (192, 192), instance=instance, background=place, style="photo"
-            )
+            given = {"instance": instance, "background": background, "style": "photo"}
+            scene = world.scene(seed + k, "any", (192, 192), **given)
             for folder, pixels in zip(
-                folders, (scene.image, np.uint8(255 * scene.objects[0][2])), strict=False
+                folders, (scene.image, np.uint8(255 * scene.objects[0][2])), strict=True
             ):
                 Image.fromarray(pixels).save(folder / f"{k:02d}.png")
         return folders
 
-    def of_subjects(self, row, _, one_place, flags):
-        hits = {"subject": [], "place": [], "prior": [], "class": []}
+    def of_subjects(self, row: str, _, one_background: bool, flags: tuple) -> dict:
+        hits = {"subject": [], "background": [], "prior": [], "class": []}
         for n, instance in enumerate(SUBJECTS[: self.count(len(SUBJECTS))]):
             word, seed = instance.split("-")[0], 5000 + 100 * n
-            photos, masks = (
-                self.photos_of_one_place(instance)
-                if one_place
-                else (WEIGHTS / "subjects" / instance, None)
-            )
-            given = [str(masks) if flag == "{masks}" else flag for flag in flags]
-            token = [] if WORD in given else ["--token", TOKEN]
-            sdxl = self.taught(
-                photos, self.folder(row) / instance, "--class-word", word, *token, *given
-            )
+            photos, masks = WEIGHTS / "subjects" / instance, ""
+            if one_background:
+                photos, masks = self.photos_of_one_background(instance)
+            given = [flag.replace("{masks}", str(masks)) for flag in flags]
+            if WORD not in given:
+                given += ["--token", TOKEN]
+            sdxl = self.trained(photos, self.folder(row) / instance, "--class-word", word, *given)
             asked = self.asked(instance)
-            plain, wanted = (
-                [f"a photo of a {word} {phrase(*which)}" for which in asked],
-                [(word, instance, place) for place, _ in asked],
-            )
-            named = [
-                p.replace(word, WORD, 1) if WORD in given else insertion.with_token(p, word, TOKEN)
-                for p in plain
-            ]
-            said = self.read(f"{row}-{instance}", drawn(sdxl, named, seed), wanted)
-            hits["subject"] += [s[1] == instance for s in said]
-            hits["place"] += [s[2] == w[2] for s, w in zip(said, wanted, strict=False)]
-            said = self.read(f"{row}-{instance}-prior", drawn(sdxl, plain, seed), wanted)
-            hits["prior"] += [s[1] != instance for s in said]
-            hits["class"] += [s[0] == word for s in said]
+            plain = [f"a photo of a {word} {phrase(*pair)}" for pair in asked]
+            named = [insertion.with_token(prompt, word, TOKEN) for prompt in plain]
+            if WORD in given:
+                named = [prompt.replace(word, WORD, 1) for prompt in plain]
+            expected = [(word, instance, background) for background, _ in asked]
+            found = self.read(f"{row}-{instance}", generate(sdxl, named, seed), expected)
+            pairs = zip(found, expected, strict=True)
+            hits["subject"] += [one[1] == instance for one in found]
+            hits["background"] += [one[2] == truth[2] for one, truth in pairs]
+            found = self.read(f"{row}-{instance}-prior", generate(sdxl, plain, seed), expected)
+            hits["prior"] += [one[1] != instance for one in found]
+            hits["class"] += [one[0] == word for one in found]
         return {key: share(values) for key, values in hits.items()}
 
-    def of_styles(self, row, _, named, flags):
+    def of_styles(self, row: str, _, template: str, flags: tuple) -> dict:
         styles, hits = Styles(self.sdxl, self.classifier), {"style": [], "plain": []}
-        pairs = [
-            (word, place)
-            for word in list(world.CLASSES)[::2]
-            for place in list(world.BACKGROUNDS)[::3]
-        ][: self.count(24)]
+        objects = []
+        for word in list(world.CLASSES)[::2]:
+            objects += [f"{word} {phrase(place)}" for place in list(world.BACKGROUNDS)[::3]]
+        objects = objects[: self.count(24)]
         for style in world.HELD_OUT_STYLES:
-            sdxl = self.taught(
-                world.captioned(self.out / "photos" / style, 12, style, named),
-                self.folder(row) / style,
-                *flags,
-            )
-            things = [f"{word} {phrase(place)}" for word, place in pairs]
-            for key, prompts, wanted in (
-                ("style", [named.format(thing) for thing in things], style),
-                ("plain", [f"a photo of a {thing}" for thing in things], "photo"),
+            photos = world.captioned(self.out / "photos" / style, 12, style, template)
+            sdxl = self.trained(photos, self.folder(row) / style, *flags)
+            for key, prompt, expected in (
+                ("style", template, style),
+                ("plain", "a photo of a {}", "photo"),
             ):
-                pictures = drawn(sdxl, prompts, 7000)
-                said = styles.name(pictures)
-                hits[key] += [s == wanted for s in said]
-                self.show(
-                    f"{row}-{style}-{key}",
-                    [
-                        (f"{thing}: {s}", p)
-                        for thing, s, p in zip(things, said, pictures, strict=False)
-                    ],
-                )
-        return {key: share(values) for key, values in hits.items()} | {
-            "classifier": styles.accuracy()
-        }
+                generated = generate(sdxl, [prompt.format(one) for one in objects], 7000)
+                found = styles.name(generated)
+                hits[key] += [name == expected for name in found]
+                labels = [f"{a}: {b}" for a, b in zip(objects, found, strict=True)]
+                self.show(f"{row}-{style}-{key}", list(zip(labels, generated, strict=True)))
+        found = {key: share(values) for key, values in hits.items()}
+        return found | {"classifier": styles.accuracy()}
 
 
-def table(found):
+def table(found: dict) -> str:
     """Markdown of {row: {figure: value}}."""
     lines = []
+    subject_head = "subject right | background right | class prompt: not the subject | class right"
+    style_head = "style right | plain prompt stays a photo | the classifier's own accuracy"
     for rows, keys, head in (
-        (
-            OF_SUBJECTS,
-            ("subject", "place", "prior", "class"),
-            "subject right | place right | class prompt: not the subject | its class right",
-        ),
-        (
-            OF_STYLES,
-            ("style", "plain", "classifier"),
-            "style right | plain prompt stays a photo | the classifier's own accuracy",
-        ),
+        (OF_SUBJECTS, ("subject", "background", "prior", "class"), subject_head),
+        (OF_STYLES, ("style", "plain", "classifier"), style_head),
     ):
-        if any(row in found for row in rows):
-            lines += [f"| method | {head} |", "|---" * (1 + len(keys)) + "|"]
-            lines += [
-                f"| {what[0]} (`{row}`) | "
-                + " | ".join(f"{found[row][key]:.0%}" for key in keys)
-                + " |"
-                for row, what in rows.items()
-                if row in found
-            ] + [""]
+        if not set(rows) & set(found):
+            continue
+        lines += [f"| method | {head} |", "|---" * (1 + len(keys)) + "|"]
+        for row, (title, *_) in rows.items():
+            if row in found:
+                figures = " | ".join(f"{found[row][key]:.0%}" for key in keys)
+                lines.append(f"| {title} (`{row}`) | {figures} |")
+        lines.append("")
     return "\n".join(lines)
 
 
-def main(argv=None):
-    print("\n" + table(measured(argv, __doc__, Methods, [*OF_SUBJECTS, *OF_STYLES], "methods")[1]))
+def main(argv=None) -> None:
+    rows = [*OF_SUBJECTS, *OF_STYLES]
+    print("\n" + table(measured(argv, __doc__, Methods, rows, "methods")[1]))
 
 
 if __name__ == "__main__":

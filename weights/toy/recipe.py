@@ -1,20 +1,25 @@
-"""How weights/mini was made: an SDXL in miniature, trained from nothing on the toy world.
+"""How weights/mini is trained: an SDXL in miniature, from scratch, on the toy world.
 
-    python -m weights.toy.recipe vae        first the VAE: it fixes what the latents are
-    python -m weights.toy.recipe unet       then the UNet with both text encoders, on the VAE's latents
-    python -m weights.toy.recipe pack       write the EMA in half precision to weights/mini
-    python -m weights.toy.recipe unpack     the way back: states in --work from weights/mini, to go on training what ships
+python -m weights.toy.recipe vae       the VAE first: it defines the latents
+python -m weights.toy.recipe unet      the UNet and both text encoders, on the VAE's latents
+python -m weights.toy.recipe trial     compares UNet configurations on the same latents
+python -m weights.toy.recipe pack      writes the EMA in half precision to weights/mini
 
-vae and unet go on from their last state in --work, on CUDA where there is one; their logs are vae.log and unet.log there.
+vae and unet resume from their last state in --work, and log to vae.log and unet.log there;
+a larger --minutes continues a finished run. They use CUDA where there is one.
 """
 
 import json
-from contextlib import contextmanager
+import math
+import time
+from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.nn.functional as F
-from safetensors.torch import load_file
+from safetensors.torch import save_file
+from torch import Generator, Tensor, nn
 
 from alchemy import cli
 from alchemy.clip import TextConfig, TextEncoder
@@ -23,317 +28,346 @@ from alchemy.tokenizer import Tokenizer
 from alchemy.unet import UNet, UNetConfig
 from alchemy.vae import VAE, VAEConfig
 
-from . import WEIGHTS, world
-from .checkpoint import CONFIGS, SCHEDULER, pack, unpack
-from .state import FLAT, State, train
+from . import WEIGHTS, classifier, world
+from .training import State, bfloat16, ema_of, metadata, train
+
+CONFIGS = json.loads((Path(__file__).parent / "configs.json").read_text())
+NETWORKS = CONFIGS["networks"]
+TEXT_ENCODERS, TOKENIZERS = ("text_encoder", "text_encoder_2"), ("tokenizer", "tokenizer_2")
+DEFAULTS = {"vae": (30, 1.6e-3, 0.45), "unet": (50, 1.6e-3, 0.6)}  # minutes, rate, flat share
+LEVELS = (200, 400, 600, 800)  # noise levels of the held-out loss
+TRIALS = {  # channels, transformer layers and attention heads of the three levels
+    "before": ((32, 96, 192), (1, 1, 1), (1, 3, 6)),
+    "wide": ((32, 96, 192), (1, 1, 2), (1, 2, 3)),
+    "deep": ((32, 64, 192), (1, 1, 4), (1, 1, 3)),
+    "small": ((32, 64, 128), (1, 1, 2), (1, 1, 2)),
+}
 
 
-def pixels(scenes, device):
-    """Scenes to (B,3,H,W) in [-1,1]."""
-    return (
-        torch.stack([torch.from_numpy(s.image) for s in scenes])
-        .permute(0, 3, 1, 2)
-        .to(device)
-        .float()
-        / 127.5
-        - 1
-    )
+class Scenes:
+    """The first `count` training scenes, rendered once into memory-mapped files of a folder."""
+
+    def __init__(self, folder: Path, count: int, first: int = 0):
+        folder.mkdir(parents=True, exist_ok=True)
+        files = [folder / f"{first}-{count}.{name}.npy" for name in ("images", "masks", "boxes")]
+        captions = folder / f"{first}-{count}.json"
+        if not captions.exists():
+            self.render(files, captions, count, first)
+        self.images, self.masks, self.boxes = (np.load(file, mmap_mode="r") for file in files)
+        self.captions = json.loads(captions.read_text())
+
+    @staticmethod
+    def render(files: list[Path], captions: Path, count: int, first: int) -> None:
+        shapes = ((count, 128, 128, 3), np.uint8), ((count, 128, 128), np.uint8), ((count, 4), int)
+        images, masks, boxes = (
+            np.lib.format.open_memmap(file, "w+", dtype, shape)
+            for file, (shape, dtype) in zip(files, shapes, strict=True)
+        )
+        texts = []
+        for k in range(count):
+            scene = world.scene(first + k)
+            mask = np.clip(sum(mask for _, _, mask in scene.objects), 0, 1)
+            rows, columns = np.flatnonzero(mask.any(1)), np.flatnonzero(mask.any(0))
+            images[k], masks[k] = scene.image, np.uint8(255 * mask)
+            boxes[k] = rows[0], rows[-1] + 1, columns[0], columns[-1] + 1
+            texts.append(scene.caption)
+        captions.write_text(json.dumps(texts))
+
+    def crops(self, count: int, side: int, generator: Generator) -> Tensor:
+        """(count,3,side,side) in [-1,1]; two of three are centred on a point of an object."""
+        crops = []
+        for _ in range(count):
+            k = int(torch.randint(len(self.images), (), generator=generator))
+            y0, y1, x0, x1 = self.boxes[k]
+            down, right, chance = torch.rand(3, generator=generator).tolist()
+            y, x = down * (129 - side), right * (129 - side)
+            if chance < 0.65:
+                y, x = y0 + down * (y1 - y0) - side / 2, x0 + right * (x1 - x0) - side / 2
+            y, x = (min(max(int(start), 0), 128 - side) for start in (y, x))
+            crops.append(torch.from_numpy(self.images[k, y : y + side, x : x + side].copy()))
+        return classifier.to_input(torch.stack(crops))
 
 
-def edges(x):
-    return torch.cat([x.diff(dim=-2).flatten(1), x.diff(dim=-1).flatten(1)], dim=1)
+def recolour(x: Tensor, generator: Generator, share: float = 0.35) -> Tensor:
+    """Images in [-1,1], a share of them with their hues turned by any angle around the grey axis
+    and their saturation times 0.7 to 1.4: the VAE must encode colours that no sprite has."""
+    angle = (2 * torch.rand(len(x), 1, 1, generator=generator) - 1) * math.pi
+    strength = 0.7 + 0.7 * torch.rand(len(x), 1, 1, generator=generator)
+    grey = torch.full((3, 3), 1 / 3)
+    turn = torch.tensor([[0.0, -1, 1], [1, 0, -1], [-1, 1, 0]]) / 3**0.5
+    mix = grey + strength * (angle.cos() * (torch.eye(3) - grey) + angle.sin() * turn)
+    mix[torch.rand(len(x), generator=generator) >= share] = torch.eye(3)
+    return torch.einsum("bij,bjhw->bihw", mix, x).clamp(-1, 1)
 
 
-def crops(step, count, side):
-    """count crops (B,3,side,side) in [-1,1] of training scenes, two of each scene."""
-    scenes = pixels([world.scene(step * 64 + i) for i in range(max(1, count // 2))], "cpu")
-    corners = torch.randint(
-        0, 129 - side, (count, 2), generator=torch.Generator().manual_seed(step)
-    ).tolist()
-    return torch.stack(
-        [scenes[i % len(scenes), :, y : y + side, x : x + side] for i, (y, x) in enumerate(corners)]
-    )
+def edge_loss(y: Tensor, x: Tensor) -> Tensor:
+    """L1 of the differences between neighbours: keeps edges sharp where squares would blur."""
+    return sum((y.diff(dim=dim) - x.diff(dim=dim)).abs().mean() for dim in (-2, -1)) / 2
 
 
-def train_vae(args, log, device):
-    vae = VAE(VAEConfig.from_config(CONFIGS["vae"])).to(device, memory_format=torch.channels_last)
-    state = State({"vae": vae}, args.work / "vae.safetensors", args.lr, 0.999)
-    if args.decoder_only:  # what a UNet has learned on these latents, the EMA's, stays true
-        state.use_ema()
-        vae.encoder.requires_grad_(False)
-        vae.quant_conv.requires_grad_(False)
+def feature_loss(network: nn.Module, y: Tensor, x: Tensor) -> Tensor:
+    """Relative L1 of the features of a classifier that was trained on training renders."""
+    with torch.no_grad():
+        targets = network.maps(x)[:3]
+    total = 0.0
+    for a, b in zip(network.maps(y)[:3], targets, strict=True):
+        total += (a.float() - b.float()).abs().mean() / (b.float().abs().mean() + 1e-3)
+    return total / 3
 
-    def loss_of(step):
-        # Mostly small crops; now and then whole pictures go through the attention.
-        x = crops(step, *((max(1, args.batch // 4), 128) if step % 16 == 0 else (args.batch, 64)))
-        generator = torch.Generator().manual_seed(step)
-        x = x.to(device).contiguous(memory_format=torch.channels_last)
+
+def fresh_vae() -> VAE:
+    torch.manual_seed(0)
+    vae = VAE(VAEConfig.from_config(NETWORKS["vae"]))
+    for name, parameter in vae.named_parameters():
+        if name.endswith("conv2.weight"):
+            nn.init.zeros_(parameter)
+    # Latents of a wide scale and sharp posteriors at first: from a posterior of standard deviation
+    # 1 the decoder would see noise alone, and the KL term would collapse the latents.
+    with torch.no_grad():
+        vae.quant_conv.weight.zero_()
+        vae.quant_conv.bias.zero_()
+        vae.quant_conv.bias[4:] = -5
+        for k in range(4):
+            vae.quant_conv.weight[k, k] = 3
+    return vae
+
+
+def train_vae(args, log: Callable[[str], None], device: torch.device) -> None:
+    scenes = Scenes(args.work / "scenes", args.scenes)
+    path = args.work / "critic.safetensors"
+    if not path.exists():
+        log("training the classifier of the feature loss, 4 minutes")
+        classifier.train(path, 4, lambda seed: classifier.example(seed, "train"), log)
+    critic = classifier.load(path).to(device).requires_grad_(False)
+    vae = fresh_vae().to(device, memory_format=torch.channels_last)
+    state = State({"vae": vae}, args.work / "vae.safetensors", 0.998)
+
+    def loss_of(step: int) -> Tensor:
+        # Crops of 64 pixels; at times whole images, which the attention must see too.
+        generator = Generator().manual_seed(step)
+        x = scenes.crops(*((2, 128) if step % 12 == 0 else (8, 64)), generator)
+        x = recolour(x, generator).to(device).contiguous(memory_format=torch.channels_last)
         with bfloat16(device):
             mean, std = (part.float() for part in vae.encode(x))
-            y = vae.decode(
-                mean + std * torch.randn(mean.shape, generator=generator).to(device)
-            ).float()
+            # Up to 8 % more noise than the posterior has: what the UNet makes is not exact.
+            extra = 0.08 * torch.rand(len(x), 1, 1, 1, generator=generator).to(device)
+            noise = torch.randn(mean.shape, generator=generator).to(device)
+            sigma = (std**2 + (extra * mean.detach().std()) ** 2).sqrt()
+            y = vae.decode(mean + sigma * noise).float()
+            features = feature_loss(critic, y, x)
         kl = 0.5 * (mean**2 + std**2 - 1 - 2 * std.log()).mean()
-        # The differences of neighbours keep edges sharp; squares alone would rather blur them.
-        return F.l1_loss(y, x) + F.mse_loss(y, x) + 0.5 * F.l1_loss(edges(y), edges(x)) + 3e-4 * kl
+        pixels = F.l1_loss(y, x) + F.mse_loss(y, x) + edge_loss(y, x)
+        return pixels + 0.03 * features + 5e-5 * kl
 
-    train(state, args.minutes, args.lr, loss_of, log)
+    train(state, args.minutes, args.lr, DEFAULTS["vae"][2], loss_of, log)
     state.use_ema()
     with torch.no_grad():
-        x = pixels([world.scene(world.FRESH + i) for i in range(64)], device)
-        mean, std = vae.encode(x)
-        psnr = (
-            -10
-            * torch.log10(((vae.decode(mean) - x).clamp(-2, 2) / 2).square().mean((1, 2, 3))).mean()
-        )
-    log(
-        f"PSNR {psnr:.2f} dB on 64 fresh scenes; latents: std {mean.std():.4f}, posterior std {std.mean():.4f}"
-    )
-    if not args.decoder_only:
-        (args.work / "scaling.json").write_text(
-            json.dumps({"scaling_factor": round(1 / float(mean.std()), 5)})
-        )
+        mean, std = vae.encode(classifier.to_input(scenes.images[:64]).to(device))
+    log(f"latents: std {mean.std():.4f}, posterior std {std.mean():.4f}")
+    factor = {"scaling_factor": round(1 / float(mean.std()), 5)}
+    (args.work / "scaling.json").write_text(json.dumps(factor))
 
 
-class Pool:
-    """Scenes of one size as latents, each used several times: drawing and encoding one costs a third of a training sample."""
-
-    def __init__(self, vae, size, seed, device, most=20000):
-        self.vae, self.size, self.next, self.device, self.most, self.items = (
-            vae,
-            size,
-            seed,
-            device,
-            most,
-            [],
-        )
-
-    @torch.no_grad()
-    def grow(self, count):
-        """count fresh scenes: two thirds drawn at the size, the others larger and cropped, which the UNet is told."""
-        scenes, told = [], []
-        for _ in range(count):
-            rng = torch.Generator().manual_seed(self.next)
-            cut = torch.rand((), generator=rng) < 0.33
-            h, w = (int(side * 1.25) // 4 * 4 if cut else side for side in self.size)
-            top, left = (
-                int(torch.randint(extra // 4 + 1, (), generator=rng)) * 4
-                for extra in (h - self.size[0], w - self.size[1])
-            )
-            scene = world.scene(self.next, size=(h, w))
-            window = slice(top, top + self.size[0]), slice(left, left + self.size[1])
-            scenes.append(torch.from_numpy(scene.image[window].copy()))
-            alpha = torch.from_numpy(sum(mask for _, _, mask in scene.objects)[window].copy())
-            told.append(
-                (F.avg_pool2d(alpha[None], 4).half(), scene.caption, [h, w, top, left, *self.size])
-            )
-            self.next += 1
-        x = torch.stack(scenes).permute(0, 3, 1, 2).to(self.device).float() / 127.5 - 1
-        mean, std = (
-            part.half().cpu()
-            for part in self.vae.encode(x.contiguous(memory_format=torch.channels_last))
-        )
-        self.items = (
-            self.items + [(m, s, *what) for m, s, what in zip(mean, std, told, strict=False)]
-        )[-self.most :]
-
-    def draw(self, count, generator):
-        chosen = [
-            self.items[i]
-            for i in torch.randint(len(self.items), (count,), generator=generator).tolist()
-        ]
-        mean, std, alpha, captions, time_ids = zip(*chosen, strict=False)
-        mean, std, alpha = (torch.stack(part).float() for part in (mean, std, alpha))
-        x = mean + std * torch.randn(mean.shape, generator=generator)
-        return (
-            x.to(self.device),
-            alpha.to(self.device),
-            captions,
-            torch.tensor(time_ids).float().to(self.device),
-        )
-
-
-def fresh_networks(device):
-    """UNet and text encoders; what ends a branch starts at zero, so that the first prediction is none at all."""
-    torch.manual_seed(0)
-    modules = {
-        "unet": UNet(UNetConfig.from_config(CONFIGS["unet"])),
-        "text_encoder": TextEncoder(TextConfig.from_config(CONFIGS["text_encoder"])),
-        "text_encoder_2": TextEncoder(
-            TextConfig.from_config(CONFIGS["text_encoder_2"]), projection=True
-        ),
-    }
-    for name, p in modules["unet"].named_parameters():
-        if name.endswith(("conv2.weight", "proj_out.weight")) or name.startswith("conv_out"):
-            torch.nn.init.zeros_(p)
-    for name in ("text_encoder", "text_encoder_2"):
-        for embedding in modules[name].text_model.embeddings.children():
-            torch.nn.init.normal_(embedding.weight, std=0.05)
-    return {name: m.to(device, memory_format=torch.channels_last) for name, m in modules.items()}
-
-
-@contextmanager
-def bfloat16(device):
-    """Autocast, except for attention on CPUs: its backward pass is several times slower there than in float32."""
-    attention, on_cpu = F.scaled_dot_product_attention, device.type == "cpu"
-    if on_cpu and not getattr(torch.cpu, "_is_avx512_bf16_supported", bool)():
-        yield  # such a processor would only emulate it
-        return
-
-    def in_float32(q, k, v, **options):
-        with torch.autocast(device.type, enabled=False):
-            return attention(q.float(), k.float(), v.float(), **options)
-
-    try:
-        F.scaled_dot_product_attention = in_float32 if on_cpu else attention
-        with torch.autocast(device.type, torch.bfloat16):
-            yield
-    finally:
-        F.scaled_dot_product_attention = attention
-
-
-def trained_vae(args, device):
-    if not (args.work / "scaling.json").exists():
-        raise ValueError(f"{args.work}: no trained VAE there: run the part vae first, or unpack")
-    vae = VAE(
-        VAEConfig.from_config(CONFIGS["vae"] | json.loads((args.work / "scaling.json").read_text()))
-    )
-    tensors = load_file(args.work / "vae.safetensors")
-    vae.load_state_dict(
-        {k.removeprefix("ema.vae."): v for k, v in tensors.items() if k.startswith("ema.")}
-    )
+def trained_vae(work: Path, device: torch.device) -> VAE:
+    if not (work / "scaling.json").exists():
+        raise ValueError(f"{work}: no trained VAE there; run the part vae first")
+    config = NETWORKS["vae"] | json.loads((work / "scaling.json").read_text())
+    vae = VAE(VAEConfig.from_config(config))
+    vae.load_state_dict(ema_of(work / "vae.safetensors", "vae"))
     return vae.to(device, memory_format=torch.channels_last).eval().requires_grad_(False)
 
 
-def train_unet(args, log, device):
-    vae, modules = trained_vae(args, device), fresh_networks(device)
-    state = State(modules, args.work / "unet.safetensors", args.lr, 0.999)
-    tokenizers = [
-        Tokenizer.from_folder(WEIGHTS / "mini" / name) for name in ("tokenizer", "tokenizer_2")
-    ]
-    schedule = Schedule.from_config(SCHEDULER)
-    # A stream of seeds for each size, and none twice after a restart. Small pictures first: they cost a quarter.
-    pools = {
-        size: Pool(vae, size, (k << 32) + args.batch * state.step, device)
-        for k, size in enumerate([(64, 64), (128, 128), (112, 144), (144, 112), (96, 96)])
-    }
+class Latents:
+    """Latents, object masks and captions of scenes, encoded a few at a time and then reused."""
 
-    def loss_of(step):
-        rng = torch.Generator().manual_seed(step)
-        late = state.seconds > args.small * 60 * args.minutes
-        pick = float(torch.rand((), generator=rng))
-        size = (
-            (
-                (128, 128)
-                if pick < 0.7
-                else (112, 144)
-                if pick < 0.78
-                else (144, 112)
-                if pick < 0.86
-                else (96, 96)
-            )
-            if late
-            else ((64, 64) if pick < 0.9 else (96, 96))
-        )
-        count = max(1, args.batch * 64 * 64 // (size[0] * size[1])) * (2 if late else 1)
-        pool = pools[size]
-        pool.grow(count if len(pool.items) < 32 * count else -(-count // 4))
-        x_0, alpha, captions, time_ids = pool.draw(count, rng)
+    def __init__(self, vae: VAE, scenes: Scenes, device: torch.device):
+        self.vae, self.scenes, self.device, self.ready = vae, scenes, device, 0
+        self.latents = torch.empty(len(scenes.captions), 4, 32, 32, dtype=torch.float16)
+        self.masks = torch.empty(len(scenes.captions), 1, 32, 32, dtype=torch.float16)
 
-        # Captions: one in ten is dropped to zeros, three in a hundred are empty, so that both kinds of unconditional are learned.
-        lot = torch.rand(count, generator=rng)
-        captions = ["" if 0.10 <= lot[i] < 0.13 else c for i, c in enumerate(captions)]
-        ids = [
-            torch.tensor([tokenizer(c) for c in captions], device=device)
-            for tokenizer in tokenizers
-        ]
-        keep = (lot >= 0.10).to(device)
+    @torch.no_grad()
+    def grow(self, count: int) -> None:
+        """Encode `count` scenes more, while there are some."""
+        end = min(self.ready + count, len(self.latents))
+        for start in range(self.ready, end, 32):
+            rows = slice(start, min(start + 32, end))
+            x = classifier.to_input(self.scenes.images[rows]).to(self.device)
+            with bfloat16(self.device):
+                mean, _ = self.vae.encode(x.contiguous(memory_format=torch.channels_last))
+            masks = torch.from_numpy(self.scenes.masks[rows].copy()).float()[:, None] / 255
+            self.latents[rows], self.masks[rows] = mean.cpu(), F.avg_pool2d(masks, 4)
+        self.ready = end
 
-        eps = torch.randn(x_0.shape, generator=rng).to(device)
-        t = (
-            ((torch.arange(count) + torch.rand(count, generator=rng)) * 1000 / count)
-            .long()
-            .clamp(max=999)
-        )  # spread evenly: a steadier gradient
-        weight = (5 / schedule.snr(t)).clamp(max=1).float().to(device)  # min-SNR with gamma 5
-        x_t = schedule.add_noise(x_0, eps, t).contiguous(memory_format=torch.channels_last)
-        with bfloat16(device):
-            (first, _), (second, pooled) = (
-                modules[name](i)
-                for name, i in zip(("text_encoder", "text_encoder_2"), ids, strict=False)
-            )
+    def batch(self, indices: Tensor) -> tuple[Tensor, Tensor, list[str]]:
+        captions = [self.scenes.captions[k] for k in indices.tolist()]
+        return self.latents[indices].float(), self.masks[indices].float(), captions
+
+
+class Denoiser:
+    """UNet and text encoders from scratch. Branches end in zeros: the first prediction is 0."""
+
+    def __init__(self, config: dict, device: torch.device):
+        torch.manual_seed(0)
+        self.modules = {"unet": UNet(UNetConfig.from_config(config))}
+        for name in TEXT_ENCODERS:
+            text_config = TextConfig.from_config(NETWORKS[name])
+            self.modules[name] = TextEncoder(text_config, projection=name == TEXT_ENCODERS[1])
+            for embedding in self.modules[name].text_model.embeddings.children():
+                nn.init.normal_(embedding.weight, std=0.05)
+        for name, parameter in self.modules["unet"].named_parameters():
+            if name.endswith(("conv2.weight", "proj_out.weight")) or name.startswith("conv_out"):
+                nn.init.zeros_(parameter)
+        for module in self.modules.values():
+            module.to(device, memory_format=torch.channels_last)
+        self.tokenizers = [Tokenizer.from_folder(WEIGHTS / "mini" / name) for name in TOKENIZERS]
+        self.schedule, self.device = Schedule.from_config(CONFIGS["scheduler"]), device
+
+    def predict(self, x_t: Tensor, t: Tensor, captions: list[str], keep: Tensor) -> Tensor:
+        """The predicted noise. keep (B,): 0 where the caption is dropped to zeros."""
+        keep, encoded = keep.to(self.device), []
+        with bfloat16(self.device):
+            for name, tokenizer in zip(TEXT_ENCODERS, self.tokenizers, strict=True):
+                ids = torch.tensor([tokenizer(caption) for caption in captions])
+                encoded.append(self.modules[name](ids.to(self.device)))
+            (first, _), (second, pooled) = encoded
             context = torch.cat([first, second], dim=-1) * keep[:, None, None]
-            prediction = modules["unet"](
-                x_t, t.to(device), context, pooled * keep[:, None], time_ids
-            )
-        # Objects are a sixth of a picture and most of what there is to learn: they count threefold, until the learning rate falls.
-        objects = (
-            1 + 2 * alpha if state.seconds < FLAT * 60 * args.minutes else torch.ones_like(alpha)
-        )
-        error = ((prediction.float() - eps).square() * objects).mean((1, 2, 3)) / objects.mean(
-            (1, 2, 3)
-        )
-        return (weight * error).mean()
+            x_t = x_t.to(self.device).contiguous(memory_format=torch.channels_last)
+            time_ids = torch.tensor([128.0, 128, 0, 0, 128, 128], device=self.device)
+            conditioning = context, pooled * keep[:, None], time_ids.expand(len(x_t), 6)
+            return self.modules["unet"](x_t, t.to(self.device), *conditioning).float()
 
-    train(state, args.minutes, args.lr, loss_of, log)
+    def loss(self, batch: tuple, generator: Generator, object_weight: float) -> Tensor:
+        """Min-SNR weighted (gamma 5) error of the noise; pixels of objects count more."""
+        x_0, masks, captions = batch
+        count = len(x_0)
+        chance = torch.rand(count, generator=generator)
+        for k in range(count):
+            if 0.10 <= chance[k] < 0.12:
+                captions[k] = ""
+        x_0 = x_0 + 0.02 * torch.randn(x_0.shape, generator=generator)
+        eps = torch.randn(x_0.shape, generator=generator)
+        # Timesteps spread evenly over the batch: a steadier gradient.
+        even = torch.arange(count) + torch.rand(count, generator=generator)
+        t = (even * 1000 / count).long().clamp(max=999)
+        weight = (5 / self.schedule.snr(t)).clamp(max=1).float().to(self.device)
+        x_t = self.schedule.add_noise(x_0, eps, t)
+        prediction = self.predict(x_t, t, captions, (chance >= 0.10).float())
+        pixels = (1 + object_weight * masks).to(self.device)
+        error = (prediction - eps.to(self.device)).square() * pixels
+        return (weight * error.mean((1, 2, 3)) / pixels.mean((1, 2, 3))).mean()
+
+    @torch.no_grad()
+    def held_out(self, latents: Latents) -> list[float]:
+        """Mean squared error of the noise at LEVELS, on scenes that are never trained on."""
+        errors = []
+        for level in LEVELS:
+            generator, total = Generator().manual_seed(level), 0.0
+            for rows in torch.arange(latents.ready).split(32):
+                x_0, _, captions = latents.batch(rows)
+                eps = torch.randn(x_0.shape, generator=generator)
+                t = torch.full((len(rows),), level)
+                x_t = self.schedule.add_noise(x_0, eps, t)
+                prediction = self.predict(x_t, t, captions, torch.ones(len(rows)))
+                total += float((prediction.cpu() - eps).square().mean()) * len(rows)
+            errors.append(total / latents.ready)
+        return errors
 
 
-DEFAULTS = {
-    "vae": {"minutes": 24, "batch": 16},
-    "unet": {"minutes": 97, "batch": 32},
-}  # as weights/mini was made, see README.md there
+def train_unet(args, log, device, config=None, name="unet", clock=time.time) -> list[float]:
+    """Train, and return the held-out losses of the EMA."""
+    denoiser = Denoiser(config or NETWORKS["unet"], device)
+    vae = trained_vae(args.work, device)
+    latents = Latents(vae, Scenes(args.work / "scenes", args.scenes), device)
+    held_out = Latents(vae, Scenes(args.work / "scenes", 512, world.FRESH), device)
+    latents.grow(2500)
+    held_out.grow(512)
+    state = State(denoiser.modules, args.work / f"{name}.safetensors", 0.999)
+    flat = DEFAULTS["unet"][2]
+
+    def loss_of(step: int) -> Tensor:
+        generator = Generator().manual_seed(step)
+        latents.grow(args.batch)
+        batch = latents.batch(torch.randint(latents.ready, (args.batch,), generator=generator))
+        # Objects are a third of an image and most of what there is to learn: they count
+        # threefold until the learning rate falls.
+        object_weight = 2.0 if state.seconds < flat * 60 * args.minutes else 0.0
+        return denoiser.loss(batch, generator, object_weight)
+
+    train(state, args.minutes, args.lr, flat, loss_of, log, clock)
+    state.use_ema()
+    errors = denoiser.held_out(held_out)
+    log("held-out loss at t = 200, 400, 600, 800: " + ", ".join(f"{e:.4f}" for e in errors))
+    return errors
 
 
-def main(argv=None):
+def compare(args, log: Callable[[str], None], device: torch.device) -> None:
+    """A Markdown table of TRIALS, each trained for the same processor time."""
+    print("| configuration | parameters | t = 200 | 400 | 600 | 800 |\n|---|---|---|---|---|---|")
+    for name, (channels, depth, heads) in TRIALS.items():
+        config = NETWORKS["unet"] | {
+            "block_out_channels": channels,
+            "transformer_layers_per_block": depth,
+            "attention_head_dim": heads,
+        }
+        count = sum(p.numel() for p in UNet(UNetConfig.from_config(config)).parameters()) / 1e6
+        clock = time.time if device.type == "cuda" else time.process_time
+        errors = train_unet(args, log, device, config, f"trial-{name}", clock)
+        print(f"| {name} | {count:.1f} M | " + " | ".join(f"{e:.4f}" for e in errors) + " |")
+
+
+def pack(work: Path) -> str:
+    """Write the EMA of the states to weights/mini, beside the tokenizers that are there already."""
+    for path in (work / "unet.safetensors", work / "vae.safetensors"):
+        if not path.exists():
+            raise ValueError(f"{path}: no such state; run the part {path.stem} first")
+    out = WEIGHTS / "mini"
+    for name, config in NETWORKS.items():
+        file = "model" if name in TEXT_ENCODERS else "diffusion_pytorch_model"
+        tensors = ema_of(work / ("vae.safetensors" if name == "vae" else "unet.safetensors"), name)
+        if name == "vae":
+            config = config | json.loads((work / "scaling.json").read_text())
+        tensors = {key: tensor.half().contiguous() for key, tensor in tensors.items()}
+        (out / name).mkdir(parents=True, exist_ok=True)
+        save_file(tensors, out / name / f"{file}.fp16.safetensors", {"format": "pt"})
+        (out / name / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+    (out / "scheduler").mkdir(exist_ok=True)
+    for file, key in (("scheduler/scheduler_config", "scheduler"), ("model_index", "model_index")):
+        (out / f"{file}.json").write_text(json.dumps(CONFIGS[key], indent=2) + "\n")
+    size = sum(path.stat().st_size for path in out.rglob("*") if path.is_file())
+    step = metadata(work / "unet.safetensors")["step"]
+    return f"packed step {step}, {size / 1e6:.1f} MB with the vocabularies"
+
+
+def main(argv=None) -> None:
     parser = cli.parser(__doc__)
-    parser.add_argument("part", choices=("vae", "unet", "pack", "unpack"))
+    parser.add_argument("part", choices=("vae", "unet", "trial", "pack"))
     parser.add_argument(
-        "--minutes",
-        type=cli.POSITIVE,
-        help="of training in all, earlier runs counted in (default: 24, 97)",
+        "--minutes", type=cli.POSITIVE, help="in all, earlier runs included (30; 50; trial: 2)"
     )
+    parser.add_argument("--lr", type=cli.POSITIVE, help="peak learning rate (1.6e-3)")
+    parser.add_argument("--batch", type=cli.COUNT, default=16, help="of the UNet (default: 16)")
     parser.add_argument(
-        "--batch",
-        type=cli.COUNT,
-        help="crops of 64 pixels (default: 16), pictures of 64 pixels (default: 32; half as many later)",
+        "--scenes", type=cli.COUNT, default=80000, help="rendered for training (default: 80000)"
     )
-    parser.add_argument("--lr", type=cli.POSITIVE, default=1e-3, help="at its peak (default: 1e-3)")
-    parser.add_argument(
-        "--small",
-        type=cli.SHARE,
-        help="share of the UNet's time on small pictures, before the others (default: 0.3; 0 to go on)",
-    )
-    parser.add_argument(
-        "--decoder-only",
-        action="store_true",
-        help="train the VAE's decoder on the latents as they are",
-    )
-    parser.add_argument(
-        "--work",
-        type=Path,
-        default=WEIGHTS.parent / "out" / "mini",
-        help="folder of states and logs (default: out/mini)",
-    )
+    parser.add_argument("--work", type=Path, default=WEIGHTS.parent / "out" / "mini")
     parser.add_argument("--threads", type=cli.COUNT, default=torch.get_num_threads())
     args = parser.parse_args(argv)
-    if args.decoder_only and args.part != "vae" or args.small is not None and args.part != "unet":
-        raise ValueError("--decoder-only is of the VAE, --small of the UNet")
+    if args.part == "pack":
+        print(pack(args.work))
+        return
     args.work.mkdir(parents=True, exist_ok=True)
-    if args.part in ("pack", "unpack"):
-        return print({"pack": pack, "unpack": unpack}[args.part](args.work))
-    args.small = 0.3 if args.small is None else args.small
-    for key, value in DEFAULTS[args.part].items():
-        setattr(args, key, getattr(args, key) or value)
+    minutes, lr, _ = DEFAULTS["vae" if args.part == "vae" else "unet"]
+    args.minutes = args.minutes or (2 if args.part == "trial" else minutes)
+    args.lr = args.lr or lr
     torch.set_num_threads(args.threads)
 
-    def log(line):
+    def log(line: str) -> None:
         print(line, flush=True)
         with open(args.work / f"{args.part}.log", "a") as f:
             f.write(line + "\n")
 
-    {"vae": train_vae, "unet": train_unet}[args.part](
-        args, log, torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    )
+    run = {"vae": train_vae, "unet": train_unet, "trial": compare}[args.part]
+    run(args, log, torch.device("cuda" if torch.cuda.is_available() else "cpu"))
 
 
 if __name__ == "__main__":

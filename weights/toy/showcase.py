@@ -19,7 +19,7 @@ from alchemy.extras.inspect import sheets
 
 from . import WEIGHTS, world
 
-TOKEN = cli.EXAMPLE["token"]
+TOKEN = cli.EXAMPLE_TOKEN
 LABELS = ("photo", "scene", "may change", "result")
 
 
@@ -53,14 +53,16 @@ def insertions(sdxl, instance: str, background: str, seeds: range) -> list[list]
             cells += [made.scene, region, made.result]
         except ValueError as error:  # the segmentation found no region
             print(f"{prompt}, seed {seed}: {error}")
-        rows.append([(f"{label}, seed {seed}", cell) for label, cell in zip(LABELS, cells)])
+        rows.append(
+            [(f"{label}, seed {seed}", cell) for label, cell in zip(LABELS, cells, strict=False)]
+        )
     return rows
 
 
 def main(argv=None) -> None:
     parser = cli.parser(__doc__)
     parser.add_argument("subjects", nargs="*", default=world.HELD_OUT_INSTANCES)
-    parser.add_argument("--background", default=cli.PLACE, help=f"(default: {cli.PLACE})")
+    parser.add_argument("--background", default=cli.EXAMPLE_SCENE, metavar="PHRASE")
     parser.add_argument("--seeds", type=cli.COUNT, default=6, metavar="N", help="(default: 6)")
     parser.add_argument("--loras", type=Path, default=Path("out"), metavar="FOLDER")
     parser.add_argument("--weights", default=str(WEIGHTS / "mini"), metavar="FOLDER")

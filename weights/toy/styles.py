@@ -1,4 +1,4 @@
-"""The drawing styles of the toy world: a finished picture, float32 (3, H, W) in [0, 1], redrawn by image processing.
+"""The styles of the toy world: an image, float32 (3, H, W) in [0, 1], redrawn.
 
 `STYLES[style] = (phrase of a caption, function of (rgb, rng))`; a function keeps shape and range.
 """
