@@ -314,7 +314,7 @@ def finish(args, out, sdxl, lesson, state):
     if args.method == "lora":
         written = [results.result(args)]
         alchemy.save_lora(
-            sdxl, *written, format=args.format, facts=facts | {"targets": list(lora.ATTENTION)}
+            sdxl, *written, format=args.format, metadata=facts | {"targets": list(lora.ATTENTION)}
         )
     elif args.method == "textual-inversion":
         written = save_embedding(

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from .. import images
 from ..clip import TextConfig, TextEncoder
-from ..formats.checkpoint import VOCABULARY, Blank
+from ..formats.checkpoint import VOCABULARY, skip_init
 from ..formats.hub import config_of, find, weight_files
 from ..formats.layout import EXTRAS
 from ..formats.tensors import names_in
@@ -132,7 +132,7 @@ def load_weights(
 def load_dino(source: str = DINO, device: str = "cpu") -> Encoder:
     """DINO from a folder or a Hub id (ID or ID@REVISION). Raises ValueError for anything else."""
     config, files = locate(source, ("vit",))
-    with torch.device("meta"), Blank():
+    with torch.device("meta"), skip_init():
         network = VisionTransformer(VisionConfig.from_config(config))
     load_weights(network, files, device, dino_name, ignored=("pooler.",))
     # As in DINO's own evaluation (eval_knn.py): resized to 256, of which 224 are cut out.
@@ -146,7 +146,7 @@ def load_clip(source: str = CLIP, device: str = "cpu") -> Clip:
     text_config = config.get("text_config", {}) | {
         "projection_dim": config.get("projection_dim", 512)
     }
-    with torch.device("meta"), Blank():
+    with torch.device("meta"), skip_init():
         network = VisionTransformer(VisionConfig.from_config(config))
         text_encoder = TextEncoder(TextConfig.from_config(text_config), projection=True)
     load_weights(network, files, device, ignored=("text_",))

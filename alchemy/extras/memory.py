@@ -12,7 +12,7 @@ import torch
 
 from .. import lora
 from ..dataset import Batch
-from ..formats.checkpoint import BASE, CONFIGS, VOCABULARY, empty
+from ..formats.checkpoint import BASE, CONFIGS, VOCABULARY, build_on_meta
 from ..methods.dreambooth import TEXT_ENCODERS, whole
 from ..methods.textual_inversion import Live as EncodedLive
 from ..schedule import Schedule
@@ -71,7 +71,7 @@ def blank(sdxl, dtype, fp8=False):
 
     def read(name, dtype):
         network = (
-            empty(name, sdxl.configs[name])
+            build_on_meta(name, sdxl.configs[name])
             .to(dtype=dtype, memory_format=torch.channels_last)
             .requires_grad_(False)
             .eval()

@@ -1,131 +1,124 @@
-"""Write a LoRA or an embedding under the names that another tool reads, or merge a LoRA into its base. Of names that have no place for
-alpha, it goes into up. An embedding is known by its content: a file with clip_l and clip_g, or a folder with diffusers' two.
+"""Convert a LoRA or an embedding to the names of another tool, or merge a LoRA into a checkpoint.
 
-    python -m alchemy.formats found.safetensors dog.safetensors --to kohya
-    python -m alchemy.formats out/my-dog/lora.safetensors dog.safetensors --to diffusers --weights weights/mini
-    python -m alchemy.formats out/my-dog/lora.safetensors my-dog-sdxl/ --merge --weights stabilityai/stable-diffusion-xl-base-1.0
-    python -m alchemy.formats my-dog.safetensors my-dog/ --to diffusers
-"""
+python -m alchemy.formats found.safetensors dog.safetensors --to kohya
+python -m alchemy.formats out/dog/lora.safetensors dog.safetensors --to diffusers --weights weights/mini
+python -m alchemy.formats dog.safetensors dog-sdxl.safetensors --merge --weights sd_xl_base_1.0.safetensors
+python -m alchemy.formats my-dog.safetensors my-dog/ --to diffusers
+"""  # noqa: E501  command lines
 
+import argparse
 from pathlib import Path
 
 from .. import cli
 from .embeddings import is_embedding, read_embedding, write_embedding
-from .lora import FACTS, FORMATS, load_lora, networks_in, read_lora, write_lora
+from .lora import BUNDLE, FORMATS, METADATA, load_lora, networks_in, read_lora, write_lora
 from .tensors import open_safetensors
 
+NEEDS = {  # a flag: the flag without which it has no effect
+    "merge": "weights",
+    "config": "weights",
+    "revision": "weights",
+    "scale": "merge",
+    "dtype": "merge",
+}
 
-def parse(argv):
+
+def parse(argv: list[str] | None) -> argparse.Namespace:
     p = cli.parser(__doc__)
-    p.add_argument(
-        "source", metavar="IN", help="a LoRA file or an embedding, in any spelling that is read"
-    )
-    p.add_argument(
-        "target", metavar="OUT", help="the file or folder to write; it must not be there yet"
-    )
-    g = p.add_mutually_exclusive_group(required=True)
-    g.add_argument(
-        "--to", choices=FORMATS, help="kohya, which all tools read, diffusers or, of LoRAs, peft"
-    )
-    g.add_argument(
-        "--merge",
-        action="store_true",
-        help="write the whole checkpoint with the LoRA in its weights, in the Hub layout",
-    )
-    p.add_argument(
-        "--weights",
-        metavar="PATH|ID",
-        help="the checkpoint that a LoRA was made for; for --to only its configurations are read (default: SDXL base's)",
-    )
-    p.add_argument(
-        "--config", metavar="FOLDER", help="configurations, where --weights is a single file"
-    )
-    p.add_argument(
-        "--revision", metavar="NAME", help="branch, tag or commit of --weights on the Hub"
-    )
-    g = p.add_argument_group("merging")
-    g.add_argument(
-        "--scale",
-        type=cli.number(float, -100, 100),
-        metavar="X",
-        help="of the LoRA (default: 1)",
-    )
-    g.add_argument(
-        "--dtype",
-        choices=("float32", "bfloat16", "float16"),
-        help="of the merged checkpoint (default: float16)",
-    )
+    p.add_argument("source", metavar="IN", help="a LoRA or an embedding, in any names that we read")
+    p.add_argument("target", metavar="OUT", help="the file or folder to write; must not exist")
+    group = p.add_mutually_exclusive_group(required=True)
+    text = "kohya, which every tool reads, diffusers or, for LoRAs, peft"
+    group.add_argument("--to", choices=FORMATS, help=text)
+    text = "write the checkpoint with the LoRA in its weights: one file in the original layout if "
+    text += "OUT ends in .safetensors, else a folder in the Hub layout"
+    group.add_argument("--merge", action="store_true", help=text)
+    text = "checkpoint of the LoRA; with --to only its configurations are read (default: SDXL base)"
+    p.add_argument("--weights", metavar="PATH|ID", help=text)
+    text = "folder with the configurations, if --weights is a single file (default: SDXL base)"
+    p.add_argument("--config", metavar="FOLDER", help=text)
+    text = "branch, tag or commit of --weights on the Hub"
+    p.add_argument("--revision", metavar="NAME", help=text)
+    group = p.add_argument_group("merging")
+    scale = cli.number(float, -100, 100)
+    group.add_argument("--scale", type=scale, metavar="X", help="of the LoRA (default: 1)")
+    text = "of the merged checkpoint (default: float16)"
+    group.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), help=text)
     args = p.parse_args(argv)
-    needs = {
-        "merge": "weights",
-        "config": "weights",
-        "revision": "weights",
-        "scale": "merge",
-        "dtype": "merge",
-    }
-    for flag, other in needs.items():
-        if getattr(args, flag) not in (None, False) and not getattr(args, other):
-            raise ValueError(f"--{flag} needs --{other}; --help says what each is for")
-    if args.merge and Path(args.weights).is_file() and not args.config:
+    for flag, needed in NEEDS.items():
+        if getattr(args, flag) not in (None, False) and not getattr(args, needed):
+            raise ValueError(f"--{flag} needs --{needed}; --help says what each is for")
+    to_folder = args.merge and Path(args.target).suffix != ".safetensors"
+    if to_folder and Path(args.weights).is_file() and not args.config:
         raise ValueError(
-            f"{args.weights}: a single file brings no configurations for the folder: give --config FOLDER"
+            f"{args.weights}: a single file brings no configurations for a folder: "
+            "give --config FOLDER, or an OUT that ends in .safetensors"
         )
     if Path(args.target).exists():
-        raise ValueError(f"{args.target} is there already; name another")
+        raise ValueError(f"{args.target} exists already; name another")
     return args
 
 
-def own_facts(header):
-    """What we wrote into a header, but for what is written anew."""
-    anew = {FACTS + "rank", FACTS + "alpha", FACTS + "token"}
-    return {
-        key.removeprefix(FACTS): value
-        for key, value in header.items()
-        if key.startswith(FACTS) and key not in anew
-    }
+def own_metadata(header: dict[str, str]) -> dict[str, str]:
+    """What we wrote into a header, except what is written anew."""
+    kept = {}
+    for key, value in header.items():
+        name = key.removeprefix(METADATA)
+        if key.startswith(METADATA) and name not in ("rank", "alpha", "token"):
+            kept[name] = value
+    return kept
 
 
-def rename(args):
+def convert(args: argparse.Namespace) -> list[Path]:
+    """Write the source under other names; return what was written."""
     if is_embedding(args.source):
         token, rows, header = read_embedding(args.source)
-        return write_embedding(args.target, token, rows, args.to, own_facts(header))
+        return write_embedding(args.target, token, rows, args.to, own_metadata(header))
     if Path(args.target).suffix != ".safetensors":
         raise ValueError(f"{args.target}: the file to write has to end in .safetensors")
     import alchemy
-    from .checkpoint import BASE, CONFIGS, empty
+
+    from .checkpoint import BASE, CONFIGS, build_on_meta
 
     file = open_safetensors(args.source)
+    if any(key.startswith(BUNDLE) for key in file.keys()):  # noqa: SIM118
+        cli.log("the embeddings bundled with this LoRA are left out")
     configs = {name: CONFIGS[name].from_config(BASE[name]) for name in CONFIGS}
     if args.weights:
-        configs = alchemy.load(
-            args.weights, "cpu", config=args.config, revision=args.revision
-        ).configs
-    networks = {
-        name: empty(name, configs[name]) for name in networks_in(file.keys())
-    }  # names and shapes: no weight is read
-    pairs = read_lora(args.source, networks, args.weights or "SDXL base")
-    write_lora(args.target, pairs, configs["unet"], args.to, own_facts(file.metadata() or {}))
-    return [args.target]
+        options = {"config": args.config, "revision": args.revision}
+        configs = alchemy.load(args.weights, "cpu", **options).configs
+    # Names and shapes are all that is needed of the networks.
+    networks = {name: build_on_meta(name, configs[name]) for name in networks_in(file.keys())}
+    adapters = read_lora(args.source, networks, args.weights or "SDXL base")
+    metadata = own_metadata(file.metadata() or {})
+    write_lora(args.target, adapters, configs["unet"], args.to, metadata)
+    if args.to != "kohya":
+        cli.log(f"A1111 and kohya's tools ignore a file in the names of {args.to}; for them: kohya")
+    return [Path(args.target)]
 
 
-def merge(args):
+def merge(args: argparse.Namespace) -> list[Path]:
+    """Write the checkpoint with the LoRA in its weights; return what was written."""
     import alchemy
+
     from .folder import save_checkpoint
+    from .single_file import save_single_file
 
-    open_safetensors(args.source)  # before gigabytes are read
+    open_safetensors(args.source)  # an error here comes before gigabytes are read
     scale = 1.0 if args.scale is None else args.scale
-    sdxl = alchemy.load(
-        args.weights, "cpu", args.dtype or "float16", config=args.config, revision=args.revision
-    )
-    load_lora(sdxl, args.source, scale)
-    return save_checkpoint(
-        sdxl, args.target, {"alchemy.merged": Path(args.source).name, "alchemy.scale": scale}
-    )
+    dtype = args.dtype or "float16"
+    options = {"config": args.config, "revision": args.revision}
+    sdxl = alchemy.load(args.weights, "cpu", dtype, **options)
+    load_lora(sdxl, args.source, scale, embeddings=False)
+    metadata = {"alchemy.merged": Path(args.source).name, "alchemy.scale": scale}
+    if Path(args.target).suffix == ".safetensors":
+        return [save_single_file(sdxl, args.target, metadata)]
+    return save_checkpoint(sdxl, args.target, metadata)
 
 
-def main(argv=None):
+def main(argv: list[str] | None = None) -> None:
     args = parse(argv)
-    cli.wrote(*(merge if args.merge else rename)(args))
+    cli.log_written(*(merge if args.merge else convert)(args))
 
 
 if __name__ == "__main__":

@@ -1,29 +1,31 @@
-"""From a checkpoint to the networks: a folder in the Hub layout, a Hub id, or one .safetensors file.
+"""Load a checkpoint: a folder in the Hub layout, a Hub id, or one .safetensors file.
 
-A network is built without memory (on the meta device) and takes the tensors as they are read from the mapped file: no random
-initialisation, no second copy.
+A network is built on the meta device, without memory, and its parameters are replaced by the
+tensors as they are read from the mapped file: no random initialization, no second copy.
 """
 
 import warnings
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Callable
+from typing import Any
 
 import torch
+from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from . import layout
-from .family import check_family, check_folder
-from .hub import config_of, find, weight_files
-from .layout import EXTRAS
-from .tensors import names_in
+from ..clip import TextConfig, TextEncoder
 from ..schedule import Schedule
 from ..sdxl import SDXL
-from ..clip import TextConfig, TextEncoder
 from ..tokenizer import Tokenizer
 from ..unet import UNet, UNetConfig
 from ..vae import VAE, VAEConfig
+from . import layout
+from .configs import check_config, check_widths
+from .family import check_family, check_folder
+from .hub import config_of, find, weight_files
+from .tensors import first_names, names_in
 
 VOCABULARY = Path(__file__).resolve().parents[2] / "weights" / "mini"
 CONFIGS = {
@@ -38,37 +40,41 @@ BUILD = {
     "text_encoder": TextEncoder,
     "text_encoder_2": partial(TextEncoder, projection=True),
 }
-BASE = {
-    "unet": {},
-    "vae": {},
-    "text_encoder": {},
-    "text_encoder_2": dict(  # where SDXL base differs from the classes' defaults
-        hidden_size=1280,
-        intermediate_size=5120,
-        num_hidden_layers=32,
-        num_attention_heads=20,
-        hidden_act="gelu",
-        projection_dim=1280,
-    ),
+# SDXL base, where it differs from the defaults of the config classes.
+OPEN_CLIP_BIG_G = {
+    "hidden_size": 1280,
+    "intermediate_size": 5120,
+    "num_hidden_layers": 32,
+    "num_attention_heads": 20,
+    "hidden_act": "gelu",
+    "projection_dim": 1280,
 }
+BASE = {"unet": {}, "vae": {}, "text_encoder": {}, "text_encoder_2": OPEN_CLIP_BIG_G}
+SCHEDULER = "scheduler/scheduler_config.json"
 
 
 @dataclass(frozen=True)
 class Reader:
-    """SDXL.read of a loaded checkpoint, and what a folder of it has to hold beside the weights (see folder.save_checkpoint)."""
+    """`SDXL.read` of a loaded checkpoint: reads its networks, and knows its other files.
+
+    configs: {network: its config}. files: {network: its weight files}. json_files: {path in the
+    Hub layout: the JSON object there, {} if there is none}. vocabulary: the folder of tokenizer
+    and tokenizer_2. ready(module) is called with each module of the UNet as a parameter of it is
+    loaded, and at the end with the UNet (see extras.optimizations).
+    """
 
     device: torch.device
-    configs: dict  # {network: its configuration}
-    files: dict  # {network: its weight files}
-    written: dict  # {path in the Hub layout: the JSON object there}, {} for what is not there
-    vocabulary: Path  # the folder of tokenizer and tokenizer_2
-    ready: Callable = None  # called with each layer of the UNet as it is filled, and with the whole at the end (see optimizations.prepare)
+    configs: dict[str, Any]
+    files: dict[str, list[Path]]
+    json_files: dict[str, dict]
+    vocabulary: Path
+    ready: Callable[[nn.Module], None] | None = None
 
-    def __call__(self, name, dtype):
-        """The network of that name, filled."""
-        network = empty(name, self.configs[name])
+    def __call__(self, name: str, dtype: torch.dtype) -> nn.Module:
+        """The network of that name, with its weights."""
+        network = build_on_meta(name, self.configs[name])
         ready = self.ready if name == "unet" else None
-        fill(network, name, self.files[name], dtype, self.device, ready)
+        load_weights(network, name, self.files[name], dtype, self.device, ready)
         if ready:
             ready(network)
         if name == "text_encoder_2":
@@ -76,176 +82,240 @@ class Reader:
         return network
 
 
-def load(source, device="auto", dtype="auto", *, config=None, vae=None, revision=None):
-    """The SDXL checkpoint at source: a folder in the Hub layout, a Hub id ("stabilityai/stable-diffusion-xl-base-1.0"), or one
-    .safetensors file. Reads configurations only; each network follows when it is first used.
+def load(
+    source: str | Path,
+    device: str | torch.device = "auto",
+    dtype: str | torch.dtype = "auto",
+    *,
+    config: str | Path | None = None,
+    vae: str | Path | None = None,
+    revision: str | None = None,
+) -> SDXL:
+    """Load an SDXL checkpoint; each network is read when it is first used.
 
-    device, dtype: "auto" or what torch takes (see choose_device). config: a folder whose configurations hold for a single file
-    (SDXL base without). vae: a folder, file or Hub id that replaces the VAE. revision: a Hub branch, tag or commit.
-    Raises ValueError, in one line, for what is not there, not whole, or of another family.
+    source: a folder in the Hub layout, a Hub id ("stabilityai/stable-diffusion-xl-base-1.0"), or
+        one .safetensors file in the original layout.
+    device, dtype: "auto" or what torch takes; see choose_device.
+    config: for a single file, a folder with its configurations (default: those of SDXL base).
+    vae: a folder, file or Hub id that replaces the VAE.
+    revision: a branch, tag or commit on the Hub.
+
+    Raises ValueError, in one line, for what is missing, incomplete, or of another family.
     """
     device, dtype = choose_device(device, dtype)
     half = dtype.itemsize == 2
-    root = find(source, [name for name in BUILD if name != "vae" or not vae], half, revision)
+    networks = [name for name in BUILD if name != "vae" or not vae]
+    root = find(source, networks, half, revision)
     if config and root.is_dir():
         raise ValueError(
-            f"{root}: a folder has configurations of its own; those of {config} are for a single file"
+            f"{root}: a folder has its own configurations; those of {config} are for a single file"
         )
-    folder = root if root.is_dir() else find(config) if config else None  # None: SDXL base
-    places = dict.fromkeys(BUILD, root) | ({"vae": find(vae, ["vae", ""], half)} if vae else {})
-    configs = {name: config_of(folder, f"{name}/config.json") for name in BUILD}
-    configs["vae"] = (
-        config_of(places["vae"], "vae/config.json", "config.json") or configs["vae"]
-    )  # a VAE alone has it at the top
-    schedule, index = (
-        config_of(folder, "scheduler/scheduler_config.json"),
-        config_of(folder, "model_index.json"),
-    )
+    roots = dict.fromkeys(BUILD, root)
+    if vae:
+        roots["vae"] = find(vae, ["vae", ""], half)
+
+    # Configurations: the folder's, those of `config`, or, if there are none, SDXL base's.
+    folder = root if root.is_dir() else None
+    if config:
+        folder = find(config)
+    json_files = read_json_files(folder, roots["vae"])
     if folder:
-        check_folder(folder, configs, index.get("_class_name"))
+        pipeline = json_files["model_index.json"].get("_class_name")
+        check_folder(folder, {name: json_files[f"{name}/config.json"] for name in BUILD}, pipeline)
     if root.is_file():
         tensors = names_in([root])
         check_family(root, tensors)
-        schedule |= {"prediction_type": "v_prediction"} if "v_pred" in tensors else {}
-        # From pure noise, where such a model was taught to start, only a trailing grid starts. Lin et al. 2023, 3.3.
-        schedule |= (
-            {"rescale_betas_zero_snr": True, "timestep_spacing": "trailing"}
-            if "ztsnr" in tensors
-            else {}
-        )
-    written = {f"{name}/config.json": config for name, config in configs.items()}
-    written |= {"scheduler/scheduler_config.json": schedule, "model_index.json": index}
-    configs = {
-        name: kind.from_config(configs[name] or BASE[name]) for name, kind in CONFIGS.items()
-    }
-    files = {
-        name: [place] if place.is_file() else weight_files(place, name, half)
-        for name, place in places.items()
-    }
-    # A single file brings no vocabulary; it is the same for all SDXL, and the one that ships serves.
-    words = folder if folder and (folder / "tokenizer").is_dir() else VOCABULARY
-    tokenizers = tuple(Tokenizer.from_folder(words / name) for name in ("tokenizer", "tokenizer_2"))
-    read = Reader(device, configs, files, written, words)
+        json_files[SCHEDULER] |= marked_schedule(tensors)
+    checked = {}
+    for file, content in json_files.items():
+        own_vae = vae and file == "vae/config.json"
+        place = roots["vae"] if own_vae else folder or root
+        checked[file] = check_config(place / file, file, content)
+    configs = {}
+    for name, kind in CONFIGS.items():
+        configs[name] = kind.from_config(checked[f"{name}/config.json"] or BASE[name])
+    check_widths(source, configs)
+
+    # The files of each network. A single file has no vocabulary: it is the same in all of SDXL.
+    files = {}
+    for name, place in roots.items():
+        files[name] = [place] if place.is_file() else weight_files(place, name, half)
+    own_vocabulary = folder is not None and (folder / "tokenizer").is_dir()
+    vocabulary = folder if own_vocabulary else VOCABULARY
+    tokenizers = [Tokenizer.from_folder(vocabulary / n) for n in ("tokenizer", "tokenizer_2")]
     return SDXL(
         str(source),
-        read,
+        Reader(device, configs, files, json_files, vocabulary),
         configs,
-        tokenizers,
-        Schedule.from_config(schedule),
+        tuple(tokenizers),
+        Schedule.from_config(checked[SCHEDULER]),
         device,
         dtype,
-        zeros_for_none=index.get("force_zeros_for_empty_prompt", True),
+        zeros_for_none=checked["model_index.json"].get("force_zeros_for_empty_prompt", True),
     )
 
 
-def empty(name, config):
-    """The network of that name without weights: names and shapes alone."""
-    with torch.device("meta"), Blank():
+def read_json_files(folder: Path | None, vae: Path) -> dict[str, dict]:
+    """{path in the Hub layout: its JSON object}; a VAE of its own may have config.json on top."""
+    names = [f"{name}/config.json" for name in BUILD] + [SCHEDULER, "model_index.json"]
+    files = {name: config_of(folder, name) for name in names}
+    own = config_of(vae, "vae/config.json", "config.json") if vae.is_dir() else {}
+    files["vae/config.json"] = own or files["vae/config.json"]
+    return files
+
+
+def marked_schedule(tensors: dict) -> dict:
+    """What the empty tensors v_pred and ztsnr of a single file say about its schedule."""
+    schedule = {}
+    if "v_pred" in tensors:
+        schedule["prediction_type"] = "v_prediction"
+    if "ztsnr" in tensors:
+        # Only trailing timesteps start at pure noise, as the training did. Lin et al. 2023, 3.3.
+        schedule |= {"rescale_betas_zero_snr": True, "timestep_spacing": "trailing"}
+    return schedule
+
+
+class skip_init(TorchFunctionMode):  # noqa: N801  a context manager
+    """Inside, torch.nn.init does nothing; on the meta device it would import a compiler (3 s)."""
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        if getattr(func, "__module__", None) == "torch.nn.init":
+            return None
+        return func(*args, **(kwargs or {}))
+
+
+def build_on_meta(name: str, config: Any) -> nn.Module:
+    """The network of that name without memory: names and shapes of its parameters only."""
+    with torch.device("meta"), skip_init():
         return BUILD[name](config)
 
 
-class Blank(
-    TorchFunctionMode
-):  # inside, torch.nn.init does nothing: on the meta device it would import a compiler (3 s, 70 MB)
-    def __torch_function__(self, func, types, args=(), kwargs=None):
-        return (
-            func(*args, **(kwargs or {}))
-            if getattr(func, "__module__", None) != "torch.nn.init"
-            else None
-        )
+def stored_names(
+    name: str, keys: list[str], config: Any, tensors: dict
+) -> tuple[dict[str, str], str, bool]:
+    """({parameter: its name in the file}, the network's prefix there, is it the original layout).
+
+    The layout is recognized by names that only one of them has.
+    """
+    whole = any(key.startswith(tuple(layout.PREFIX.values())) for key in tensors)
+    prefix = layout.PREFIX[name] if whole else ""
+    original = whole or layout.MARKER.get(name) in tensors
+    # transformers 5 saves text encoder 1 without "text_model.".
+    short = f"{prefix}embeddings.token_embedding.weight" in tensors
+    stored = {}
+    for key in keys:
+        inner = layout.single_file_name(name, key, config) if original else key
+        stored[key] = prefix + (inner.removeprefix("text_model.") if short else inner)
+    return stored, prefix, original
 
 
-def fill(network, name, paths, dtype, device, ready=None):
-    """Give each parameter of a meta-device network its tensor. Strict: one missing, left over or of another shape is a ValueError.
+def load_weights(
+    network: nn.Module,
+    name: str,
+    paths: list[Path],
+    dtype: torch.dtype,
+    device: torch.device,
+    ready: Callable[[nn.Module], None] | None = None,
+) -> None:
+    """Give each parameter of a network on the meta device its tensor from the files.
 
-    ready(layer) is called when a layer has got one more."""
-    tensors, keys = names_in(paths), list(network.state_dict())
-    single = {key: layout.single_file_name(name, key, network.config) for key in keys}
-    prefixed = {key: layout.PREFIX[name] + single[key] for key in keys}
-    shorter = {
-        key: key.removeprefix("text_model.") for key in keys
-    }  # transformers 5 writes the first encoder so
-    wanted = max(
-        prefixed,
-        dict(zip(keys, keys)),
-        single,
-        shorter,
-        key=lambda names: sum(n in tensors for n in names.values()),
-    )
-    prefix, is_single = (
-        layout.PREFIX[name] if wanted is prefixed else "",
-        wanted is prefixed or wanted is single,
-    )
-    missing = [key for key, stored in wanted.items() if stored not in tensors]
-    extra = sorted(
-        {k for k in tensors if k.startswith(prefix) and not EXTRAS.search(k)} - set(wanted.values())
-    )
+    Raises ValueError for a tensor that is missing, left over, or of another shape.
+    """
+    tensors = names_in(paths)
+    keys = list(network.state_dict())
+    stored, prefix, original = stored_names(name, keys, network.config, tensors)
+    missing = [key for key in keys if stored[key] not in tensors]
+    own = {key for key in tensors if key.startswith(prefix) and not layout.EXTRAS.search(key)}
+    extra = sorted(own - set(stored.values()))
     if missing or extra:
-        first = ", ".join((missing + extra)[:3])
         raise ValueError(
-            f"{paths[0]}: {name}: {len(missing)} tensors missing, {len(extra)} left over: {first}"
+            f"{paths[0]}: {name}: {len(missing)} tensors missing, {len(extra)} left over: "
+            f"{first_names(missing + extra)}"
         )
     for key, parameter in list(network.named_parameters()):
-        tensor = tensors[wanted[key]].get_tensor(wanted[key])
-        tensor = layout.adapt(name, key, tensor) if is_single else tensor
+        tensor = tensors[stored[key]].get_tensor(stored[key])
+        if original:
+            tensor = layout.adapt(name, key, tensor)
         if tensor.shape != parameter.shape:
             raise ValueError(
-                f"{paths[0]}: {name}: {key} is {tuple(tensor.shape)}, and {tuple(parameter.shape)} by its configuration"
+                f"{paths[0]}: {name}: {key} is {tuple(tensor.shape)}, "
+                f"and {tuple(parameter.shape)} by its configuration"
             )
+        if not tensor.is_floating_point():
+            raise ValueError(f"{paths[0]}: {name}: {key} is {tensor.dtype}, not floating point")
         owner, _, leaf = key.rpartition(".")
-        # Convolutions are faster where a place's channels lie together, and everything behind them follows their format.
-        form = torch.channels_last if tensor.ndim == 4 else torch.contiguous_format
-        parameter = torch.nn.Parameter(
-            tensor.to(device, dtype).contiguous(memory_format=form), requires_grad=False
-        )
-        setattr(network.get_submodule(owner), leaf, parameter)
+        module = network.get_submodule(owner)
+        value = move_and_cast(tensor, device, dtype)
+        setattr(module, leaf, nn.Parameter(value, requires_grad=False))
         if ready:
-            ready(network.get_submodule(owner))
-    return network.eval()
+            ready(module)
+    network.eval()
 
 
-def check_projection(encoder):
-    """Warn where the official encoder's text_projection is not the known one: it is square, so a transposed one raises no error."""
+def move_and_cast(tensor: Tensor, device: torch.device, dtype: torch.dtype) -> Tensor:
+    """First to the device, then to the dtype, so that a GPU casts. Convolutions: channels_last."""
+    # Convolutions are faster on channels_last weights, and activations follow that format.
+    order = torch.channels_last if tensor.ndim == 4 else torch.contiguous_format
+    return tensor.to(device).to(dtype).contiguous(memory_format=order)
+
+
+def check_projection(encoder: nn.Module) -> None:
+    """Warn if the official text_projection is not the known one.
+
+    It is square, so a transposed one raises no error: the official [0, 1] is -0.0037.
+    """
     weight = encoder.text_projection.weight
-    if weight.shape == (1280, 1280) and abs(float(weight[0, 1]) + 0.0037) > 5e-4:
-        transposed = abs(float(weight[1, 0]) + 0.0037) <= 5e-4
-        warnings.warn(
-            "text_projection of text encoder 2 is "
-            + ("transposed" if transposed else "not that of SDXL base")
-            + f" (its [0, 1] is {float(weight[0, 1]):.4f}, officially -0.0037)"
-        )
-
-
-def choose_device(device="auto", dtype="auto"):
-    """The policy: cuda, mps, cpu; bfloat16 where it is supported, else float16, float32 on the CPU."""
-    available = {
-        "cuda": torch.cuda.is_available,
-        "mps": torch.backends.mps.is_available,
-        "cpu": lambda: True,
-    }
-    name = (
-        next(kind for kind, there in available.items() if there())
-        if str(device) == "auto"
-        else str(device)
+    if weight.shape != (1280, 1280) or abs(float(weight[0, 1]) + 0.0037) <= 5e-4:
+        return
+    transposed = abs(float(weight[1, 0]) + 0.0037) <= 5e-4
+    problem = "transposed" if transposed else "not that of SDXL base"
+    warnings.warn(
+        f"text_projection of text encoder 2 is {problem} "
+        f"(its [0, 1] is {float(weight[0, 1]):.4f}, officially -0.0037)",
+        stacklevel=2,
     )
-    kind = name.partition(":")[0]
-    index = name.partition(":")[2]
-    if (
-        kind not in available
-        or not available[kind]()
-        or kind == "cuda"
-        and index
-        and index not in map(str, range(torch.cuda.device_count()))
-    ):
-        raise ValueError(f"device is {name}, and torch sees none here; use --device cpu")
-    if str(dtype) == "auto":
-        half = (
-            torch.bfloat16
-            if kind != "cuda" or torch.cuda.is_bf16_supported(including_emulation=False)
-            else torch.float16
-        )
-        dtype = torch.float32 if kind == "cpu" else half
-    known = {kind: getattr(torch, kind) for kind in ("float32", "bfloat16", "float16", "float64")}
-    if str(dtype).removeprefix("torch.") not in known:
+
+
+def choose_device(
+    device: str | torch.device = "auto", dtype: str | torch.dtype = "auto"
+) -> tuple[torch.device, torch.dtype]:
+    """The policy: cuda, mps or cpu; bfloat16 if supported, else float16; float32 on the CPU.
+
+    Raises ValueError for a device that is not there and a dtype that is not known.
+    """
+    name = str(device)
+    if name == "auto":
+        if torch.cuda.is_available():
+            name = "cuda"
+        else:
+            name = "mps" if torch.backends.mps.is_available() else "cpu"
+    if not is_available(name):
+        reason = f"device is {name}, and torch sees none here; use --device cpu"
+        if name.startswith("cuda") and torch.version.cuda is None:
+            reason = (
+                f"device is {name}, and this torch ({torch.__version__}) is built without CUDA; "
+                "install the build for your card from pytorch.org, or use --device cpu"
+            )
+        raise ValueError(reason)
+    known = ("float32", "bfloat16", "float16", "float64")
+    chosen = str(dtype).removeprefix("torch.")
+    if chosen == "auto":
+        chosen = "bfloat16"
+        if name.startswith("cuda") and not torch.cuda.is_bf16_supported(including_emulation=False):
+            chosen = "float16"
+        if name == "cpu":
+            chosen = "float32"
+    if chosen not in known:
         raise ValueError(f"dtype is {dtype}; known are auto, {', '.join(known)}")
-    return torch.device(name), known[str(dtype).removeprefix("torch.")]
+    return torch.device(name), getattr(torch, chosen)
+
+
+def is_available(device: str) -> bool:
+    """Whether torch has this device: cpu, mps, cuda, or cuda:N."""
+    kind, _, index = device.partition(":")
+    if kind == "cuda":
+        count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+        return count > 0 and (not index or index in map(str, range(count)))
+    if kind == "mps":
+        return torch.backends.mps.is_available()
+    return kind == "cpu" and not index

@@ -1,12 +1,14 @@
-"""A whole checkpoint as a folder in the Hub layout, which alchemy.load and diffusers read."""
+"""Write a whole checkpoint as a folder in the Hub layout, which alchemy.load and diffusers read."""
 
 import shutil
+import tempfile
 from pathlib import Path
 
 import torch
+from torch import nn
 
 from .. import lora
-from ..files import save_json, save_tensors
+from ..files import TEMPORARY, save_json, save_tensors
 from .checkpoint import BUILD
 
 VOCABULARY = (
@@ -19,60 +21,60 @@ VOCABULARY = (
 )
 
 
-def save_checkpoint(sdxl, folder, facts=None, dtype=None):
-    """Write all networks of sdxl, in dtype (None: its own), to a new folder, whole or not at all; the paths. Adapters go into the weights,
-    for good.
+def save_checkpoint(
+    sdxl, folder: str | Path, metadata: dict | None = None, dtype: torch.dtype | None = None
+) -> list[Path]:
+    """Write all networks of sdxl to a new folder, whole or not at all; return the weight files.
 
-    Configurations and vocabularies are those that sdxl was loaded with. Raises ValueError where there are none (of a single file alone),
-    and where the folder is there and not empty.
+    dtype: of the written weights (default: that of sdxl). metadata goes into each file's header.
+    Adapters of sdxl are merged for good. Configurations and vocabularies are those it was loaded
+    with. Raises ValueError if there are none (a single file alone), and if the folder is not empty.
     """
-    wanted, new = Path(folder), Path(folder).with_name(f".{Path(folder).name}.new")
-    if not sdxl.read.written["unet/config.json"]:
+    target = Path(folder)
+    if not sdxl.read.json_files["unet/config.json"]:
         raise ValueError(
-            f"{sdxl.source}: a single file brings no configurations; name a folder that has them with --config"
+            f"{sdxl.source}: a single file brings no configurations; "
+            "name a folder that has them with --config, or write a .safetensors file"
         )
-    if wanted.exists() and any(wanted.iterdir()):
-        raise ValueError(f"{wanted} is there already; name another")
-    shutil.rmtree(new, ignore_errors=True)  # of an interrupted attempt
-    try:
-        for place in ("scheduler", "tokenizer", "tokenizer_2", *BUILD):
-            (new / place).mkdir(parents=True)
-        for place, content in sdxl.read.written.items():
-            if content:
-                save_json(content, new / place)
-        for place in (
-            f"{name}/{file}" for name in ("tokenizer", "tokenizer_2") for file in VOCABULARY
-        ):
-            if (sdxl.read.vocabulary / place).exists():
-                shutil.copyfile(sdxl.read.vocabulary / place, new / place)
-        paths = [
-            write_network(sdxl, name, new / name, dtype or sdxl.dtype, facts) for name in BUILD
-        ]
-        new.replace(wanted)
-    finally:
-        shutil.rmtree(new, ignore_errors=True)
-    return [wanted / path.relative_to(new) for path in paths]
+    if target.exists() and any(target.iterdir()):
+        raise ValueError(f"{target} exists already; name another")
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=TEMPORARY, dir=target.parent) as temporary:
+        new = Path(temporary) / target.name
+        write_settings(sdxl, new)
+        paths = []
+        for name in BUILD:
+            stem = "model" if name.startswith("text") else "diffusion_pytorch_model"
+            path = new / name / f"{stem}.safetensors"
+            merge_for_good(sdxl.network(name))
+            state = sdxl.network(name).state_dict()
+            tensors = {key: tensor.to(dtype or sdxl.dtype) for key, tensor in state.items()}
+            save_tensors(tensors, path, {"format": "pt"} | (metadata or {}))
+            paths.append(target / path.relative_to(new))
+        new.replace(target)
+    return paths
 
 
-def write_network(sdxl, name, folder, dtype, facts):
-    network, path = (
-        sdxl.network(name),
-        folder
-        / (
-            "model.safetensors"
-            if name.startswith("text")
-            else "diffusion_pytorch_model.safetensors"
-        ),
-    )
+def write_settings(sdxl, folder: Path) -> None:
+    """The sub-folders, configurations and vocabularies of a checkpoint folder."""
+    for name in ("scheduler", "tokenizer", "tokenizer_2", *BUILD):
+        (folder / name).mkdir(parents=True)
+    for path, content in sdxl.read.json_files.items():
+        if content:
+            save_json(content, folder / path)
+    for tokenizer in ("tokenizer", "tokenizer_2"):
+        for file in VOCABULARY:
+            source = sdxl.read.vocabulary / tokenizer / file
+            if source.exists():
+                shutil.copyfile(source, folder / tokenizer / file)
+
+
+def merge_for_good(network: nn.Module) -> None:
+    """Add the adapters of a network to its weights and drop them.
+
+    The base weights, kept for un-merging, are dropped too: they are the network's size once more.
+    """
     for layer in lora.layers(network).values():
         layer.merge()
-        layer.base_weight, layer.lora = (
-            None,
-            torch.nn.ModuleDict(),
-        )  # kept for un-merging, all originals would be the network once more
-    save_tensors(
-        {key: tensor.to(dtype) for key, tensor in network.state_dict().items()},
-        path,
-        {"format": "pt"} | (facts or {}),
-    )
-    return path
+        layer.base_weight = None
+        layer.lora = nn.ModuleDict()

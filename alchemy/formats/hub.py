@@ -1,118 +1,127 @@
-"""Where a checkpoint's files are: the folder or file itself, or what is fetched from the Hub; and which of them are read."""
+"""Find a checkpoint's files: a folder, a file, or a repository on the Hugging Face Hub."""
 
-import json
 import re
+from collections.abc import Iterable
 from pathlib import Path
 
-HUB = {
+from .text import read_json_object, shorten
+
+EXPLANATIONS = {  # of the client's errors, by the name of their class
     "GatedRepoError": "gated: accept its terms on huggingface.co and log in with hf auth login",
     "RepositoryNotFoundError": "not on the Hub, or private",
     "RevisionNotFoundError": "no such revision on the Hub",
 }
+UNREACHABLE = "cannot be fetched, and the Hub's cache does not hold it; a folder or file is offline"
+HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
+SETTINGS = re.compile(
+    r"((unet|vae|scheduler|text_encoder(_2)?|tokenizer(_2)?)/)?(\w+\.json|merges\.txt)"
+)
 
 
-def find(source, networks=(), half=False, revision=None):
-    """The path of a folder or file; a Hub id is fetched (configurations and those networks' weights) or taken from the Hub's cache."""
-    path = Path(source).expanduser()
+def find(
+    source: str | Path,
+    networks: Iterable[str] = (),
+    half: bool = False,
+    revision: str | None = None,
+) -> Path:
+    """The path of a local folder or file, or of a Hub repository in the Hub's cache.
+
+    From the Hub, the configurations and the weights of `networks` are downloaded; without a
+    connection, the cache alone is used. half: prefer .fp16. weights.
+    Raises ValueError if there is neither.
+    """
+    path = expand(source)
     if path.exists():
         return path
-    if not re.fullmatch(r"[\w.-]+/[\w.-]+", str(source)) or path.parent.exists():
+    if not HUB_ID.fullmatch(str(source)) or path.parent.exists():
         raise ValueError(
-            f"{source}: no such folder or file, nor is it a Hub id like stabilityai/stable-diffusion-xl-base-1.0"
+            f"{source}: no such folder or file, nor is it a Hub id like "
+            "stabilityai/stable-diffusion-xl-base-1.0"
         )
     import huggingface_hub as hub
     from huggingface_hub.errors import HTTPError
 
-    failures = (
-        OSError,
-        HTTPError,
-    )  # the second is the HTTP library's, whose connection errors need not be OSErrors
+    # HTTPError is the HTTP library's, whose connection errors need not be OSErrors.
+    failures = (OSError, HTTPError)
+    offline = None
     try:
-        names, offline = (
-            [file.rfilename for file in hub.model_info(str(source), revision=revision).siblings],
-            None,
-        )
-        wanted = [
-            n
-            for n in names
-            if re.fullmatch(
-                r"((unet|vae|scheduler|text_encoder(_2)?|tokenizer(_2)?)/)?(\w+\.json|merges\.txt)",
-                n,
-            )
-        ]
-        for part in (f"{network}/".lstrip("/") for network in networks):
-            wanted += [
-                part + name
-                for name in choose_weights(
-                    [n[len(part) :] for n in names if n.startswith(part)], half
-                )
-            ]
-    except failures as error:  # what is in the cache has to do; without these two names it would have to be the whole repository
+        names = [file.rfilename for file in hub.model_info(str(source), revision=revision).siblings]
+        wanted = wanted_files(names, networks, half)
+    except failures as error:
+        # Without these two names, an empty cache would be taken for a complete one.
         wanted, offline = ["config.json", "unet/config.json"], error
     try:
-        return Path(
-            hub.snapshot_download(
-                str(source),
-                revision=revision,
-                allow_patterns=wanted,
-                local_files_only=offline is not None,
-            )
+        folder = hub.snapshot_download(
+            str(source),
+            revision=revision,
+            allow_patterns=wanted,
+            local_files_only=offline is not None,
         )
     except failures as error:
         error = offline or error
-        words = HUB.get(
-            type(error).__name__,
-            "cannot be fetched, and the Hub's cache does not hold it; a folder or file works offline",
-        )
-        raise ValueError(
-            f"{source}: {words} ({type(error).__name__}: {str(error).strip().partition(chr(10))[0]})"
-        ) from None
+        explanation = EXPLANATIONS.get(type(error).__name__, UNREACHABLE)
+        reason = f"{type(error).__name__}: {shorten(str(error).strip().partition(chr(10))[0])}"
+        raise ValueError(f"{source}: {explanation} ({reason})") from None
+    return Path(folder)
 
 
-def choose_weights(names, half):
-    """Of the file names in a network's folder, those to read: one file or its shards, the .fp16. ones first where half is wanted."""
+def expand(source: str | Path) -> Path:
+    """The path with ~ and ~user replaced; unchanged if there is no such user."""
+    try:
+        return Path(source).expanduser()
+    except RuntimeError:
+        return Path(source)
+
+
+def wanted_files(names: list[str], networks: Iterable[str], half: bool) -> list[str]:
+    """Of a repository's files, the configurations and the weights of these networks."""
+    wanted = [name for name in names if SETTINGS.fullmatch(name)]
+    for network in networks:
+        folder = f"{network}/" if network else ""
+        inside = [name.removeprefix(folder) for name in names if name.startswith(folder)]
+        wanted += [folder + name for name in choose_weights(inside, half)]
+    return wanted
+
+
+def choose_weights(names: list[str], half: bool) -> list[str]:
+    """The weight files to read in a network's folder: one file, or its shards.
+
+    half: prefer those named .fp16. to the others, else the reverse.
+    """
     for variant in (r"\.fp16", "") if half else ("", r"\.fp16"):
-        for ending in (
-            variant,
-            rf"{variant}-\d{{5}}-of-\d{{5}}",
-            rf"-\d{{5}}-of-\d{{5}}{variant}",
-        ):  # libraries differ
-            chosen = sorted(
-                n
-                for n in names
-                if re.fullmatch(rf"(diffusion_pytorch_)?model{ending}\.safetensors", n)
-            )
+        shard = r"-\d{5}-of-\d{5}"
+        # The variant is before or after the shard's number, depending on the library's version.
+        for ending in (variant, variant + shard, shard + variant):
+            pattern = re.compile(rf"(diffusion_pytorch_)?model{ending}\.safetensors")
+            chosen = sorted(name for name in names if pattern.fullmatch(name))
             if chosen:
                 return chosen
     return []
 
 
-def weight_files(root, name, half):
-    """The weight files of one network. Raises ValueError where there are none, or where a shard is missing."""
+def weight_files(root: Path, name: str, half: bool) -> list[Path]:
+    """The weight files of one network. Raises ValueError if none is there or a shard is missing."""
     folder = root / name if (root / name).is_dir() else root
-    if not (chosen := choose_weights([p.name for p in folder.iterdir()], half)):
+    chosen = choose_weights([path.name for path in folder.iterdir()], half)
+    if not chosen:
         raise ValueError(
-            f"{folder}: no safetensors weights here (.bin and .ckpt files are pickles, which are never read)"
+            f"{folder}: no safetensors weights here "
+            "(.bin and .ckpt files are pickles, which are never read)"
         )
     shards = re.search(r"-of-(\d+)", chosen[0])
-    whole = (
-        [re.sub(r"\d{5}-of", f"{i + 1:05d}-of", chosen[0]) for i in range(int(shards[1]))]
-        if shards
-        else chosen
-    )
-    if lost := [n for n in whole if n not in chosen]:
-        raise ValueError(
-            f"{folder}: {len(lost)} of {len(whole)} shards are missing: {', '.join(lost[:3])}"
-        )
-    return [folder / n for n in chosen]
+    if shards:
+        count = int(shards[1])
+        every = [re.sub(r"\d{5}-of", f"{i + 1:05d}-of", chosen[0]) for i in range(count)]
+        missing = [file for file in every if file not in chosen]
+        if missing:
+            first = ", ".join(missing[:3])
+            raise ValueError(f"{folder}: {len(missing)} of {count} shards are missing: {first}")
+    return [folder / file for file in chosen]
 
 
-def config_of(folder, *names):
-    """The first of the named files that is there, a JSON object, as a dict; {} where there is none, or no folder."""
-    for path in (folder / name for name in names if folder):
-        if path.is_file():
-            try:
-                return {**json.loads(path.read_text(encoding="utf-8"))}
-            except (ValueError, TypeError, OSError) as error:
-                raise ValueError(f"{path}: not a valid JSON object ({error})") from None
+def config_of(folder: Path | None, *names: str) -> dict:
+    """The JSON object of the first of these files that exists; {} if none does, or no folder."""
+    for name in names if folder else ():
+        if (folder / name).is_file():
+            return read_json_object(folder / name)
     return {}

@@ -1,271 +1,357 @@
-"""LoRA files by the names that other tools use.
+"""LoRA files in the names of kohya, diffusers, peft, ComfyUI, OneTrainer and LyCORIS.
 
-Reading looks each name up in a table of all spellings of our own layers; nothing is parsed, and what is not in the table is refused.
-Written by default are kohya's names with `.alpha`, the one spelling that diffusers, ComfyUI, kohya's scripts and A1111 all read.
+A file's keys are split into a layer and a part. Layers are looked up in a table of every known
+name of our own layers; nothing is guessed, and a key that is not in the tables is refused.
+
+    kohya              lora_unet_input_blocks_4_1_…_attn1_to_q.lora_down.weight
+    diffusers          unet.down_blocks.1.attentions.0.….attn1.to_q.lora.down.weight
+    peft               base_model.model.down_blocks.1.….attn1.to_q.lora_A.weight
+    ComfyUI            diffusion_model.input_blocks.4.1.….attn1.to_q.lora_A.weight
+    OneTrainer         input_blocks.4.1.….attn1.to_q.lora_down.weight
+    SimpleTuner        lycoris_down_blocks_1_…_attn1_to_q.lokr_w1
+
+Written by default are kohya's names with `.alpha`, which every tool reads.
 """
 
-import json
-import math
 import re
+from collections.abc import Callable, Iterable
 from itertools import count
 from pathlib import Path
 
 import torch
+from torch import Tensor, nn
 
 from .. import lora
+from ..files import save_tensors
+from ..methods.textual_inversion import add_word
 from . import layout
 from .hub import config_of
-from .tensors import EMBEDDING, open_safetensors
-from ..files import save_tensors
+from .tensors import EMBEDDING, first_names, open_safetensors
+from .text import parse_json_object, shorten
+from .updates import PARTS, FullAdapter, build_adapter
 
-FACTS = "alchemy."  # our own keys in the header begin so
-KOHYA = {"unet": "lora_unet_", "text_encoder": "lora_te1_", "text_encoder_2": "lora_te2_"}
+METADATA = "alchemy."  # the prefix of our own keys in the header
 FORMATS = ("kohya", "diffusers", "peft")
-# The ends of a pair's names, down and up: kohya's, diffusers', its text encoders', its older processors', PEFT's, and PEFT's with an adapter's name.
-PAIRS = (
-    (".lora_down.weight", ".lora_up.weight"),
-    (".lora.down.weight", ".lora.up.weight"),
-    (".lora_linear_layer.down.weight", ".lora_linear_layer.up.weight"),
-    (".down.weight", ".up.weight"),
-    (".lora_A.weight", ".lora_B.weight"),
-    (".lora_A.default.weight", ".lora_B.default.weight"),
-)
-DORA = (
-    ".dora_scale",
-    ".lora_magnitude_vector",
-    ".lora_magnitude_vector.weight",
-    ".lora_magnitude_vector.default.weight",
-)
+KOHYA = {"unet": "lora_unet_", "text_encoder": "lora_te1_", "text_encoder_2": "lora_te2_"}
+# Prefixes of dotted names: diffusers', ComfyUI's, OneTrainer's.
+TEXT_PREFIXES = {
+    "text_encoder": ("text_encoder.", "text_encoders.clip_l.transformer.", "clip_l."),
+    "text_encoder_2": ("text_encoder_2.", "text_encoders.clip_g.transformer.", "clip_g."),
+}
+PEFT = "base_model.model."
+PEFT_CONFIG = "lora_adapter_metadata"  # in the header, where diffusers writes peft's configuration
+BUNDLE = "bundle_emb."  # OneTrainer's embeddings inside a LoRA file
+# What is named and refused, by a part of a key.
+UNSUPPORTED = {
+    ".dora_scale": "a DoRA",
+    ".lora_magnitude_vector": "a DoRA",
+    ".oft_": "an OFT",
+    ".boft_": "a BOFT",
+    ".ia3_l": "an IA3",
+    ".on_input": "an IA3",
+    ".diff_b": "a full update with biases",
+    ".w_norm": "an update of norm layers",
+    ".b_norm": "an update of norm layers",
+    ".a1.weight": "a GLoRA",
+}
+MAX_PATTERNS = 2000  # in alpha_pattern; SDXL has about 800 layers
+MAX_QUANTIFIERS = 3  # in one of its regular expressions, so that matching stays fast
 
 
-def kohya(network, name, config):
-    """unet, down_blocks.1.attentions.0.… to lora_unet_input_blocks_4_1_…: dots as underscores, the UNet's blocks by the single file."""
+def kohya_name(network: str, name: str, config) -> str:
+    """kohya's name of a layer: the single file's, with underscores for dots."""
     inner = layout.single_file_name("unet", name, config) if network == "unet" else name
     return KOHYA[network] + inner.replace(".", "_")
 
 
-def spellings(networks):
-    """{what a file calls a layer: our name, with the network's before it} over every layer of networks that can hold an adapter."""
+def names_of_unet_layer(name: str, config) -> list[str]:
+    original = layout.single_file_name("unet", name, config)
+    names = [PEFT + name, PEFT + "unet." + name]
+    for inner in {name, original}:
+        names += [inner, "unet." + inner]
+        names += [prefix + inner.replace(".", "_") for prefix in ("lora_unet_", "lycoris_")]
+    names += ["diffusion_model." + original, layout.PREFIX["unet"] + original]
+    # diffusers before 0.22 kept LoRA in attention processors.
+    old = re.sub(r"\.(to_[qkv]|to_out)(\.0)?$", r".processor.\1_lora", name)
+    return [*names, old, "unet." + old]
+
+
+def names_of_text_layer(network: str, name: str) -> list[str]:
+    names = []
+    # transformers 5 omits "text_model." in encoder 1.
+    for inner in {name, name.removeprefix("text_model.")}:
+        names += [prefix + inner for prefix in TEXT_PREFIXES[network]]
+        names += [PEFT + network + "." + inner, KOHYA[network] + inner.replace(".", "_")]
+    return names
+
+
+def known_key_names(networks: dict[str, nn.Module]) -> dict[str, str]:
+    """{what a file may call a layer: "network.name"} for every layer that can hold an adapter."""
     table = {}
     for network, model in networks.items():
         for name in lora.layers(model):
-            # transformers 5 has the shorter name for the first encoder's layers; peft, and diffusers' save_lora_adapter, name no network.
-            names = {name, name.removeprefix("text_model.")}
-            dotted = [f"{network}.{n}" for n in names] + [name] * (network == "unet")
-            old = [re.sub(r"\.(to_[qkv]|to_out)(\.0)?$", r".processor.\1_lora", d) for d in dotted]
-            joined = [
-                kohya(network, name, model.config),
-                *(KOHYA[network] + n.replace(".", "_") for n in names),
-            ]
-            table |= dict.fromkeys(
-                [*joined, *dotted, *old, *("base_model.model." + d for d in dotted)],
-                f"{network}.{name}",
-            )
+            if network == "unet":
+                names = names_of_unet_layer(name, model.config)
+            else:
+                names = names_of_text_layer(network, name)
+            table |= dict.fromkeys(names, f"{network}.{name}")
     return table
 
 
-def networks_in(keys):
-    """The networks that the keys of a file speak of; the UNet where they speak of none."""
-    found = [
-        name
-        for name, prefix in KOHYA.items()
-        if any(key.startswith((prefix, f"{name}.", f"base_model.model.{name}.")) for key in keys)
-    ]
-    return found or ["unet"]
+def networks_in(keys: Iterable[str]) -> list[str]:
+    """The networks that a file's keys belong to; keys of no text encoder are the UNet's."""
+    prefixes = {}
+    for network, dotted in TEXT_PREFIXES.items():
+        prefixes[network] = (*dotted, KOHYA[network], f"{PEFT}{network}.")
+    found = set()
+    for key in keys:
+        owners = [network for network, starts in prefixes.items() if key.startswith(starts)]
+        if not key.startswith(BUNDLE):
+            found |= {*owners} or {"unet"}
+    return [network for network in KOHYA if network in found] or ["unet"]
 
 
-def told_alpha(header, path):
-    """What diffusers says of alpha in the header, its names having no place for it, or peft in a file beside: a function of (layer, rank)."""
-    beside = (
-        config_of(Path(path).parent, "adapter_config.json")
-        if Path(path).name == "adapter_model.safetensors"
-        else {}
-    )
-    told = (
-        {**json.loads(header["lora_adapter_metadata"])}
-        if "lora_adapter_metadata" in header
-        else beside
-    )
+def alpha_from_metadata(metadata: dict[str, str], path: Path) -> Callable[[str, int], float]:
+    """alpha as a function of (layer, rank), for files whose keys do not hold it.
 
-    def alpha(layer, rank):
-        network = layer.partition(".")[0]
-        pattern, common, root = (
-            told.get(f"{network}.{key}", told.get(key))
-            for key in ("alpha_pattern", "lora_alpha", "use_rslora")
-        )
-        own = [a for end, a in {**(pattern or {})}.items() if f".{layer}".endswith(f".{end}")]
-        value = (own or [rank if common is None else common])[0]  # without a word: alpha is rank
-        if type(value) not in (int, float) or root not in (None, False, True):
-            raise TypeError(f"alpha is {value!r}, use_rslora {root!r}")
-        return value * (rank**0.5 if root else 1)
+    diffusers writes peft's configuration into the header, one per network; peft writes it beside
+    the file. Without either, alpha is the rank. alpha_pattern maps regular expressions to alphas,
+    matched as peft does. Ranks (rank_pattern) are those of the tensors themselves.
+    Raises ValueError if the configuration is damaged.
+    """
+    config = {}
+    if PEFT_CONFIG in metadata:
+        try:
+            config = parse_json_object(metadata[PEFT_CONFIG])
+        except ValueError as error:
+            raise ValueError(f"{PEFT_CONFIG} in its header: {shorten(error)}") from None
+    elif path.name == "adapter_model.safetensors":
+        config = config_of(path.parent, "adapter_config.json")
+    patterns = {network: compile_patterns(config, network) for network in KOHYA}
+
+    def alpha(layer: str, rank: int) -> float:
+        network, _, name = layer.partition(".")
+        value = config.get(f"{network}.lora_alpha", config.get("lora_alpha"))
+        for pattern, pattern_alpha in patterns[network]:
+            if pattern.match(name) or pattern.match(name.removeprefix("text_model.")):
+                value = pattern_alpha
+                break
+        value = rank if value is None else value
+        rslora = config.get(f"{network}.use_rslora", config.get("use_rslora"))
+        known = type(value) in (int, float) and abs(value) < 1e30  # False for NaN
+        if not known or rslora not in (None, False, True):
+            raise ValueError(
+                f"{PEFT_CONFIG} (or adapter_config.json) has alpha {shorten(repr(value))} and "
+                f"use_rslora {shorten(rslora)}"
+            )
+        return float(value) * (rank**0.5 if rslora else 1.0)
 
     return alpha
 
 
-def read_pairs(file, table):
-    """{our layer: (down, up, alpha or None)} of an open file, by the table of spellings, and the keys that are no part of one."""
-    keys, found = set(file.keys()), {}
+def compile_patterns(config: dict, network: str) -> list[tuple[re.Pattern, object]]:
+    """A network's alpha_pattern; patterns that could take very long to match are refused."""
+    table = config.get(f"{network}.alpha_pattern", config.get("alpha_pattern")) or {}
+    if not isinstance(table, dict) or len(table) > MAX_PATTERNS:
+        raise ValueError(f"{PEFT_CONFIG} has an alpha_pattern that is no object or too large")
+    patterns = []
+    for key, alpha in table.items():
+        quantifiers = re.findall(r"[*+?{]", key)
+        if len(key) > 300 or len(quantifiers) > MAX_QUANTIFIERS or re.search(r"\)[*+{]", key):
+            raise ValueError(f"{PEFT_CONFIG} has the pattern {shorten(key)}, which is too complex")
+        try:
+            patterns.append((re.compile(rf"(.*\.)?({key})$"), alpha))
+        except re.error as error:
+            raise ValueError(f"{PEFT_CONFIG} has the pattern {shorten(key)}: {error}") from None
+    return patterns
+
+
+def split_keys(
+    keys: Iterable[str], table: dict[str, str]
+) -> tuple[dict[str, dict[str, str]], list[str]]:
+    """({layer: {part: key}}, keys that match no layer). Raises ValueError for a part twice."""
+    layers, rest = {}, []
     for key in sorted(keys):
-        for down, up in PAIRS:
-            stem = key.removesuffix(down)
-            if (
-                key.endswith(down)
-                and stem + up in keys
-                and stem in table
-                and table[stem] not in found
-            ):
-                pair, alpha = (
-                    (file.get_tensor(key).float(), file.get_tensor(stem + up).float()),
-                    None,
-                )
-                if stem + ".alpha" in keys and file.get_slice(stem + ".alpha").get_shape() in (
-                    [],
-                    [1],
-                ):
-                    alpha = float(file.get_tensor(stem + ".alpha"))
-                    keys -= {stem + ".alpha"}
-                found[table[stem]] = (*pair, alpha)
-                keys -= {key, stem + up}
-    return found, keys
+        match = None
+        for ending, part in PARTS.items():
+            layer = table.get(key.removesuffix(ending)) if key.endswith(ending) else None
+            if layer:
+                match = layer, part
+                break
+        if match is None:
+            rest.append(key)
+            continue
+        layer, part = match
+        if part in layers.setdefault(layer, {}):
+            raise ValueError(f"{layer} is in the file twice, as {shorten(key)} and another key")
+        layers[layer][part] = key
+    return layers, rest
 
 
-def read_lora(path, networks, base):
-    """{our layer: (down, up, alpha)} of a file. networks: {name: network}, on any device, meta too; base: what they are called.
+def read_lora(
+    path: str | Path, networks: dict[str, nn.Module], base: str
+) -> dict[str, lora.Adapter]:
+    """{layer: its adapter at scale 1, float32 on the CPU} of a file.
 
-    Raises ValueError where a key matches no layer, or a shape does not fit.
+    networks: {name: network}, on the meta device too; base: their checkpoint, for messages.
+    Raises ValueError if a key matches no layer, a shape does not fit, or a value is not finite.
     """
     file = open_safetensors(path)
-    keys, layers = (
-        list(file.keys()),
-        {
-            f"{network}.{name}": m
-            for network, model in networks.items()
-            for name, m in lora.layers(model).items()
-        },
-    )
+    keys = [key for key in file.keys() if not key.startswith(BUNDLE)]  # noqa: SIM118
     if set(keys) == set(EMBEDDING):
         raise ValueError(
-            f"{path}: an embedding (a learned word), and no LoRA: sample.py and insert.py take it as --embedding"
+            f"{path}: an embedding, not a LoRA: sample.py and insert.py take it as --embedding"
         )
-    if dora := [key for key in keys if key.endswith(DORA)]:
-        raise ValueError(
-            f"{path}: a DoRA ({dora[0]}), which splits a weight into length and direction; only plain LoRAs are read"
-        )
-    found, rest = read_pairs(file, spellings(networks))
-    for layer, (down, up, _) in found.items():
-        if (
-            down.ndim not in (2, 4)
-            or up.ndim != down.ndim
-            or not len(down)
-            or up.shape[1:] != (len(down), *(1 for _ in down.shape[2:]))
-        ):
-            raise ValueError(
-                f"{path}: {layer} has down {tuple(down.shape)} and up {tuple(up.shape)}, which are no pair; the file is damaged, or no plain LoRA"
-            )
-        ours, theirs = tuple(layers[layer].weight.shape), (len(up), *down.shape[1:])
-        if ours != theirs:
-            raise ValueError(
-                f"{path}: made for another base: {layer} is {ours} in {base}, {theirs} in the file; give its base with --weights"
-            )
-    if rest or not found:
-        which = (
-            f"{len(rest)} of its {len(keys)} keys match no layer of {base}: {', '.join(sorted(rest)[:3])}"
-            if rest
-            else "it is empty"
-        )
-        raise ValueError(
-            f"{path}: {which}; read are LoRAs of UNet and text encoders, whole or not at all"
-        )
+    for mark, kind in UNSUPPORTED.items():
+        found = [key for key in keys if mark in key]
+        if found:
+            raise ValueError(f"{path}: {kind} ({first_names(found, 1)}), which is not supported")
     try:
-        told = told_alpha(file.metadata() or {}, path)
-        found = {
-            layer: (down, up, told(layer, len(down)) if alpha is None else alpha)
-            for layer, (down, up, alpha) in found.items()
-        }
-        wild = [
-            layer
-            for layer, (*pair, alpha) in found.items()
-            if not (math.isfinite(alpha) and all(t.isfinite().all() for t in pair))
-        ]
-    except (ValueError, TypeError, OverflowError, RecursionError) as error:
-        raise ValueError(
-            f"{path}: lora_adapter_metadata in its header, or adapter_config.json, is no JSON object with numbers for alpha "
-            f"({str(error)[:80]}); the file is damaged"
-        ) from None
-    if wild:
-        raise ValueError(
-            f"{path}: {wild[0]} has values or an alpha that are not finite; the file is damaged"
-        )
-    return found
+        parts, rest = split_keys(keys, known_key_names(networks))
+        alpha_of = alpha_from_metadata(file.metadata() or {}, Path(path))
+        adapters = {}
+        for layer, part_keys in parts.items():
+            network, _, name = layer.partition(".")
+            shape = tuple(networks[network].get_submodule(name).weight.shape)
+            tensors = {part: read_tensor(file, key) for part, key in part_keys.items()}
+            adapters[layer] = build_adapter(layer, tensors, shape, alpha_of, base)
+        # After the layers, so that a LoRA for another base is called that.
+        if rest or not keys:
+            problem = f"{len(rest)} of its {len(keys)} keys match no layer of {base}"
+            problem = f"{problem}: {first_names(rest)}" if rest else "it is empty"
+            raise ValueError(f"{problem}; only LoRAs of UNet and text encoders are read")
+        return adapters
+    except (ValueError, OverflowError) as error:
+        raise ValueError(f"{path}: {error}") from None
 
 
-def load_lora(sdxl, path, scale=1.0, name=None):
-    """Put the LoRA of a file on sdxl's UNet and, if it has such keys, on its text encoders, as the adapter `name` (the next free number, if
-    None), beside any others; returns the name. What sdxl.free drops loses it.
+def read_tensor(file, key: str) -> Tensor:
+    tensor = file.get_tensor(key)
+    if not tensor.is_floating_point():
+        raise ValueError(f"{shorten(key)} is {tensor.dtype}, not floating point")
+    tensor = tensor.float()
+    if not tensor.isfinite().all():
+        raise ValueError(f"{shorten(key)} has values that are not finite; the file is damaged")
+    return tensor
 
-    Raises ValueError where a key matches no layer, or a shape does not fit: then nothing has been added.
+
+def load_lora(
+    sdxl,
+    path: str | Path,
+    scale: float = 1.0,
+    name: str | None = None,
+    embeddings: bool = True,
+) -> str:
+    """Add the LoRA in a file to sdxl, beside any others, and return its name.
+
+    scale: 0 is off, 1 as trained. name: of the adapter (default: the next free number). Text
+    encoders get adapters if the file has such keys; sdxl.free(...) drops them with the network.
+    embeddings: add those that OneTrainer has bundled with the LoRA, as tokens.
+    Raises ValueError if the file does not fit; then nothing has been added.
     """
-    networks = {
-        network: sdxl.network(network) for network in networks_in(open_safetensors(path).keys())
-    }
-    pairs = read_lora(path, networks, sdxl.source)
+    file = open_safetensors(path)
+    networks = {network: sdxl.network(network) for network in networks_in(file.keys())}
+    adapters = read_lora(path, networks, sdxl.source)
     layers = lora.layers(sdxl)
-    name = name or next(
-        n for n in map(str, count()) if not any(n in layer.lora for layer in layers.values())
-    )
-    for layer, (down, up, alpha) in pairs.items():
-        lora.add_adapter(layers[layer], name, down, up, alpha, scale)
+    if any(layer.base_weight is not None for layer in layers.values()):
+        raise ValueError(f"{path}: adapters are merged; unmerge before another one is added")
+    try:
+        for token, rows in bundled_embeddings(file).items() if embeddings else ():
+            add_word(sdxl, token, rows)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
+    if name is None:
+        taken = {name for layer in layers.values() for name in layer.lora}
+        name = next(number for number in map(str, count()) if number not in taken)
+    for layer, adapter in adapters.items():
+        adapter.scale = scale
+        layers[layer].lora[name] = adapter.to(layers[layer].weight.device)
     return name
 
 
-def save_lora(sdxl, path, name="default", format="kohya", facts=None):
-    """Write the adapter `name` of sdxl, float32. format: "kohya", or "diffusers" or "peft", whose names have no place for alpha: there
-    alpha/rank is multiplied into up. facts: a dict for the header."""
-    adapters = {n: m.lora[name] for n, m in lora.layers(sdxl).items() if name in m.lora}
+def bundled_embeddings(file) -> dict[str, list[Tensor]]:
+    """{token: [clip_l's rows (n,768), clip_g's (n,1280)]} of bundle_emb.TOKEN.clip_l and clip_g."""
+    found = {}
+    for key in sorted(key for key in file.keys() if key.startswith(BUNDLE)):  # noqa: SIM118
+        token, _, part = key.removeprefix(BUNDLE).rpartition(".")
+        if part not in EMBEDDING:
+            raise ValueError(f"{shorten(key)}: only bundled clip_l and clip_g are read")
+        rows = read_tensor(file, key)
+        if rows.ndim not in (1, 2) or not rows.numel():
+            raise ValueError(f"{shorten(key)} has shape {tuple(rows.shape)}, not rows of vectors")
+        found.setdefault(token, {})[part] = rows[None] if rows.ndim == 1 else rows
+    for token, parts in found.items():
+        if len(parts) != len(EMBEDDING):
+            raise ValueError(f"{BUNDLE}{shorten(token)} lacks clip_l or clip_g")
+    return {token: [parts[part] for part in EMBEDDING] for token, parts in found.items()}
+
+
+def save_lora(
+    sdxl,
+    path: str | Path,
+    name: str = "default",
+    format: str = "kohya",
+    metadata: dict | None = None,
+) -> None:
+    """Write the adapter `name` of sdxl to a .safetensors file, float32, without its scale.
+
+    format: "kohya", which every tool reads; "diffusers" or "peft", whose names have no place for
+    alpha: it is multiplied into up. metadata: for the header, under "alchemy.".
+    Raises ValueError if there is no such adapter or format.
+    """
+    adapters = {}
+    for layer_name, layer in lora.layers(sdxl).items():
+        if name in layer.lora:
+            adapters[layer_name] = layer.lora[name]
     if not adapters:
         raise ValueError(f"there is no adapter {name!r} to save")
-    write_lora(
-        path,
-        {n: (a.down, a.up, a.alpha) for n, a in adapters.items()},
-        sdxl.configs["unet"],
-        format,
-        facts,
-    )
+    write_lora(path, adapters, sdxl.configs["unet"], format, metadata)
 
 
-def write_lora(path, pairs, config, format="kohya", facts=None):
-    """{our layer: (down, up, alpha)} to a file, in one of FORMATS (see save_lora). config: the UNet's."""
+def write_lora(
+    path: str | Path,
+    adapters: dict[str, lora.Adapter],
+    config,
+    format: str = "kohya",
+    metadata: dict | None = None,
+) -> None:
+    """Write {layer: adapter} to a file; see save_lora. config: the UNet's."""
     if format not in FORMATS:
         raise ValueError(f"format is {format!r}; known are {', '.join(FORMATS)}")
     tensors = {}
-    for layer, (down, up, alpha) in pairs.items():
-        network, _, name = layer.partition(".")
-        if format == "kohya":
-            stem = kohya(network, name, config)
-            tensors |= {
-                stem + ".lora_down.weight": down,
-                stem + ".lora_up.weight": up,
-                stem + ".alpha": torch.tensor(float(alpha)),
-            }
-        else:
-            ends = PAIRS[4] if format == "peft" else PAIRS[1] if network == "unet" else PAIRS[2]
-            tensors |= {layer + ends[0]: down, layer + ends[1]: up * (alpha / len(down))}
-    ranks, alphas = (
-        sorted(values)
-        for values in (
-            {len(d) for d, _, _ in pairs.values()},
-            {float(a) for _, _, a in pairs.values()},
-        )
-    )
-    # Of layers that differ, what stands for the file is the largest.
-    header = {FACTS + k: v for k, v in (facts or {}).items()} | {
-        FACTS + "rank": ranks[-1],
-        FACTS + "alpha": alphas[-1],
-        "format": "pt",
-        # What kohya's tools and A1111 show of a LoRA:
-        "ss_network_dim": str(ranks[-1]),
-        "ss_network_alpha": str(alphas[-1]),
+    for layer, adapter in adapters.items():
+        if isinstance(adapter, FullAdapter):
+            raise ValueError(
+                f"{layer} has an update of full rank (LoHa, LoKr or .diff), which a LoRA file "
+                "cannot hold; merge it into a checkpoint instead (--merge)"
+            )
+        tensors |= named_tensors(layer, adapter, config, format)
+    rank = max(len(adapter.down) for adapter in adapters.values())
+    alpha = max(adapter.alpha for adapter in adapters.values())
+    header = {METADATA + key: value for key, value in (metadata or {}).items()}
+    header |= {METADATA + "rank": rank, METADATA + "alpha": alpha, "format": "pt"}
+    # What kohya's tools and A1111 show; if layers differ, the largest.
+    header |= {
+        "ss_network_dim": str(rank),
+        "ss_network_alpha": str(alpha),
         "ss_base_model_version": "sdxl_base_v1-0",
     }
     Path(path).parent.mkdir(parents=True, exist_ok=True)
     save_tensors(tensors, path, header)
+
+
+def named_tensors(layer: str, adapter: lora.Adapter, config, format: str) -> dict[str, Tensor]:
+    """The tensors of one layer's adapter under the names of a format."""
+    network, _, name = layer.partition(".")
+    if format == "kohya":
+        stem = kohya_name(network, name, config)
+        return {
+            f"{stem}.lora_down.weight": adapter.down,
+            f"{stem}.lora_up.weight": adapter.up,
+            f"{stem}.alpha": torch.tensor(adapter.alpha),
+        }
+    up = adapter.up * (adapter.alpha / len(adapter.down))
+    if format == "peft":
+        return {f"{layer}.lora_A.weight": adapter.down, f"{layer}.lora_B.weight": up}
+    inner = "lora" if network == "unet" else "lora_linear_layer"
+    return {f"{layer}.{inner}.down.weight": adapter.down, f"{layer}.{inner}.up.weight": up}

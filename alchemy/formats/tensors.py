@@ -1,34 +1,52 @@
-"""Safetensors files, open; what is none is named as what it is."""
+"""Open safetensors files; a message for every file that is not one."""
 
+from collections.abc import Iterable
 from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
 
+from .text import shorten
 
-EMBEDDING = ("clip_l", "clip_g")  # what an SDXL embedding's file holds
-
-
-def names_in(paths):
-    """{tensor name: the open file that holds it}; a tensor is read by get_tensor, one at a time."""
-    return {key: file for file in map(open_safetensors, paths) for key in file.keys()}
+EMBEDDING = ("clip_l", "clip_g")  # the tensors of an SDXL embedding
+PICKLES = (".ckpt", ".pt", ".pth", ".bin", ".pkl")
 
 
-def open_safetensors(path, advice="download it again"):
-    """A safetensors file, open. Raises ValueError that names the file and what is wrong with it: missing, a pickle, truncated (with advice)."""
+def names_in(paths: Iterable[str | Path]) -> dict[str, safe_open]:
+    """{tensor name: the open file that holds it}; get_tensor reads one tensor at a time."""
+    names = {}
+    for file in map(open_safetensors, paths):
+        names |= dict.fromkeys(file.keys(), file)
+    return names
+
+
+def first_names(names: Iterable[str], count: int = 3) -> str:
+    """The first names of many, each shortened, for a message."""
+    return ", ".join(shorten(name) for name in list(names)[:count])
+
+
+def open_safetensors(path: str | Path, advice: str = "download it again") -> safe_open:
+    """A safetensors file, open and mapped; no tensor is read yet.
+
+    Raises ValueError that names the file and what is wrong: missing, a pickle, or incomplete, with
+    the advice what to do then. A pickle is recognized, never read.
+    """
     try:
         return safe_open(path, "pt")
     except OSError as error:
         raise ValueError(f"{path}: cannot be read ({error.strerror or error})") from None
     except SafetensorError as error:
-        with open(path, "rb") as f:
-            start = f.read(2)
-        if (
-            Path(path).suffix in (".ckpt", ".pt", ".pth", ".bin", ".pkl")
-            or start == b"PK"
-            or start[:1] == b"\x80"
-            and start[1:] < b"\x06"
-        ):
+        if is_pickle(Path(path)):
             raise ValueError(
-                f"{path}: a pickle, which can run any code when it is read; only safetensors files are read here"
+                f"{path}: a pickle, which can run any code when it is read; "
+                "only safetensors files are read here"
             ) from None
-        raise ValueError(f"{path}: not a whole safetensors file ({error}); {advice}") from None
+        reason = shorten(error)
+        raise ValueError(f"{path}: not a whole safetensors file ({reason}); {advice}") from None
+
+
+def is_pickle(path: Path) -> bool:
+    """Whether a file that is not safetensors is a pickle, plain or in torch.save's zip archive."""
+    with open(path, "rb") as file:
+        start = file.read(2)
+    plain = start[:1] == b"\x80" and start[1:] < b"\x06"  # the protocol's number, 2 to 5
+    return path.suffix in PICKLES or start == b"PK" or plain

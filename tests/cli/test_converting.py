@@ -12,7 +12,7 @@ import alchemy
 from alchemy import cli, lora
 from alchemy.formats import folder
 from alchemy.formats.__main__ import main as convert
-from alchemy.formats.embeddings import KEYS, load_embedding, TWO
+from alchemy.formats.embeddings import KEYS, load_embedding, DIFFUSERS_FILES
 from alchemy.formats.folder import save_checkpoint
 from helpers.checkpoints import (
     NETWORKS,
@@ -92,7 +92,7 @@ def test_converting_overwrites_nothing_and_names_another_base(pairs, tiny, tmp_p
     refused(
         lambda: convert([a, b, "--to", "kohya"]), "made for another base", "SDXL base", "--weights"
     )
-    refused(lambda: convert([a, a, "--to", "kohya", "--weights", str(tiny)]), "there already")
+    refused(lambda: convert([a, a, "--to", "kohya", "--weights", str(tiny)]), "exists already")
     refused(
         lambda: convert([a, b + ".pt", "--to", "kohya", "--weights", str(tiny)]), ".safetensors"
     )
@@ -138,7 +138,7 @@ def test_an_embedding_goes_to_diffusers_two_files_and_back_to_the_bit(tmp_path):
         {"alchemy.token": "<my-dog>", "alchemy.steps": "9", "other": "x"},
     )
     convert([str(tmp_path / "my-dog.safetensors"), str(tmp_path / "two"), "--to", "diffusers"])
-    for name, r in zip(TWO, rows):
+    for name, r in zip(DIFFUSERS_FILES, rows):
         assert load_file(tmp_path / "two" / name).keys() == {"<my-dog>"} and torch.equal(
             load_file(tmp_path / "two" / name)["<my-dog>"], r
         )
@@ -156,7 +156,7 @@ def test_an_embedding_goes_to_diffusers_two_files_and_back_to_the_bit(tmp_path):
 def test_another_tools_embedding_is_called_by_its_name_and_of_one_vector_has_one_row(tmp_path):
     save_file({"clip_l": torch.ones(8), "clip_g": torch.ones(12)}, tmp_path / "dotty.safetensors")
     convert([str(tmp_path / "dotty.safetensors"), str(tmp_path / "two"), "--to", "diffusers"])
-    assert [tuple(load_file(tmp_path / "two" / name)["dotty"].shape) for name in TWO] == [
+    assert [tuple(load_file(tmp_path / "two" / name)["dotty"].shape) for name in DIFFUSERS_FILES] == [
         (1, 8),
         (1, 12),
     ]
@@ -205,7 +205,7 @@ def test_an_embedding_is_refused_in_a_form_that_it_has_not(tmp_path):
     refused(
         lambda: convert([str(tmp_path / "empty"), str(tmp_path / "b"), "--to", "diffusers"]),
         "empty",
-        TWO[0],
+        DIFFUSERS_FILES[0],
         "nor a LoRA",
     )
     assert sorted(contents(tmp_path)) == ["a.safetensors"] and not (tmp_path / "b").exists()
@@ -297,7 +297,7 @@ def test_merging_refuses_a_folder_that_is_there_and_a_base_without_configuration
     a = str(tmp_path / "a.safetensors")
     refused(
         lambda: convert([a, str(tmp_path / "b"), "--merge", "--weights", str(tiny)]),
-        "there already",
+        "exists already",
     )
     refused(lambda: convert([a, str(tmp_path / "c"), "--merge"]), "--weights")
     refused(

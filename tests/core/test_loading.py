@@ -53,7 +53,7 @@ def copy(folder, tmp_path):
 def test_load_reads_no_tensor_and_a_network_is_read_on_first_use(folder, single, monkeypatch):
     read = []
     monkeypatch.setattr(
-        checkpoint, "fill", lambda network, name, *rest: read.append(name) or network
+        checkpoint, "load_weights", lambda network, name, *rest: read.append(name) or network
     )
     for sdxl in (alchemy.load(folder, "cpu"), alchemy.load(single, "cpu", config=folder)):
         assert read == []
@@ -124,7 +124,10 @@ sizes, turned = ([p.numel() * p.itemsize for p in parameters if p.ndim in dims] 
 print(max(peak, anonymous()) - before, sum(sizes), max(sizes), "torch._dynamo" in sys.modules, sum(turned))
 """
 WIDE = CONFIGS | {
-    "unet": CONFIGS["unet"] | dict(block_out_channels=[32, 160, 320], attention_head_dim=[1, 4, 8]),
+    "unet": CONFIGS["unet"]
+    | dict(
+        block_out_channels=[32, 160, 320], attention_head_dim=[1, 4, 8], cross_attention_dim=248
+    ),
     "text_encoder_2": CONFIGS["text_encoder_2"] | dict(hidden_size=240, num_attention_heads=4),
 }
 

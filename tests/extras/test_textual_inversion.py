@@ -7,7 +7,7 @@ from safetensors.torch import load_file, save_file
 
 import alchemy
 from alchemy.command.results import file_name
-from alchemy.formats.embeddings import TWO, load_embedding, save_embedding
+from alchemy.formats.embeddings import DIFFUSERS_FILES, load_embedding, save_embedding
 from alchemy.methods import textual_inversion as ti
 from alchemy.training import denoising_loss
 from helpers.checkpoints import refused
@@ -123,7 +123,7 @@ def test_what_was_saved_is_read_back_to_the_bit(sdxl, tiny, tmp_path, form):
     if form == "kohya":
         assert torch.equal(kept[0]["clip_l"], made[0]) and torch.equal(kept[0]["clip_g"], made[1])
     else:
-        assert [path.name for path in paths] == [*TWO] and all(
+        assert [path.name for path in paths] == [*DIFFUSERS_FILES] and all(
             torch.equal(k[TOKEN], r) for k, r in zip(kept, made)
         )
     assert (
@@ -257,7 +257,7 @@ def test_a_run_started_again_takes_the_earlier_word_away_and_no_other_file(tiny,
     ]
     good(call(*run, "--steps", 1, "--format", "diffusers", "--overwrite"))
     assert sorted(contents("run")) == [
-        *(f"embedding/{name}" for name in TWO),
+        *(f"embedding/{name}" for name in DIFFUSERS_FILES),
         "loss.png",
         "other.safetensors",
         "settings.json",

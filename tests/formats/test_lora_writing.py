@@ -77,7 +77,7 @@ def test_the_header_holds_the_facts_and_what_other_tools_show(fresh, tmp_path):
             sdxl,
             tmp_path / "a.safetensors",
             format=form,
-            facts={"prompt": "a photo of a sks dog", "steps": 12, "targets": ["to_q"]},
+            metadata={"prompt": "a photo of a sks dog", "steps": 12, "targets": ["to_q"]},
         )
         with safe_open(tmp_path / "a.safetensors", "pt") as file:
             assert file.metadata() == {

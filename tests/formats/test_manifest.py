@@ -8,8 +8,8 @@ import torch
 
 from alchemy import lora
 from alchemy.formats import layout
-from alchemy.formats.checkpoint import BASE, BUILD, CONFIGS, empty
-from alchemy.formats.lora import kohya, KOHYA, spellings
+from alchemy.formats.checkpoint import BASE, BUILD, CONFIGS, build_on_meta
+from alchemy.formats.lora import KOHYA, known_key_names, kohya_name
 
 MANIFEST = Path(__file__).resolve().parents[3] / "shared" / "reference" / "sdxl_base_manifest.json"
 NAMES = tuple(BUILD)
@@ -150,13 +150,14 @@ def test_kohyas_names_are_those_of_every_linear_layer_and_convolution_of_sdxl_ba
     assert "lora_unet_input_blocks_4_1_transformer_blocks_0_attn1_to_q" in single
 
     networks = {
-        name: empty(name, CONFIGS[name].from_config(manifest["configs"][name])) for name in KOHYA
+        name: build_on_meta(name, CONFIGS[name].from_config(manifest["configs"][name]))
+        for name in KOHYA
     }
-    table = spellings(networks)
+    table = known_key_names(networks)
     assert all(table[name] == layer for layer, name in (by_blocks | words).items())  # read
     assert {table[name] for name in single} == by_blocks.keys()
     made = {
-        kohya(network, name, model.config)
+        kohya_name(network, name, model.config)
         for network, model in networks.items()
         for name in lora.layers(model)
     }

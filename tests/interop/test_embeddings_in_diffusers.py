@@ -10,7 +10,7 @@ from safetensors.torch import load_file, save_file  # noqa: E402
 
 import alchemy  # noqa: E402
 from alchemy.formats.__main__ import main as convert  # noqa: E402
-from alchemy.formats.embeddings import TWO, load_embedding, save_embedding  # noqa: E402
+from alchemy.formats.embeddings import DIFFUSERS_FILES, load_embedding, save_embedding  # noqa: E402
 from alchemy.methods import textual_inversion as ti  # noqa: E402
 from test_checkpoints import built, pipe, saved  # noqa: E402, F401
 
@@ -69,7 +69,7 @@ def test_our_files_give_the_same_hidden_states_there(saved, taught, tmp_path, fo
     sources = (
         [(load_file(path)[key], TOKEN) for key in ("clip_l", "clip_g")]
         if form == "kohya"
-        else [(path / name, None) for name in TWO]
+        else [(path / name, None) for name in DIFFUSERS_FILES]
     )
     for (source, token), (encoder, tokenizer) in zip(sources, both(pipe)):
         pipe.load_textual_inversion(
@@ -87,7 +87,7 @@ def test_files_as_its_training_script_writes_them_give_the_same_hidden_states_he
     saved, tmp_path, vectors
 ):
     pipe, words = built(), [TOKEN, *(f"{TOKEN}_{k}" for k in range(1, vectors))]
-    for name, (encoder, tokenizer) in zip(TWO, both(pipe)):
+    for name, (encoder, tokenizer) in zip(DIFFUSERS_FILES, both(pipe)):
         tokenizer.add_tokens(words)
         encoder.resize_token_embeddings(len(tokenizer))
         table, ids = encoder.get_input_embeddings().weight, tokenizer.convert_tokens_to_ids(words)

@@ -58,7 +58,7 @@ def agree(a, b, base):
 @pytest.mark.parametrize("scale", [1.0, 0.6])
 def test_our_files_draw_the_same_there(ours, inputs, tmp_path, form, scale):
     alchemy.save_lora(
-        ours, tmp_path / "lora.safetensors", format=form, facts={"prompt": "a photo of a sks dog"}
+        ours, tmp_path / "lora.safetensors", format=form, metadata={"prompt": "a photo of a sks dog"}
     )
     pipe = built()
     base = output(pipe.unet, *inputs)
