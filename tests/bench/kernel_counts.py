@@ -57,6 +57,10 @@ class Fuse(TorchFunctionMode):
 class KernelCount(TorchDispatchMode):
     """`kernels`: a Counter by name of the operator."""
 
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        return False  # else torch imports its compiler at the first call, which takes seconds
+
     def __init__(self):
         super().__init__()
         self.kernels = Counter()
