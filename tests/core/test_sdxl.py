@@ -112,9 +112,17 @@ def test_time_ids_are_original_crop_target_height_first_float32(sdxl, size, opti
     assert made.time_ids.dtype == torch.float32
 
 
-def test_a_damaged_encoder_raises(sdxl):
-    sdxl.text_encoders[1].text_projection.weight[0, 0] = float("nan")
-    with pytest.raises(FloatingPointError, match="pooled vector.*--dtype"):
+@pytest.mark.parametrize(
+    "encoder, parameter, named",
+    [
+        (0, "text_model.encoder.layers.0.mlp.fc1.weight", "first text encoder's context"),
+        (1, "text_model.encoder.layers.0.mlp.fc1.weight", "second text encoder's context"),
+        (1, "text_projection.weight", "pooled vector"),
+    ],
+)
+def test_what_became_nan_is_named(sdxl, encoder, parameter, named):
+    sdxl.text_encoders[encoder].get_parameter(parameter)[0, 0] = float("nan")
+    with pytest.raises(FloatingPointError, match=f"{named}.*--dtype"):
         sdxl.encode_prompt(["1"])
 
 

@@ -61,9 +61,11 @@ def test_the_encoder_pads_right_and_bottom_only():
 
 def test_nan_raises_and_names_the_dtypes_that_work(network):
     vae = network("vae")
-    vae.decoder.conv_out.bias[0] = float("nan")
-    with pytest.raises(FloatingPointError, match="bfloat16"):
+    vae.decoder.conv_out.bias[0] = vae.encoder.conv_in.bias[0] = float("nan")
+    with pytest.raises(FloatingPointError, match="VAE decoded to NaN.*bfloat16 or float32"):
         vae.decode(torch.zeros(1, 4, 2, 2, dtype=torch.float64))
+    with pytest.raises(FloatingPointError, match="VAE encoded to NaN.*bfloat16 or float32"):
+        vae.encode(torch.zeros(1, 3, 16, 16, dtype=torch.float64))
 
 
 def test_a_bfloat16_vae_returns_float32_latents_and_images(reference, network, close):

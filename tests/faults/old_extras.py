@@ -37,67 +37,6 @@ FAULTS = {
         ),
         ("NaN is put on", "if wild:", "if False:"),
     ),
-    ("extras/optimizations", "extras/optimizations"): (
-        ("triton is to read e4m3 on any card", "< (8, 9)", "< (0, 0)"),
-        (
-            "a network that is read again is not stored",
-            "sdxl.read = replace(sdxl.read, ready=ready)",
-            "pass",
-        ),
-    ),
-    ("extras/fp8", "extras/optimizations"): (
-        (
-            "one scale for all rows",
-            "weight.abs().amax(1, keepdim=True)",
-            "weight.abs().amax().expand(len(weight), 1)",
-        ),
-        (
-            "scales that round",
-            "torch.ldexp(torch.ones_like(exponent, dtype=torch.float32), exponent)",
-            "weight.abs().amax(1, keepdim=True).clamp(min=1e-9) / MOST",
-        ),
-        (
-            "the unpacked weight is kept for the backward pass",
-            "ctx.save_for_backward(packed, scale)",
-            "ctx.save_for_backward(unpack(packed, scale, x.dtype), torch.ones_like(scale))",
-        ),
-        (
-            "the gradient goes without the scale",
-            "grad @ unpack(*ctx.saved_tensors, grad.dtype)",
-            "grad @ ctx.saved_tensors[0].to(grad.dtype)",
-        ),
-        ("what learns is stored", "not layer.weight.requires_grad and ", ""),
-        ("merged weights are stored", "if layer.base_weight is not None:", "if False:"),
-        ("a LoRA is merged into 8 bits", 'raise ValueError("a base', 'str("a base'),
-    ),
-    ("extras/prompt_cache", "extras/prompt_cache"): (
-        (
-            "another scale is the same answer",
-            "[(a.scale, a.alpha) for a in layer.lora.values()]",
-            "[]",
-        ),
-        ("a weight that was written to is the same answer", "(id(p), p._version)", "id(p)"),
-        (
-            "a context that was written to is the same answer",
-            ' or kept["version"] != context._version',
-            "",
-        ),
-        ("gradients end at what is kept", "if torch.is_grad_enabled():", "if False:"),
-        ("it stays", "            del layer.told\n", "            pass\n"),
-    ),
-    ("extras/compile", "extras/compile"): (
-        ("a watched block runs compiled", "if any(layer.watch for layer in layers)", "if False"),
-        (
-            "resnets stay as they are",
-            "for kind in (TransformerBlock, ResnetBlock)",
-            "for kind in (TransformerBlock,)",
-        ),
-        (
-            "the first step is all compiling",
-            "{seconds[0] - statistics.median(seconds[1:]):.0f}",
-            "{seconds[0]:.0f}",
-        ),
-    ),
     ("command/states", "cli/waiting"): (
         ("a loss under way is not saved", "    state.read()\n", "    pass\n"),
         ("it goes on from the first step", "state.losses, state.step = ", "state.losses, _ = "),
