@@ -120,29 +120,6 @@ FAULTS = {
             "range(1, most // h + 1)",
         ),
     ),
-    ("extras/distributed", "extras/distributed"): (
-        ("the loss of one rank alone", "return value + (mean - value).detach()", "return value"),
-        (
-            "gradients are averaged twice",
-            "return value + (mean - value).detach()",
-            "return mean + (value - value.detach()) / world()",
-        ),
-        (
-            "the first part is averaged, not the last",
-            "if part == accumulation - 1 else",
-            "if part == 0 else",
-        ),
-    ),
-    ("extras/distributed", "extras/distributed_apart"): (
-        ("every rank draws all", "slice(rank(), None, world())", "slice(None)"),
-        ("every rank speaks", "io.StringIO() if rank() else sys.stderr", "sys.stderr"),
-        ("an error of one rank is not said", "if end.code and is_mine() and rank()", "if False"),
-        (
-            "an error that all have met is said by each",
-            'return said.add("said", 1) == 1',
-            'return said.add("said", 1) > 0',
-        ),
-    ),
     ("command/training", "extras/distributed"): (
         (
             "every rank writes the state",
@@ -156,120 +133,13 @@ FAULTS = {
     ("methods/textual_inversion", "extras/distributed"): (
         ("every rank takes the first's templates", "[rank * count:][:count]", "[:count]"),
     ),
-    ("extras/inspect/preflight", "cli/check"): (
-        (
-            "the sheet darkens what is learned",
-            "Image.composite(picture, picture.point(lambda value: value // 4), mask)",
-            "Image.composite(picture.point(lambda value: value // 4), picture, mask)",
-        ),
-    ),
-    ("extras/inspect/pictures", "extras/inspect"): (
-        ("the map to colours has no constant", "(0, 1), value=1.0)", "(0, 1), value=0.0)"),
-        (
-            "a film is cut into columns of its height",
-            "k % columns * w:k % columns * w + w]",
-            "k % columns * h:k % columns * h + w]",
-        ),
-        ("a long run loses its last step", "(count - 1) / max(", "(count - 2) / max("),
-    ),
-    ("extras/inspect/record", "extras/inspect"): (
-        (
-            "attention of the half that is told nothing",
-            "probabilities[-1].mean(0)",
-            "probabilities[0].mean(0)",
-        ),
-        ("layers of a level are added, not their mean", "total / count for key", "total for key"),
-        (
-            "self-attention by its largest of each column",
-            "p.amax(1, keepdim=True)",
-            "p.amax(0, keepdim=True)",
-        ),
-        ("sigma without eta", "step.alpha_bar_prev, self.eta, ", "step.alpha_bar_prev, 1.0, "),
-        ("sigma of a sampler whose noise is all fresh", "self.eta, self.row.fresh)", "self.eta)"),
-        ("levels are rounded down", "-(-side // 2 ** level)", "side // 2 ** level"),
-    ),
-    ("extras/inspect/stage", "extras/inspect"): (
-        (
-            "told and untold change places",
-            'recorder.stacked(f"eps_{name}")',
-            'recorder.stacked("eps_cond" if name == "uncond" else "eps_uncond")',
-        ),
-        ("a level counts by its size", "m / m.mean((2, 3), keepdim=True).clamp(min=1e-9)", "m"),
-    ),
-    ("extras/inspect/record", "extras/inspect_more"): (
-        ("a hook stays on the network", "watched.callback(called.remove)", "pass"),
-        (
-            "self-attention from the second step on",
-            "spread(total, LOOKS)",
-            "(k + 1 for k in spread(total - 1, LOOKS))",
-        ),
-    ),
-    ("extras/inspect/stage", "extras/inspect_size"): (
-        ("every map of a long prompt", "max(10, MAPS // level.shape[1])", "len(level)"),
-        (
-            "the mean of the maps that are shown",
-            "level.mean(0, keepdim=True)])",
-            "level[at].mean(0, keepdim=True)])",
-        ),
-    ),
-    ("extras/inspect/placing", "extras/inspect_size"): (
-        (
-            "a crop that is the scene is told again",
-            "if made.crop != made.scene else {}",
-            "if made.crop else {}",
-        ),
-    ),
     ("command/results", "cli/sample"): (
         ("a picture tells where it was written", "if k not in PLACES}", "}"),
     ),
-    ("command/inspecting", "extras/inspect_more"): (
-        (
-            "a name that is too long is no bad input",
-            "except OSError as error:  # a name",
-            "except KeyError as error:  # a name",
-        ),
-    ),
-    ("command/training", "extras/inspect_more"): (
+    ("command/training", "extras/inspect"): (
         ("no preview of before", "if args.preview_every and not state.step:", "if False:"),
     ),
-    ("extras/inspect/stage", "extras/inspect_more"): (
-        (
-            "a level counts once, however many layers it has",
-            "layers[n] * p.float().mean(0)",
-            "p.float().mean(0)",
-        ),
-        ("a run that diverges ends at its page", "except FloatingPointError", "except KeyError"),
-    ),
-    ("extras/inspect/page", "extras/inspect"): (
-        ("a prompt can end the script", '.replace("<", "\\\\u003c")', ""),
-    ),
-    ("extras/inspect/placing", "extras/inspect_more"): (
-        ("raw attention is sharpened already", "watcher.maps.heat(0)", "watcher.maps.heat(power)"),
-        (
-            "the latents' mask is of the whole picture",
-            "made.mask[None, top:top + height, left:left + width]",
-            "made.feathered[None]",
-        ),
-        ("a difference wraps around", "np.int16", "np.uint8"),
-        (
-            "the difference is looked for inside",
-            "made.feathered.cpu().numpy() == 0",
-            "made.feathered.cpu().numpy() > 0",
-        ),
-    ),
-    ("extras/inspect/teaching", "extras/inspect_more"): (
-        (
-            "the norm is not by the weights'",
-            "adapter.delta().norm() / weight_of(layer).norm()",
-            "adapter.delta().norm()",
-        ),
-        (
-            "a lost step counts as nothing, not as no step",
-            "else (total, weight)",
-            "else (0.95 * total, 0.95 * weight + 1)",
-        ),
-    ),
-    ("command/lessons", "extras/inspect_more"): (
+    ("command/lessons", "extras/inspect"): (
         ("the error at the batch's own timesteps", "t=batch.t * 0 + t", "t=batch.t"),
     ),
     ("extras/counting", "extras/memory"): (
@@ -311,22 +181,5 @@ FAULTS = {
     ),
     ("methods/masks", "extras/captions"): (
         ("a mask is not turned", "ImageOps.exif_transpose(opened)", "opened"),
-    ),
-    ("extras/inspect/samplers", "extras/samplers_sheet"): (
-        (
-            "Euler steps in the level itself",
-            "(level(ab_prev) - level(ab)) * step.eps",
-            "(ab_prev - ab) * step.eps",
-        ),
-        (
-            "DDPM with the larger variance",
-            "(beta * (1 - ab_prev) / (1 - ab)) ** 0.5",
-            "beta ** 0.5",
-        ),
-        (
-            "the row of samplers draws other noise",
-            "generators=made, hook",
-            "generators=sampling.generators([SEED]), hook",
-        ),
     ),
 }
