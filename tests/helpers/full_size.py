@@ -35,7 +35,11 @@ def networks(base=BASE):
     for name, build in BUILD.items():
         with torch.device("meta"):
             network = build(CONFIGS[name].from_config(base[name]))
-        yield name, network, {key: random(tuple(p.shape)) for key, p in network.named_parameters()}
+        tensors = {key: random(tuple(p.shape)) for key, p in network.named_parameters()}
+        for key, tensor in tensors.items():
+            if key.endswith(".weight") and tensor.ndim == 1:  # of a norm: near 1, as trained ones
+                tensor += 1
+        yield name, network, tensors
 
 
 def to_single(name, network, tensors):
