@@ -15,7 +15,9 @@ from pathlib import Path
 
 from PIL import Image
 
-WIDTH, HEIGHT, SLIDER_HEIGHT = 1280, 1180, 860
+WIDTH, HEIGHT = 1280, 1180
+# Of the animation: the bar, which stays in view when one scrolls, and the first card of the stages.
+BAR, CARDS = (125, 190), (615, 1095)  # rows of pixels
 FLAGS = (
     *("--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run"),
     *("--disable-background-networking", "--disable-component-update", "--disable-sync"),
@@ -42,16 +44,16 @@ def main() -> None:
     parser.add_argument("page", type=Path, help="index.html of insert.py --inspect")
     parser.add_argument("out", type=Path, help="folder")
     parser.add_argument("--steps", type=int, nargs="+", default=[0, 4, 8, 11, 14, 17, 20, 24, 29])
-    parser.add_argument("--top", type=int, default=0, help="first row of the animation, pixels")
     args = parser.parse_args()
     middle = args.steps[len(args.steps) // 2]
     capture(args.page, middle, (WIDTH, HEIGHT)).save(args.out / "page.webp", quality=80, method=6)
 
-    frames = []
+    frames, height = [], BAR[1] - BAR[0] + CARDS[1] - CARDS[0]
     for step in args.steps:
-        frame = capture(args.page, step, (WIDTH, args.top + SLIDER_HEIGHT))
-        frame = frame.crop((0, args.top, WIDTH, args.top + SLIDER_HEIGHT))
-        frames.append(frame.resize((WIDTH * 5 // 8, SLIDER_HEIGHT * 5 // 8), Image.LANCZOS))
+        page, frame = capture(args.page, step, (WIDTH, HEIGHT)), Image.new("RGB", (WIDTH, height))
+        frame.paste(page.crop((0, BAR[0], WIDTH, BAR[1])), (0, 0))
+        frame.paste(page.crop((0, CARDS[0], WIDTH, CARDS[1])), (0, BAR[1] - BAR[0]))
+        frames.append(frame.resize((WIDTH * 3 // 4, height * 3 // 4), Image.LANCZOS))
     pauses = [450] * (len(frames) - 1) + [2000]  # milliseconds
     options = dict(save_all=True, duration=pauses, loop=0, quality=60, method=4)
     frames[0].save(args.out / "slider.webp", append_images=frames[1:], **options)
