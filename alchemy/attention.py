@@ -20,7 +20,7 @@ class Attention(nn.Module):
     def __init__(self, dim: int, heads: int, context_dim: int | None = None):
         super().__init__()
         self.heads = heads
-        self.callbacks: tuple[Callable, ...] = ()  # see record_attention
+        self.callbacks: tuple[tuple[Callable, slice], ...] = ()  # see record_attention
         self.to_q = LoRALinear(dim, dim, bias=False)
         self.to_k = LoRALinear(context_dim or dim, dim, bias=False)
         self.to_v = LoRALinear(context_dim or dim, dim, bias=False)
@@ -37,33 +37,36 @@ class Attention(nn.Module):
         """x (B, N, C) -> (B, N, C). kv: project_kv of a context; without it, of x."""
         k, v = kv or self.project_kv(x)
         q, k, v = self.split_heads(self.to_q(x)), self.split_heads(k), self.split_heads(v)
-        if self.callbacks:
-            scores = (q.float() * q.shape[-1] ** -0.5) @ k.float().transpose(-1, -2)
-            probabilities = torch.softmax(scores, dim=-1)  # (B, heads, N, M)
-            for callback in self.callbacks:
-                callback(probabilities)
+        for callback, rows in self.callbacks:
+            scores = (q[rows].float() * q.shape[-1] ** -0.5) @ k[rows].float().transpose(-1, -2)
+            callback(torch.softmax(scores, dim=-1))  # (B, heads, N, M)
         x = F.scaled_dot_product_attention(q, k, v)
         return self.to_out[0](x.transpose(1, 2).flatten(2))
 
 
 @contextmanager
 def record_attention(
-    unet: nn.Module, names: Iterable[str], callback: Callable[[str, Tensor], None]
+    unet: nn.Module,
+    names: Iterable[str],
+    callback: Callable[[str, Tensor], None],
+    last_only: bool = False,
 ) -> Iterator[None]:
     """Inside, each forward of the named attention layers calls callback(name, probabilities).
 
     names: keys of `attentions(unet)`; probabilities are (B, heads, N, M) float32. The output of
     the layers does not change by a bit. Contexts nest. Raises ValueError for an unknown name.
+    last_only: compute them only for the last of the batch, the conditional half under guidance.
     """
     known = attentions(unet)
     names = list(names)
+    rows = slice(-1, None) if last_only else slice(None)
     for name in names:
         if name not in known:
             first = ", ".join(list(known)[:3])
             raise ValueError(f"no attention layer {name!r}; there are {first}, ...")
     try:
         for name in names:
-            known[name].callbacks += (partial(callback, name),)
+            known[name].callbacks += ((partial(callback, name), rows),)
         yield
     finally:
         for name in names:

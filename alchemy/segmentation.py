@@ -87,10 +87,10 @@ class AttentionMaps:
 
     def record(self) -> AbstractContextManager:
         """Inside, each forward of the UNet adds to `pending`."""
-        return attention.record_attention(self.unet, self.layers(), self.collect)
+        return attention.record_attention(self.unet, self.layers(), self.collect, last_only=True)
 
     def collect(self, name: str, probabilities: Tensor) -> None:
-        """Add one layer's probabilities (B, heads, N, M); the last of the batch is conditional."""
+        """Add one layer's probabilities (1, heads, N, M), of the conditional half of the batch."""
         p = probabilities[-1].mean(0)  # (N, M)
         table = self.self_attn
         if name.endswith("attn2"):

@@ -72,8 +72,8 @@ class PlantedAttention(Attention):
         self.name, self.table, self.callbacks = name, table, ()
 
     def forward(self, t, batch):
-        for see in self.callbacks:
-            see(self.table(self.name, t, batch))
+        for callback, rows in self.callbacks:
+            callback(self.table(self.name, t, batch)[rows])
 
 
 class UNet(nn.Module):
