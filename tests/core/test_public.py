@@ -23,7 +23,7 @@ def test_editors_see_the_names_that_are_loaded_lazily():
 def test_a_public_name_has_a_docstring_and_type_hints(name):
     value = getattr(alchemy, name)
     assert value.__doc__
-    if name in ("inspect", "SDXL"):
+    if alchemy.EXPORTS[name].startswith(("formats.", "extras.")) or name == "SDXL":
         return
     for parameter in inspect.signature(value).parameters.values():
         untyped = parameter.annotation is inspect.Parameter.empty

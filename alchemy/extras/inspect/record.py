@@ -94,7 +94,7 @@ class Recorder:
                 handle.remove()
                 self.latent_size = tuple(inputs[0].shape[-2:])
                 stack.enter_context(
-                    attention.record_attention(unet, self.layers(index), self.accumulate)
+                    attention.record_attention(unet, self.layers(index), self.accumulate, True)
                 )
 
             handle = self.sdxl.unet.register_forward_pre_hook(begin)
