@@ -8,6 +8,11 @@ Stage 2: a masked Img2Img with the LoRA puts the subject there. Nothing changes 
     python insert.py "a photo of a dog in a park" --image park.jpg --mask mask.png --lora ...
 """
 
+import signal
+
+if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C during the imports: no traceback
+
 import re
 from functools import partial
 from pathlib import Path

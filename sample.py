@@ -8,6 +8,11 @@ python sample.py --prompts prompts.txt --count 10 --out out/set     a set with m
 torchrun --nproc-per-node 4 sample.py ...             several images, on several GPUs at once
 """
 
+import signal
+
+if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C during the imports: no traceback
+
 from functools import partial
 from pathlib import Path
 

@@ -3,11 +3,14 @@ output folders. Imports no torch, so that --help answers at once.
 """
 
 import argparse
+import errno
 import json
 import math
 import os
 import re
+import signal
 import sys
+import threading
 import time
 import warnings
 from argparse import BooleanOptionalAction  # noqa: F401  for the scripts
@@ -590,6 +593,11 @@ def log_written(*paths: Path, main: Path | None = None) -> None:
 
 def is_image_path(path: Path) -> bool:
     """Whether --out names a file, not a folder. Raises ValueError for a format other than PNG."""
+    try:
+        os.stat(path)
+    except OSError as error:
+        if error.errno == errno.ENAMETOOLONG:
+            raise ValueError(f"--out {path}: the name is too long; choose a shorter one") from None
     if path.suffix.lower() in (".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff"):
         raise ValueError(f"--out {path}: images are written as .png, with their settings in them")
     return path.suffix.lower() == ".png"
@@ -723,6 +731,8 @@ def run(main: Callable[[], None]) -> None:
     """Call main() as a script does: an error ends in one line on stderr and exit status 2."""
     if sys.stderr is None:  # closed by the caller
         sys.stderr = open(os.devnull, "w")  # noqa: SIM115  for the rest of the process
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # which the scripts took away
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):  # a path may hold what the terminal cannot show
             stream.reconfigure(errors="backslashreplace")
