@@ -115,7 +115,7 @@ def test_sizes_and_scaled_files_are_parsed(read, text, value):
             ["a dog", "--guidance", "1", "--negative-prompt", "a"],
             ["--negative-prompt has no effect with --guidance 1"],
         ),
-        ("sample", ["a dog", "--model-config", "."], ["has configurations of its own"]),
+        ("sample", ["a dog", "--model-config", "."], ["its own configurations"]),
         ("sample", ["a dog", "--weights", "~nosuchuser/x"], ["nosuchuser"]),
         ("sample", ["--out", "beach.jpg"], ["beach.jpg", ".png"]),
         ("sample", ["--inspect-full"], ["--inspect-full", "--inspect FOLDER"]),
