@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from .. import images
 from ..clip import TextConfig, TextEncoder
 from ..formats.checkpoint import VOCABULARY, skip_init
+from ..formats.configs import check_config
 from ..formats.hub import config_of, find, weight_files
 from ..formats.layout import EXTRAS
 from ..formats.tensors import names_in
@@ -169,6 +170,11 @@ def locate(source: str, kinds: tuple) -> tuple[dict, list[Path]]:
     if config.get("model_type") not in kinds:
         found = config.get("model_type")
         raise ValueError(f"{folder}/config.json: model_type is {found!r}, expected {kinds[0]!r}")
+    for half in ("vision_config", "text_config"):
+        file = "text_encoder/config.json" if half == "text_config" else "vision"
+        check_config(folder / "config.json", file, config.get(half, {}))
+    if kinds == ("vit",):
+        check_config(folder / "config.json", "vision", config)
     try:
         return config, weight_files(folder, "", half=False)
     except ValueError as error:

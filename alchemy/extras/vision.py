@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..clip import Layer
+from ..clip import ACTIVATIONS, Layer
 
 DINO_NAMES = (
     ("vision_model.embeddings.class_embedding", "embeddings.cls_token"),
@@ -61,6 +61,11 @@ class VisionConfig:
             # The projection of the whole model; the half's own value is a default that is not used.
             config = config["vision_config"] | {"projection_dim": config.get("projection_dim", 512)}
         chosen = {field.name: config[field.name] for field in fields(cls) if field.name in config}
+        if chosen.get("hidden_act", cls.hidden_act) not in ACTIVATIONS:
+            known = ", ".join(ACTIVATIONS)
+            raise ValueError(
+                f"config.json: hidden_act is {chosen['hidden_act']!r}; known are {known}"
+            )
         return cls(**chosen)
 
 

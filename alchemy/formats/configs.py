@@ -49,6 +49,16 @@ TEXT = {
     "layer_norm_eps": (1e-12, 1.0),
     "projection_dim": SIZE,
 }
+VISION = {  # DINO and CLIP's vision half, of extras/evaluate
+    "hidden_size": SIZE,
+    "intermediate_size": (1, 1 << 20),
+    "num_hidden_layers": (1, 256),
+    "num_attention_heads": (1, 1024),
+    "image_size": (1, 4096),
+    "patch_size": (1, 1024),
+    "layer_norm_eps": (1e-12, 1.0),
+    "projection_dim": SIZE,
+}
 SCHEDULER = {
     "num_train_timesteps": (50, 100_000),
     "beta_start": (1e-8, 0.999),
@@ -62,6 +72,7 @@ RANGES = {
     "vae/config.json": VAE,
     "text_encoder/config.json": TEXT,
     "text_encoder_2/config.json": TEXT,
+    "vision": VISION,
     "scheduler/scheduler_config.json": SCHEDULER,
     "model_index.json": INDEX,
 }
@@ -115,7 +126,7 @@ def check_config(path: Path, file: str, config: dict) -> dict:
         for number in values:
             if problem := check_value(number, low, high):
                 raise refuse(name, problem)
-    if file.startswith("text"):
+    if file.startswith(("text", "vision")):
         heads = config.get("num_attention_heads", 12)
         if config.get("hidden_size", 0) % heads:
             raise refuse("hidden_size", "must be a multiple of num_attention_heads")
