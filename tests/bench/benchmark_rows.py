@@ -254,8 +254,8 @@ def vae_2048(b: Bench) -> Iterator[dict]:
 def lora_step(b: Bench, checkpointing: bool = False, compile: bool = False) -> Callable:
     """One optimizer step of alchemy's training loop per call."""
     import alchemy
-    from alchemy.extras import optimizations
     from alchemy import training
+    from alchemy.extras import optimizations
 
     sdxl, x = b.load(), b.latents()
     alchemy.add_lora(sdxl, RANK)

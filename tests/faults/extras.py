@@ -48,8 +48,8 @@ FAULTS = {
     ("extras/inspect/record", "extras/inspect"): (
         (
             "attention is that of uncond",
-            "p = probabilities[-1].mean(0)",
-            "p = probabilities[0].mean(0)",
+            "self.accumulate, True)",
+            "lambda name, p: self.accumulate(name, p[:1]))",
         ),
         ("layers of a level are summed", "mean = total / count", "mean = total"),
         (

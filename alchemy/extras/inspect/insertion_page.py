@@ -59,7 +59,13 @@ class InsertionRecorder:
             if image:
                 self.stack.enter_context(self.maps.record())
 
-    def class_maps(self, prompt, class_word, image, size) -> segmentation.AttentionMaps:
+    def class_maps(
+        self,
+        prompt: str,
+        class_word: str,
+        image: Image.Image | None,
+        size: tuple[int, int] | None,
+    ) -> segmentation.AttentionMaps:
         """Maps of the class word over the steps that insert counts too, see segmentation."""
         sdxl, window = self.sdxl, (0.0, 1.0)
         if image:

@@ -85,7 +85,8 @@ function crossAttentionCard(stage) {
      Select a token: light positions attend to it. The start, the end and the padding take the
      attention that no word needs.
      <b class="formula">softmax(<i>q k</i>ᵀ/√<i>d</i>), <i>q</i> from positions, <i>k</i> from
-     tokens</b> Shown: the mean over the heads and layers of a level${stage.guided ? ", cond" : ""}.`,
+     tokens</b>
+     Shown: the mean over the heads and layers of a level${stage.guided ? ", cond" : ""}.`,
     ...stage.tokens.flatMap((split, i) => [element("div.label", {}, ENCODERS[i]),
       tokenButtons(stage, split, i, select)]),
     truncated ? element("p.wait", {}, `Too long: this is cut off: ${truncated}`) : null,
