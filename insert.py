@@ -199,18 +199,18 @@ def insert(args, result: Path, folder: Path, page: Path | None) -> None:
     metadata |= {"first_timestep": stage_2[0][0], "seam": round(jump, 4)}
     paths = save(insertion, result, folder, metadata)
     if page:
-        from alchemy.extras.inspect import placing
+        from alchemy.extras.inspect import insertion_page
 
-        paths += placing.write_page(page, watcher, insertion, metadata)
+        paths += insertion_page.write_insertion_page(page, watcher, insertion, metadata)
     cli.log_written(*paths, main=folder / "sheet.png")
 
 
 def new_watcher(sdxl, args, timesteps, image, mask, options: dict):
     """The recorder of both stages for --inspect."""
-    from alchemy.extras.inspect import placing
+    from alchemy.extras.inspect import insertion_page
 
     totals = [len(timesteps(1.0)), len(timesteps(options["strength"]))]
-    return placing.Watcher(
+    return insertion_page.InsertionRecorder(
         sdxl,
         args.prompt,
         args.class_word,

@@ -176,10 +176,10 @@ def new_recorder(sdxl, args, prompt, total, options):
 
 def write_page(page: Path, count: int, path: Path, recorder, image, metadata: dict) -> None:
     """The page of one image; of several, each has a folder of its own."""
-    from alchemy.extras.inspect.page import write
+    from alchemy.extras.inspect import page as pages
 
     folder = page if count == 1 else page / path.stem
-    paths = write(folder, metadata["prompt"], [("", recorder, image)], metadata)
+    paths = pages.write_page(folder, metadata["prompt"], [("", recorder, image)], metadata)
     cli.log_written(*paths, main=paths[-1])
 
 

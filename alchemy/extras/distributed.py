@@ -204,8 +204,3 @@ def is_first_to_report() -> bool:
     with suppress(RuntimeError):  # a store without torchrun ends with the rank that kept it
         return store.add("reported", 1) == 1
     return True
-
-
-# Old names, until their last callers are changed.
-share, meet, most, added = rank_slice, barrier, all_reduce_max, all_reduce_sum
-averaged, one_voice = mean_over_ranks, rank_zero_output

@@ -326,7 +326,7 @@ def watched(tiny, lora_file):
         totals = [len(sdxl.schedule.timesteps(8, strength=s)) for s in (1.0, 0.5)]
         given = dict(image=image, mask=mask)
         recorder = insertion_page.InsertionRecorder(
-            sdxl, SCENE, "dog", "sks", totals, size=sdxl.size, full=True, **given
+            sdxl, SCENE, "dog", "sks", totals, full=True, **given
         )
         options = dict(steps=8, strength=0.5, seed=2, progress=recorder.follow)
         return sdxl, recorder, alchemy.insert(sdxl, SCENE, "dog", "sks", **given, **options)

@@ -71,7 +71,7 @@ class InsertionRecorder:
         if image:
             size = segmentation.model_resolution(sdxl, image.size[::-1])
         else:
-            window = sdxl.defaults["window"]
+            size, window = size or sdxl.size, sdxl.defaults["window"]
         latent_size = tuple(side // sdxl.vae_scale_factor for side in size)
         positions = segmentation.token_positions(sdxl, prompt, class_word)
         timesteps = len(sdxl.schedule.alpha_bar)

@@ -141,6 +141,3 @@ def render(title: str, data: dict) -> str:
         "script": "\n".join(part(name) for name in SCRIPTS),
     }
     return re.sub(r"\{\{(\w+)\}\}", lambda match: parts[match[1]], part("index.html"))
-
-
-write = write_page  # old name, until its last caller is changed
