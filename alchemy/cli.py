@@ -114,16 +114,16 @@ class Parser(argparse.ArgumentParser):
             return None
         if action.nargs == 0:  # a switch
             if type(value) is not bool:
-                raise ValueError(f"{name} is {value!r}, not true or false")
+                raise ValueError(f"{name} is {quoted(value)}, not true or false")
             return value
         if isinstance(action, argparse._AppendAction):
             if not isinstance(value, list):
-                raise ValueError(f"{name} is {value!r}, not a list")
+                raise ValueError(f"{name} is {quoted(value)}, not a list")
             return [self.one_from_json(action, item) for item in value]
         return self.one_from_json(action, value)
 
     def one_from_json(self, action: argparse.Action, value: object) -> object:
-        refused = ValueError(f"{action.dest} is {value!r}")
+        refused = ValueError(f"{action.dest} is {quoted(value)}")
         if isinstance(value, (bool, dict)) or value is None:
             raise refused
         if action.type is None and not isinstance(value, str):
@@ -205,6 +205,12 @@ def choose_seed(args: argparse.Namespace) -> None:
 # Argument types
 
 
+def quoted(value: object) -> str:
+    """repr, cut to a length that fits into a message."""
+    text = repr(value)
+    return text if len(text) <= 80 else f"{text[:76]}..."
+
+
 def number(kind: type, low: float, high: float = math.inf, above: bool = False) -> Callable:
     """An argument type: int or float in [low, high], or in (low, high] with above=True."""
 
@@ -213,12 +219,12 @@ def number(kind: type, low: float, high: float = math.inf, above: bool = False) 
             value = kind(text)
         except ValueError:
             whole = "whole " if kind is int else ""
-            raise argparse.ArgumentTypeError(f"{text!r} is not a {whole}number") from None
+            raise argparse.ArgumentTypeError(f"{quoted(text)} is not a {whole}number") from None
         too_low = value <= low if above else value < low
         if too_low or value > high or value != value:
             limit = f"{'above' if above else 'at least'} {low}"
             limit += "" if high == math.inf else f" and at most {high:g}"
-            raise argparse.ArgumentTypeError(f"{text} is out of range; it must be {limit}")
+            raise argparse.ArgumentTypeError(f"{quoted(text)} is out of range; it must be {limit}")
         return value
 
     return read
@@ -233,11 +239,11 @@ STRENGTH, SHARE = number(float, 0, 1, above=True), number(float, 0, 1)
 def size(text: str) -> tuple[int, int]:
     """ "1024" or "WIDTHxHEIGHT" to (H, W) in pixels."""
     if not re.fullmatch(r"[0-9]{1,9}(x[0-9]{1,9})?", text.lower()):
-        raise argparse.ArgumentTypeError(f"{text!r} is not a size; give 1024, or WIDTHxHEIGHT")
+        raise argparse.ArgumentTypeError(f"{quoted(text)} is not a size; give 1024, or WIDTHxHEIGHT")
     sides = [int(side) for side in text.lower().split("x")]
     if not all(1 <= side <= MAX_SIDE for side in sides):
         raise argparse.ArgumentTypeError(
-            f"{text!r} is not a size; give 1024, or WIDTHxHEIGHT, with sides of 1 to {MAX_SIDE}"
+            f"{quoted(text)} is not a size; give 1024, or WIDTHxHEIGHT, with sides of 1 to {MAX_SIDE}"
         )
     return sides[-1], sides[0]
 
@@ -252,7 +258,7 @@ def scaled_file(text: str) -> tuple[str, float | None]:
     if scale is None:
         return path, scale
     if not abs(scale) <= 1e6:
-        raise argparse.ArgumentTypeError(f"{text!r} has no finite scale; give FILE, or FILE:0.8")
+        raise argparse.ArgumentTypeError(f"{quoted(text)} has no finite scale; give FILE, or FILE:0.8")
     return path, scale
 
 
@@ -262,7 +268,7 @@ def sampler(text: str) -> str:
         return text
     name = OTHER_SAMPLERS.get(text.lower().replace(" ", "_"))
     hint = f"; here it is {name}" if name else ""
-    raise argparse.ArgumentTypeError(f"{text!r} is not one of {', '.join(SAMPLERS)}{hint}")
+    raise argparse.ArgumentTypeError(f"{quoted(text)} is not one of {', '.join(SAMPLERS)}{hint}")
 
 
 # Flag groups

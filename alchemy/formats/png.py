@@ -33,7 +33,7 @@ def facts_of(path):
         text = picture.info.get("alchemy")
     try:
         return json.loads(text)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, RecursionError):
         raise ValueError(
             f"{path}: has no facts of how it was made (only PNG files written here have)"
         ) from None
