@@ -18,6 +18,8 @@ sys.path[:0] = [
     str(ROOT),
     *(str(ROOT / "tests" / part) for part in ("core", "cli", "extras", "formats", "bench")),
 ]
+# References and bit-equalities are the CPU's: on a machine with a GPU, hide it from the tests.
+os.environ.setdefault("CUDA_VISIBLE_DEVICES", "")
 torch.set_num_threads(1)  # the order of additions, and so the last bit, depends on it
 
 KINDS = {

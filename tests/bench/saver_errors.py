@@ -1,6 +1,8 @@
-"""What --fp8-base takes off the miniature's prediction, by timestep: ‖with − without‖ / ‖without‖, of two prompts, float32.
+"""The error of --fp8-base in the miniature's prediction: ‖with − without‖ / ‖without‖, float32.
 
-python tests/saver_errors.py
+    python tests/bench/saver_errors.py
+
+By timestep, over two prompts.
 """
 
 import sys
