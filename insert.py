@@ -131,7 +131,7 @@ def insert(args, result: Path, folder: Path, page: Path | None) -> None:
 
     import alchemy
     from alchemy import images, samplers
-    from alchemy.command import fitting
+    from alchemy.extras import memory
     from alchemy.extras.inspect.seam import seam
 
     # Read the user's image and mask, and the checkpoint.
@@ -144,7 +144,7 @@ def insert(args, result: Path, folder: Path, page: Path | None) -> None:
     if mask is not None and mask.shape != args.size:
         height, width = mask.shape
         raise ValueError(f"{args.mask} is {width}x{height}, not the image's size; resize it")
-    fitting.settle(args, sdxl)
+    memory.choose_memory_mode(args, sdxl)
     prompts = args.token and [args.prompt, args.token, args.negative_prompt]
     tokens = cli.apply_loras(sdxl, args.lora, args.embedding, prompts)
     args.token = args.token or tokens[0]

@@ -83,7 +83,7 @@ def generate(args: cli.argparse.Namespace, folder: Path, page: Path | None) -> N
     from PIL import Image, ImageOps
 
     from alchemy import files, images, pipeline, samplers
-    from alchemy.command import fitting
+    from alchemy.extras import memory
     from alchemy.extras import image_sets
     from alchemy.formats import png
 
@@ -103,7 +103,7 @@ def generate(args: cli.argparse.Namespace, folder: Path, page: Path | None) -> N
         sdxl, args.negative_prompt, args.size, cli.sampling_options(args)
     )
     args.size = size
-    fitting.settle(args, sdxl)
+    memory.choose_memory_mode(args, sdxl)
     strength = 1.0
     if start:
         strength = sdxl.defaults["strength"] if args.strength is None else args.strength

@@ -1,174 +1,310 @@
-"""The training loop: a generator that yields after each optimizer step, so that bars, previews and files are its caller's business.
+"""The loss, the training loop, and the state from which an interrupted run continues.
 
-    loss = w_t · ‖target − prediction(x_t, t, prompt)‖² + λ · w_t · ‖prediction_base(x_t, t, class) − prediction(x_t, t, class)‖²
+    loss = w_t · ‖target − prediction(x_t, t, prompt)‖² + λ · (the same on the prior batch)
 
-The first term teaches the subject. The second keeps the class word what it was: on the class prompt, the model with the adapter is
-held to its own prediction without it. It needs no class pictures (DreamBooth's prior preservation, Ruiz et al. 2023, eq. 2, does).
+The first term teaches the subject. The second is prior preservation (DreamBooth, Ruiz et al. 2023,
+eq. 2): it keeps the meaning of the class word. A batch carries its own target and loss mask, so
+the loss does not know where the prior batch comes from (see methods/prior.py).
 """
 
+import json
 import math
+import signal
+import zlib
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from . import lora
-from .sdxl import Conditioning, to_device
+from .dataset import Batch, GetBatch, concat, encode_image, encode_prompts, make_batcher
+from .files import save_tensors
+from .schedule import Schedule
+from .sdxl import SDXL, Conditioning, to_device
 
 MAX_BAD_STEPS = 5  # steps in a row that may be lost to NaN or infinity
+MOMENTS = ("step", "exp_avg", "exp_avg_sq")  # what AdamW keeps of each parameter
+Prompts = Mapping[str | None, Conditioning]
+GetLoss = Callable[[int, int], Tensor]  # (step, micro_step) -> scalar
 
 
-@dataclass
-class State:
-    """What a run goes on from. parameters: {name: float32 tensor}; losses: one per step so far (NaN where it was not applied), but for
-    those that are still on their way from the device: unread, (scalar on the CPU, event of its arrival or None) each."""
+@dataclass(frozen=True)
+class TrainingTask:
+    """What is trained on: batches, prior batches (or None), and the encoded prompts."""
 
-    parameters: dict
-    optimizer: torch.optim.Optimizer
-    scaler: torch.amp.GradScaler
-    step: int = 0
-    losses: list = field(default_factory=list)
-    unread: list = field(default_factory=list)
-
-    late = property(
-        lambda self: self.optimizer.defaults["fused"],
-        doc="whether the device decides about a step, and its loss is read later",
-    )
-
-    def read(self, but=0):
-        """Wait for the losses that are on their way, but for the last few."""
-        while len(self.unread) > but:
-            loss, arrived = self.unread.pop(0)
-            if arrived:
-                arrived.synchronize()
-            self.losses.append(float(loss))
+    get_batch: GetBatch
+    get_prior: Callable[[Batch, int, int], Batch | None]
+    prompts: Prompts
+    preview_prompts: list[str]
 
 
-def start(parameters, learning_rate, dtype=torch.float32):
-    """A fresh State. parameters: {name: tensor}; all must be float32 (see lora.Adapter)."""
-    wrong = [name for name, p in parameters.items() if p.dtype != torch.float32]
-    if wrong:
-        raise ValueError(
-            f"{wrong[0]} is not float32: trained parameters have to be, whatever the base is"
-        )
-    # A moment of float16 gradients would underflow: where only that is to be had, the loss is scaled up, the gradients down again.
-    device = next(iter(parameters.values())).device.type
-    optimizer = torch.optim.AdamW(
-        parameters.values(), lr=learning_rate, weight_decay=0.01, fused=device == "cuda"
-    )
-    return State(
-        parameters, optimizer, torch.amp.GradScaler(device, enabled=dtype == torch.float16)
-    )
+# The loss
 
 
-def min_snr(schedule, t, gamma):
-    """The weight of each sample (B,): min(γ, SNR)/SNR for epsilon, min(γ, SNR)/(SNR + 1) for v. Hang et al. 2023, 3.4."""
+def min_snr(schedule: Schedule, t: Tensor, gamma: float) -> Tensor:
+    """Weight of each sample (B,), float64. Hang et al. 2023, section 3.4.
+
+    epsilon: min(γ, SNR) / SNR        v: min(γ, SNR) / (SNR + 1)        γ = 0: 1
+    """
     snr = schedule.snr(t)
     if not gamma:
         return torch.ones_like(snr)
     return snr.clamp(max=gamma) / (snr if schedule.prediction == "epsilon" else snr + 1)
 
 
-def masked_mse(difference, weight):
-    """(B,4,h,w) to (B,), each place counted by weight (B,1,h,w)."""
-    return (weight * difference.square()).mean((1, 2, 3)) / weight.mean((1, 2, 3)).clamp(min=1e-6)
+def masked_mse(difference: Tensor, loss_mask: Tensor) -> Tensor:
+    """Mean square of (B,4,h,w) weighted by loss_mask (B,1,h,w): (B,)."""
+    total = (loss_mask * difference.square()).mean((1, 2, 3))
+    return total / loss_mask.mean((1, 2, 3)).clamp(min=1e-6)
 
 
-def tell(batch, prompts, names):
-    """What the UNet is told of a batch under these prompts. prompts: {prompt: Conditioning of one}."""
-    known = {
-        name: prompts[name] for name in dict.fromkeys(names)
-    }  # each once: they may be encoded when asked for
-    told = Conditioning.cat([known[name] for name in names])
-    return (
-        to_device(told.context, batch.x_0.device),
-        to_device(told.pooled, batch.x_0.device),
-        batch.time_ids,
-    )
+def gather_conditioning(batch: Batch, prompts: Prompts) -> tuple[Tensor, Tensor, Tensor]:
+    """Context, pooled vector and time ids of a batch, on its device."""
+    # Each prompt is looked up once: it may be encoded when asked for.
+    encoded = {prompt: prompts[prompt] for prompt in dict.fromkeys(batch.prompts)}
+    cond = Conditioning.cat([encoded[prompt] for prompt in batch.prompts])
+    device = batch.x_0.device
+    return to_device(cond.context, device), to_device(cond.pooled, device), batch.time_ids
 
 
-def denoising_loss(sdxl, batch, prompts, gamma=5.0):
-    """The first term above of each sample: (B,)."""
+def denoising_loss(sdxl: SDXL, batch: Batch, prompts: Prompts, gamma: float = 5.0) -> Tensor:
+    """w_t · ‖target − prediction‖² of each sample: (B,)."""
     x_t = sdxl.schedule.add_noise(batch.x_0, batch.eps, batch.t)
-    target = sdxl.schedule.target(batch.x_0, batch.eps, batch.t)
-    prediction = sdxl.unet(
-        x_t, to_device(batch.t, x_t.device), *tell(batch, prompts, batch.prompts)
-    )
-    return to_device(min_snr(sdxl.schedule, batch.t, gamma).to(x_t.dtype), x_t.device) * masked_mse(
-        prediction - target, batch.weight
-    )
+    t = to_device(batch.t, x_t.device)
+    prediction = sdxl.unet(x_t, t, *gather_conditioning(batch, prompts))
+    weight = min_snr(sdxl.schedule, batch.t, gamma).to(x_t.dtype)
+    return to_device(weight, x_t.device) * masked_mse(prediction - batch.target, batch.loss_mask)
 
 
-def loss(sdxl, batch, prompts, class_prompt=None, prior_weight=1.0, gamma=5.0):
-    """The loss above, a scalar. class_prompt: a key of prompts, or None for no prior."""
-    if class_prompt is None or not prior_weight:
-        return denoising_loss(sdxl, batch, prompts, gamma).mean()
-    schedule, unet, t, of_class = (
-        sdxl.schedule,
-        sdxl.unet,
-        batch.t,
-        tell(batch, prompts, [class_prompt] * len(batch.t)),
-    )
-    x_t = schedule.add_noise(batch.x_0, batch.eps, t)
-    with torch.no_grad(), lora.lora_scale(unet, 0):
-        kept = unet(x_t, to_device(t, x_t.device), *of_class)
-    # Subject and class go through the network together: one batch of 2B. Of the class, every place counts.
-    both = [torch.cat(pair) for pair in zip(tell(batch, prompts, batch.prompts), of_class)]
-    target = torch.cat([schedule.target(batch.x_0, batch.eps, t), kept])
-    weight = torch.cat([batch.weight, torch.ones_like(batch.weight)])
-    error = masked_mse(
-        unet(torch.cat([x_t, x_t]), to_device(torch.cat([t, t]), x_t.device), *both) - target,
-        weight,
-    )
-    subject, prior = (
-        to_device(min_snr(schedule, t, gamma).to(x_t.dtype), x_t.device).repeat(2) * error
-    ).chunk(2)
-    return subject.mean() + prior_weight * prior.mean()
+def loss(
+    sdxl: SDXL,
+    batch: Batch,
+    prior: Batch | None,
+    prompts: Prompts,
+    prior_weight: float = 1.0,
+    gamma: float = 5.0,
+) -> Tensor:
+    """DreamBooth (Ruiz et al. 2023), eq. 2: subject + λ · class, in one UNet call. A scalar.
 
-
-def train(sdxl, state, loss_of, *, steps, accumulation=1, warmup=0):
-    """Yield (step, loss) after each optimizer step, from state.step to steps; the state is then whole and may be saved.
-
-    loss_of(step, part): the loss of one of the accumulation parts of a step, a function of these two numbers alone. A step whose loss or
-    gradient is not finite is not applied, and its loss is NaN; FloatingPointError after MAX_BAD_STEPS of them in a row. On CUDA, where the next
-    step need not wait for it, the loss that is yielded is that of the step before (not so of the first and the last).
+    Both terms are means, so λ does not depend on the two batch sizes.
     """
-    rates = [
-        group.setdefault("full_lr", group["lr"]) for group in state.optimizer.param_groups
-    ]  # "lr" itself warms up
-    autocast = torch.autocast(sdxl.device.type, sdxl.dtype, enabled=sdxl.dtype != torch.float32)
-    for step in range(state.step, steps):
-        # Accumulate gradients over the parts.
-        state.optimizer.zero_grad(set_to_none=True)
-        total = 0.0
-        for part in range(accumulation):
-            with autocast:
-                value = loss_of(step, part) / accumulation
-            state.scaler.scale(value).backward()
-            total += value.detach()
+    if prior is None:
+        return denoising_loss(sdxl, batch, prompts, gamma).mean()
+    both = denoising_loss(sdxl, concat(batch, prior), prompts, gamma)
+    subject, class_ = both.split([len(batch.t), len(prior.t)])
+    return subject.mean() + prior_weight * class_.mean()
 
-        # Update the weights, if all is finite.
-        for group, rate in zip(state.optimizer.param_groups, rates):
-            group["lr"] = rate * min(1.0, (step + 1) / (warmup + 1))
-        state.scaler.unscale_(state.optimizer)
-        norm = torch.nn.utils.clip_grad_norm_(state.parameters.values(), 1.0)
-        total = torch.where(torch.isfinite(norm) & torch.isfinite(total), total, torch.nan)
-        if state.late:  # the device decides: fused AdamW leaves all as it was where found_inf is 1
-            state.optimizer.found_inf = total.isnan().float()
-        if state.late or total.isfinite():
-            state.optimizer.step()
-        state.scaler.update()
-        state.step = step + 1
-        arriving = total.to("cpu", non_blocking=state.late)
-        state.unread.append(
-            (
-                arriving,
-                torch.cuda.current_stream(total.device).record_event() if total.is_cuda else None,
-            )
+
+# The loop
+
+
+@dataclass
+class TrainState:
+    """What a run continues from. losses: one per step so far, NaN where it was not applied."""
+
+    parameters: dict[str, Tensor]
+    optimizer: torch.optim.AdamW
+    scaler: torch.amp.GradScaler
+    learning_rate: float
+    step: int = 0
+    losses: list[float] = field(default_factory=list)
+
+    @classmethod
+    def create(
+        cls, parameters: dict[str, Tensor], learning_rate: float, dtype=torch.float32
+    ) -> "TrainState":
+        """A fresh state. Raises ValueError where a parameter is not float32 (see lora.Adapter)."""
+        for name, p in parameters.items():
+            if p.dtype != torch.float32:
+                raise ValueError(f"{name} is not float32; trained parameters have to be")
+        device = next(iter(parameters.values())).device.type
+        fused = device == "cuda"
+        optimizer = torch.optim.AdamW(
+            parameters.values(), lr=learning_rate, weight_decay=0.01, fused=fused
         )
-        state.read(but=int(state.late and state.step not in (1, steps)))
-        last = state.losses[-MAX_BAD_STEPS - 1 :]
-        if len(last) > MAX_BAD_STEPS and all(map(math.isnan, last)):
-            raise FloatingPointError(
-                f"loss or gradient was not finite in {len(last)} steps in a row, the last is {len(state.losses)}; lower --learning-rate"
+        # Small float16 gradients would underflow: scale the loss up and the gradients down.
+        scaler = torch.amp.GradScaler(device, enabled=dtype == torch.float16)
+        return cls(parameters, optimizer, scaler, learning_rate)
+
+    def save(self, path: Path, metadata: dict[str, str]) -> None:
+        """Weights, moments and losses; the rest in the header, with a checksum of everything."""
+        tensors = dict(self.parameters)
+        tensors["losses"] = torch.tensor(self.losses, dtype=torch.float64)
+        for name, p in self.parameters.items():
+            for moment, value in self.optimizer.state.get(p, {}).items():
+                tensors[f"{moment}:{name}"] = value
+        header = metadata | {
+            "step": str(self.step),
+            "scaler": json.dumps(self.scaler.state_dict()),
+            "threads": str(torch.get_num_threads()),
+        }
+        header["checksum"] = checksum(header, ((name, tensors[name]) for name in sorted(tensors)))
+        save_tensors(tensors, path, header)
+
+    @torch.no_grad()
+    def restore(self, saved, steps: int) -> None:
+        """Continue from an open safetensors file. Raises ValueError, with nothing changed, where
+        it is damaged or belongs to a run with other layers."""
+        header, names = saved.metadata() or {}, sorted(saved.keys())
+        shapes = {name: tuple(saved.get_slice(name).get_shape()) for name in names}
+        if any(shapes.get(name) != tuple(p.shape) for name, p in self.parameters.items()):
+            raise ValueError(
+                "the state is of another kind of run (other layers or rank); "
+                "resume with its settings, or --overwrite it"
             )
-        yield state.step, last[-1]
+        tensors = ((name, saved.get_tensor(name)) for name in names)
+        if header.get("checksum") != checksum(header, tensors):
+            raise ValueError(
+                "the state is damaged (its checksum differs); --overwrite starts again"
+            )
+        for name in self.parameters:
+            value = saved.get_tensor(name)
+            if value.dtype != torch.float32 or not value.isfinite().all():
+                raise ValueError(f"the state is damaged ({name}); --overwrite starts again")
+        losses, step = saved.get_tensor("losses").tolist(), int(header["step"])
+        if not 0 <= step == len(losses):
+            raise ValueError("the state is damaged (its step); --overwrite starts again")
+        if step > steps:
+            raise ValueError(f"the state is at step {step}, after the last; raise --steps")
+        for name, p in self.parameters.items():
+            p.copy_(saved.get_tensor(name))
+            if f"step:{name}" not in shapes:  # it has not had a gradient yet
+                continue
+            moments = {moment: saved.get_tensor(f"{moment}:{name}") for moment in MOMENTS}
+            # The layout of memory of p (channels_last) too: fused AdamW relies on it. It counts
+            # steps on the device, the plain one on the CPU.
+            for moment in MOMENTS[1:]:
+                moments[moment] = torch.empty_like(p).copy_(moments[moment])
+            if self.optimizer.defaults["fused"]:
+                moments["step"] = moments["step"].to(p.device)
+            self.optimizer.state[p] = moments
+        self.losses, self.step = losses, step
+        if self.scaler.is_enabled() and header["scaler"] != "{}":
+            self.scaler.load_state_dict(json.loads(header["scaler"]))
+
+
+def checksum(header: dict[str, str], tensors: Iterable[tuple[str, Tensor]]) -> str:
+    """CRC-32 of a header, without its own entry, and of named tensors, one at a time."""
+    entries = sorted((key, value) for key, value in header.items() if key != "checksum")
+    crc = zlib.crc32(json.dumps(entries).encode())
+    for name, tensor in tensors:
+        data = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
+        crc = zlib.crc32(data.numpy(), zlib.crc32(name.encode(), crc))
+    return f"{crc:08x}"
+
+
+def learning_rate_factor(step: int, steps: int, warmup: int, schedule: str = "constant") -> float:
+    """Factor of the learning rate at a step from 0 on: linear warm-up, then constant or cosine."""
+    factor = min(1.0, (step + 1) / (warmup + 1))
+    if schedule == "cosine":
+        factor *= 0.5 * (1 + math.cos(math.pi * step / steps))
+    return factor
+
+
+def train(
+    sdxl: SDXL,
+    state: TrainState,
+    get_loss: GetLoss,
+    *,
+    steps: int,
+    accumulation: int = 1,
+    warmup: int = 0,
+    schedule: str = "constant",
+    autocast: bool = False,
+) -> Iterator[tuple[int, float]]:
+    """Yield (step, loss) after each optimizer step, from state.step to steps; the state is then
+    whole and may be saved.
+
+    get_loss(step, micro_step): a function of these two numbers alone.
+    autocast: compute in sdxl.dtype where the network's own weights are float32 (--method full).
+    A step whose loss or gradient is not finite is not applied, and its loss is NaN;
+    FloatingPointError after more than MAX_BAD_STEPS of them in a row.
+    """
+    optimizer, scaler = state.optimizer, state.scaler
+    lower = torch.autocast(
+        sdxl.device.type, sdxl.dtype, enabled=autocast and sdxl.dtype != torch.float32
+    )
+    for step in range(state.step, steps):
+        # Accumulate the gradients of the micro-steps.
+        optimizer.zero_grad(set_to_none=True)
+        total = 0.0
+        for micro_step in range(accumulation):
+            with lower:
+                value = get_loss(step, micro_step) / accumulation
+            scaler.scale(value).backward()
+            total += value.item()
+
+        # Update the weights if everything is finite.
+        factor = learning_rate_factor(step, steps, warmup, schedule)
+        for group in optimizer.param_groups:
+            group["lr"] = state.learning_rate * factor
+        scaler.unscale_(optimizer)
+        norm = torch.nn.utils.clip_grad_norm_(state.parameters.values(), 1.0).item()
+        applied = math.isfinite(total) and math.isfinite(norm)
+        if applied:
+            scaler.step(optimizer)
+        scaler.update()
+        state.step = step + 1
+        state.losses.append(total if applied else math.nan)
+
+        recent = state.losses[-MAX_BAD_STEPS - 1 :]
+        if len(recent) > MAX_BAD_STEPS and all(math.isnan(value) for value in recent):
+            raise FloatingPointError(
+                f"loss or gradient was not finite in {len(recent)} steps in a row, "
+                f"the last is step {state.step}; lower --learning-rate"
+            )
+        yield state.step, recent[-1]
+
+
+class StopSignal:
+    """Inside, SIGINT and SIGTERM set .number, and the run ends after the step under way; a second
+    one ends it at once."""
+
+    def __enter__(self) -> "StopSignal":
+        self.number = 0
+        self.previous = {s: signal.signal(s, self.note) for s in (signal.SIGINT, signal.SIGTERM)}
+        return self
+
+    def note(self, number, frame):
+        self.number = number
+        self.__exit__()
+
+    def __exit__(self, *_):
+        for number, handler in self.previous.items():
+            signal.signal(number, handler)
+
+
+def train_lora(
+    sdxl: SDXL,
+    photos: Iterable[str | Path],
+    class_word: str,
+    token: str = "sks",
+    *,
+    steps: int | None = None,
+    rank: int | None = None,
+    learning_rate: float | None = None,
+    seed: int = 0,
+) -> Iterator[tuple[int, float]]:
+    """Train a LoRA on photos of one subject with prior preservation; yields (step, loss).
+
+    The LoRA is added to sdxl when the iteration begins; alchemy.save_lora writes it.
+    None as an option is the checkpoint's default. For all else, see train.py.
+    """
+    from .methods.prior import teacher_batch
+
+    defaults, size = sdxl.defaults, sdxl.size
+    subject, class_prompt = f"a photo of a {token} {class_word}", f"a photo of a {class_word}"
+    encoded = [encode_image(sdxl, path, size, subject) for path in photos]
+    prompts = encode_prompts(sdxl, [subject, class_prompt], size)
+    get_batch = make_batcher(sdxl, encoded, size, seed, defaults["batch"])
+    lora.add_lora(sdxl, rank or defaults["rank"], seed=seed)
+    parameters = {n: p for n, p in sdxl.unet.named_parameters() if ".lora." in n}
+    state = TrainState.create(parameters, learning_rate or defaults["learning_rate"], sdxl.dtype)
+
+    def get_loss(step, micro_step):
+        batch = get_batch(step, micro_step)
+        return loss(sdxl, batch, teacher_batch(sdxl, batch, prompts, class_prompt), prompts)
+
+    yield from train(sdxl, state, get_loss, steps=steps or defaults["training_steps"])

@@ -1,228 +1,208 @@
-"""How much memory a run takes, before anything of it is read: the run itself on torch's meta device, where a tensor has a shape and no data.
+"""The memory that a run of SDXL takes on a GPU: chooses --checkpointing and --fp8-base by what is
+free, and names the flags that would have helped where it was not enough.
 
-    python -m alchemy.extras.memory            SDXL at 1024 x 1024, from its configuration alone
-
-Each result of an operation counts from when it is made until nothing refers to it, forward and backward; weights, gradients and the
-optimizer's moments are added. What is not in it: the caching allocator's gaps, and the workspaces of cuDNN and cuBLAS (see ROOM in fitting.py).
+The sizes below are of SDXL at 1024 x 1024 in bfloat16, computed on torch's meta device
+(tests/helpers/counting.py): every tensor counts from when it is made until nothing refers to it.
+Gaps of the caching allocator and workspaces of cuDNN and cuBLAS are not in them (see MARGIN).
 """
 
+from argparse import Namespace
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from itertools import combinations
 
 import torch
 
-from .. import lora
-from ..dataset import Batch
-from ..formats.checkpoint import BASE, CONFIGS, VOCABULARY, build_on_meta
-from ..methods.dreambooth import TEXT_ENCODERS, whole
-from ..methods.textual_inversion import Live as EncodedLive
-from ..schedule import Schedule
-from ..sdxl import SDXL
-from ..tokenizer import Tokenizer
-from ..training import denoising_loss
-from .counting import AsOnCuda, back, peak
+from .. import cli
+from . import distributed, optimizations
+from .optimizations import missing_for_fp8
+
+GB = 1e9
+MARGIN = 0.9  # the share of the free memory that is planned with
+PARAMETERS = {"unet": 2.567 * GB, "vae": 0.084 * GB, "text_encoders": 0.818 * GB}
+FP8_UNET = 2.908 * GB  # bytes: linear layers in 8 bits, the rest in bfloat16
+LORA_PER_RANK = 1_451_520  # parameters of a LoRA of rank 1
+GUIDED_UNET, VAE_ENCODE, VAE_DECODE = 0.310 * GB, 1.348 * GB, 1.611 * GB  # activations
+# A training step, activations and gradients: (first image, each further image).
+STEP = {
+    ("lora", False): (5.675 * GB, 5.637 * GB),
+    ("lora", True): (0.784 * GB, 0.780 * GB),
+    ("textual-inversion", False): (5.419 * GB, 5.419 * GB),
+    ("textual-inversion", True): (0.784 * GB, 0.780 * GB),
+    ("full", False): (13.159 * GB, 8.717 * GB),
+    ("full", True): (10.691 * GB, 0.579 * GB),
+}
+FULL_TEXT_ENCODERS = 2.822 * GB  # more for the gradients and activations of both text encoders
 
 
 @dataclass(frozen=True)
 class Run:
-    """What decides a run's memory. size: (H, W) in pixels; batch: pictures through the UNet at once, class pictures and guidance included."""
+    """What determines the memory of a run. batch: images through the UNet at once, with those of
+    the prior. method: of train.py, or None for sampling."""
 
-    size: tuple
+    size: tuple[int, int]
     dtype: torch.dtype
-    batch: int = 2
-    method: str | None = None  # train.py's, or None: drawing
-    rank: int = 0  # of the LoRA
+    batch: int = 1
+    method: str | None = None
+    rank: int = 16
     checkpointing: bool = False
     fp8: bool = False
-    accumulation: int = 1
-    text_encoders: bool = False  # they learn too
+    text_encoders: bool = False
     previews: bool = True
 
-    @property
-    def live(self):
-        """Whether gradients go through the text encoders, which then stay."""
-        return self.text_encoders or self.method == "textual-inversion"
 
+def estimate(run: Run) -> dict[str, float]:
+    """{phase: bytes} of a run of SDXL. The largest decides; see the module's docstring."""
+    bytes_each = run.dtype.itemsize
+    image = run.size[0] * run.size[1] / 1024**2 * bytes_each / 2  # relative to 1024 x 1024, bf16
+    unet = FP8_UNET if run.fp8 else PARAMETERS["unet"] * bytes_each
+    vae, encoders = (PARAMETERS[name] * bytes_each for name in ("vae", "text_encoders"))
+    decoding = unet + max(GUIDED_UNET * image, vae + VAE_DECODE * image)
+    if not run.method:
+        return {"prompts": encoders, "sampling": decoding}
 
-def in_fp8(network, dtype):
-    """The linear layers of a network without weights, as store_fp8 leaves those of one that has them."""
-    from . import fp8
-
-    class Stored(
-        fp8.FP8
-    ):  # FP8 asks torch for autocast, which the meta device has not; it is a cast to the dtype of the base
-        def forward(self, x):
-            return fp8.Product.apply(x.to(dtype), self.weight, self.scale, self.bias)
-
-    packed = type("Packed", (lora.LoRALayer, Stored), {})
-    for layer in network.modules():
-        if type(layer) is lora.LoRALinear:
-            layer.weight = torch.nn.Parameter(
-                torch.empty_like(layer.weight, dtype=torch.float8_e4m3fn), requires_grad=False
-            )
-            layer.register_buffer(
-                "scale", torch.empty(layer.out_features, 1, device="meta"), persistent=False
-            )
-            layer.__class__ = packed
-    return network
-
-
-def blank(sdxl, dtype, fp8=False):
-    """The same checkpoint without its weights, on the meta device."""
-
-    def read(name, dtype):
-        network = (
-            build_on_meta(name, sdxl.configs[name])
-            .to(dtype=dtype, memory_format=torch.channels_last)
-            .requires_grad_(False)
-            .eval()
-        )
-        return in_fp8(network, dtype) if fp8 and name == "unet" else network
-
-    return SDXL(
-        sdxl.source, read, sdxl.configs, sdxl.tokenizers, sdxl.schedule, torch.device("meta"), dtype
-    )
-
-
-def held(sdxl, *names):
-    """Bytes of the weights of those networks; whatever learns is another matter."""
-    return sum(
-        p.nbytes
-        for name in names
-        for p in (*sdxl.network(name).parameters(), *sdxl.network(name).buffers())
-        if not p.requires_grad
-    )
-
-
-def weights(sdxl):
-    """Bytes of all its networks; nothing is read."""
-    return held(blank(sdxl, sdxl.dtype), "unet", "vae", *TEXT_ENCODERS)
-
-
-def batch_of(sdxl, run):
-    """A training batch of nothing, each sample with a prompt of its own."""
-
-    def zeros(*shape):
-        return torch.empty(run.batch, *shape, device="meta")
-
-    h, w = (side // sdxl.vae_scale_factor for side in run.size)
-    t = torch.zeros(run.batch, dtype=torch.long)
-    return Batch(
-        zeros(4, h, w),
-        zeros(4, h, w),
-        zeros(1, h, w),
-        t,
-        zeros(6),
-        [f"a dog {k}" for k in range(run.batch)],
-    )
-
-
-def learners(sdxl, run):
-    """What learns, put there as train.py does. Of a new word the rows are nothing beside the gradients that go through all the rest."""
+    # Trained parameters, their gradients and AdamW's two moments are float32.
+    parameters = 0.0
     if run.method == "lora":
-        return lora.add_lora(sdxl, run.rank)
-    if run.method == "full":
-        return list(whole(sdxl, ("unet", *(TEXT_ENCODERS if run.text_encoders else ()))).values())
-    for encoder in sdxl.text_encoders:
-        encoder.text_model.embeddings.token_embedding.register_forward_hook(
-            lambda module, args, out: out.requires_grad_(True)
-        )
-    return []
-
-
-@torch.no_grad()
-def drawing(sdxl, run):
-    """(UNet on a guided batch, VAE that decodes one picture): bytes, weights not counted."""
-    batch, unet, vae = batch_of(sdxl, run), sdxl.unet, sdxl.vae  # before anything is counted
-    with AsOnCuda():
-        told = sdxl.encode_prompt(batch.prompts, run.size)
-    return peak(lambda: unet(batch.x_0, 0, *told.parts())), peak(lambda: vae.decode(batch.x_0[:1]))
-
-
-@torch.no_grad()
-def encoding(sdxl, run):
-    """(a prompt, one photo of the size that is trained at): bytes, weights not counted."""
-    photo, vae, _ = torch.empty(1, 3, *run.size, device="meta"), sdxl.vae, sdxl.text_encoders
-    return peak(lambda: sdxl.encode_prompt(["a dog"], run.size)), peak(lambda: vae.encode(photo))
-
-
-def sampling(sdxl, run):
-    """{phase: bytes} of sample.py: the text encoders go before the UNet comes, which stays while the VAE decodes."""
-    sdxl = blank(sdxl, run.dtype, run.fp8)
-    (unet, vae), unets = drawing(sdxl, run), held(sdxl, "unet")
-    return {
-        "prompts": held(sdxl, *TEXT_ENCODERS) + encoding(sdxl, run)[0],
-        "denoising": unets + unet,
-        "decoding": unets + held(sdxl, "vae") + vae,
-    }
-
-
-def step(sdxl, run, learned):
-    """Bytes of a training step, its gradients included, weights and moments not."""
-    batch = batch_of(sdxl, run)
-    with torch.set_grad_enabled(run.live), AsOnCuda():
-        told = (
-            EncodedLive(sdxl, run.size)
-            if run.live
-            else {p: sdxl.encode_prompt([p], run.size) for p in batch.prompts}
-        )
-    sdxl.unet.checkpointing = run.checkpointing
-    lower = run.dtype if run.dtype != torch.float32 else None
-    backward = peak(lambda: back(denoising_loss(sdxl, batch, told).mean()), lower)
-    return backward + (
-        sum(p.nbytes for p in learned) if run.accumulation > 1 else 0
-    )  # the gradients of one part wait for the next
-
-
-def training(sdxl, run):
-    """{phase: bytes} of train.py: photos and prompts are encoded first, and at previews the VAE comes again."""
-    sdxl = blank(sdxl, run.dtype, run.fp8)
-    phases = {"encoding": held(sdxl, "vae", *TEXT_ENCODERS) + max(encoding(sdxl, run))}
-    learned = learners(sdxl, run)
-    state, gradients = (
-        sum(n * p.nbytes for p in learned) for n in (3, 1)
-    )  # itself and AdamW's two moments, all float32
-    kept = held(sdxl, "unet", *(TEXT_ENCODERS if run.live else ())) + state
-    phases["steps"] = kept + step(sdxl, run, learned)
+        parameters = LORA_PER_RANK * run.rank
+    elif run.method == "full":
+        unet = 0.0  # its weights are among the trained ones
+        parameters = PARAMETERS["unet"]
+        parameters += PARAMETERS["text_encoders"] if run.text_encoders else 0
+    kept = unet + 3 * 4 * parameters
+    if run.method == "textual-inversion":
+        kept += encoders
+    first, further = STEP[run.method, run.checkpointing]
+    gradients = 4 * PARAMETERS["unet"] if run.method == "full" else 0.0
+    step = gradients + (first - gradients) * image + further * image * (run.batch - 1)
+    step += FULL_TEXT_ENCODERS if run.text_encoders else 0
+    phases = {"encoding": vae + encoders + VAE_ENCODE * image, "steps": kept + step}
     if run.previews:
-        unet, vae = drawing(sdxl, replace(run, batch=2))
-        phases["previews"] = kept + gradients + max(unet, held(sdxl, "vae") + vae)
+        sampling = max(GUIDED_UNET * image, vae + VAE_DECODE * image)
+        phases["previews"] = kept + 4 * parameters + sampling
     return phases
 
 
-def main():
-    """Print what SDXL base takes at its own size, drawing and learning."""
-    configs = {name: kind.from_config(BASE[name]) for name, kind in CONFIGS.items()}
-    words = tuple(Tokenizer.from_folder(VOCABULARY / name) for name in ("tokenizer", "tokenizer_2"))
-    sdxl = SDXL(
-        "SDXL base",
-        None,
-        configs,
-        words,
-        Schedule.from_config({}),
-        torch.device("meta"),
-        torch.bfloat16,
+def peak(run: Run) -> float:
+    return max(estimate(run).values())
+
+
+def run_of(args: Namespace, sdxl) -> Run:
+    """The Run of a script's flags."""
+    fp8 = bool(args.fp8_base)
+    if not hasattr(args, "method"):
+        return Run(args.size or sdxl.size, sdxl.dtype, fp8=fp8)
+    has_prior = not args.captions and args.method != "textual-inversion" and args.prior_weight
+    return Run(
+        args.size,
+        sdxl.dtype,
+        args.batch * (2 if has_prior else 1),
+        args.method,
+        args.rank or 0,
+        bool(args.checkpointing),
+        fp8,
+        args.text_encoders,
+        bool(args.preview_every),
     )
-    of_lora = Run(sdxl.size, sdxl.dtype, 2, "lora", 16)
-    rows = (
-        ("drawing a picture", sampling, Run(sdxl.size, sdxl.dtype)),
-        ("LoRA, rank 16, with its prior", training, of_lora),
-        ("the same, --prior-weight 0", training, replace(of_lora, batch=1)),
-    )
-    print(
-        "| SDXL at 1024 x 1024, bfloat16, batch 1: GB by estimate | --checkpointing | base in fp8 |   most | in |\n|---|---|---|---:|---|"
-    )
-    for name, phases, run in rows:
-        for checkpointing in (False, True) if run.method else (False,):
-            for fp8 in (False, True):
-                parts = phases(sdxl, replace(run, checkpointing=checkpointing, fp8=fp8))
-                yes = [" yes" if on else "" for on in (checkpointing, fp8)]
-                print(
-                    f"| {name} |{yes[0]} |{yes[1]} | {max(parts.values()) / 1e9:.1f} | "
-                    + ", ".join(f"{k} {v / 1e9:.1f}" for k, v in parts.items())
-                    + " |",
-                    flush=True,
+
+
+def free_memory(device: torch.device) -> float | None:
+    """Bytes that are free on a GPU, of all ranks the least; None on other devices."""
+    if device.type != "cuda":
+        return None
+    return float(-distributed.all_reduce_max(-torch.cuda.mem_get_info(device)[0]))
+
+
+def can_use_fp8(args: Namespace, sdxl, run: Run) -> bool:
+    merged = getattr(args, "merge", False)
+    return run.method != "full" and not merged and not missing_for_fp8(sdxl.device, args.compile)
+
+
+def choose(run: Run, options: list[dict], free: float) -> Run:
+    """The first of the run and its changed forms, from fastest to smallest, that fits into `free`
+    bytes; the last where none does."""
+    candidates = [run]
+    for changes in options:
+        candidates.append(replace(candidates[-1], **changes))
+    for candidate in candidates:
+        if peak(candidate) <= MARGIN * free:
+            return candidate
+    return candidates[-1]
+
+
+def choose_memory_mode(args: Namespace, sdxl) -> None:
+    """Set --checkpointing and --fp8-base where they were not given, by the GPU's free memory.
+
+    Elsewhere, checkpointing is on for SDXL and off for the miniature, and fp8 is off.
+    """
+    trains, free = hasattr(args, "method"), free_memory(sdxl.device)
+    is_sdxl = sdxl.defaults["size"] >= 1024
+    options = []
+    if trains and args.checkpointing is None:
+        options.append({"checkpointing": True})
+        args.checkpointing = is_sdxl and free is None
+    if free is None or not is_sdxl:
+        return
+    run = run_of(args, sdxl)
+    if args.fp8_base is None and can_use_fp8(args, sdxl, run):
+        options.append({"fp8": True})
+    chosen = choose(run, options, free)
+    names = []
+    if trains and chosen.checkpointing and not run.checkpointing:
+        names.append("checkpointing")
+        args.checkpointing = True
+    if chosen.fp8 and not run.fp8:
+        names.append("fp8 storage")
+        args.fp8_base = True
+
+        optimizations.prepare(sdxl, True, args.compile)
+    used = f": {' and '.join(names)} on" if names else ""
+    cli.log(f"{free / GB:.3g} GB free, {peak(chosen) / GB:.2g} GB needed by estimate{used}")
+
+
+def smaller(args: Namespace, sdxl, run: Run) -> Iterator[tuple[str, dict]]:
+    """(flag, the change in Run) of all that would need less memory, the cheapest first."""
+    if run.method and not run.checkpointing:
+        yield "--checkpointing", {"checkpointing": True}
+    if run.method and args.batch > 1:
+        yield "--batch 1", {"batch": run.batch // args.batch}
+    if not run.fp8 and can_use_fp8(args, sdxl, run):
+        yield "--fp8-base", {"fp8": True}
+    cell = 8 * sdxl.vae_scale_factor
+    for share in (0.75, 0.5):
+        height, width = (int(side * share) // cell * cell for side in run.size)
+        if height and width:
+            yield f"--size {width}x{height}", {"size": (height, width)}
+    if run.dtype == torch.float32:
+        yield "--dtype bfloat16", {"dtype": torch.bfloat16}
+
+
+def suggest_flags(args: Namespace, sdxl, free: float | None = None) -> str | None:
+    """The fewest flags with which a run that was out of memory would have fitted, in a line; None
+    where that is not known. free: bytes, of the GPU's whole memory by default."""
+    if free is None and sdxl.device.type == "cuda":
+        free = float(torch.cuda.mem_get_info(sdxl.device)[1])
+    if free is None or sdxl.defaults["size"] < 1024:
+        return None
+    run = run_of(args, sdxl)
+    flags = list(smaller(args, sdxl, run))
+    for count in range(1, len(flags) + 1):
+        for chosen in combinations(flags, count):
+            changed = run
+            for _, changes in chosen:
+                changed = replace(changed, **changes)
+            if peak(changed) <= MARGIN * free and peak(changed) < peak(run):
+                names = {flag.split()[0]: flag for flag, _ in chosen}  # one --size
+                return (
+                    f"with {' and '.join(names.values())} it would need "
+                    f"{peak(changed) / GB:.2g} GB by estimate, not {peak(run) / GB:.2g}, "
+                    f"of {free / GB:.3g} GB"
                 )
+    return None
 
 
-if __name__ == "__main__":
-    main()
+def log_peak(sdxl) -> None:
+    """Log how much of a GPU's memory was really used."""
+    if sdxl.device.type == "cuda":
+        used = torch.cuda.max_memory_allocated(sdxl.device)
+        cli.log(f"{used / GB:.2g} GB of GPU memory at most")

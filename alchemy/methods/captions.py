@@ -1,134 +1,191 @@
-"""Pictures with captions of their own: a folder with metadata.jsonl, or with a .txt beside each picture.
+"""Images with captions: a folder with metadata.jsonl, or with a .txt beside each image.
 
-Pictures of several shapes are trained in buckets: each in the size, of about the area that is trained at, whose aspect ratio is nearest to
-its own, so that little is cut off (Podell et al. 2023, 2.3). Now and then a caption is dropped, so that guidance keeps what it leads away from.
+Images of several shapes are trained in buckets: each at the size, of about the training area,
+whose aspect ratio is nearest to its own, so that little is cropped (Podell et al. 2023, 2.3).
+Some captions are dropped, so that the model stays usable with guidance.
 """
 
 import json
 import math
+import re
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
 import torch
 
 from .. import dataset, images
+from ..dataset import GetBatch, TrainingImage
 from ..formats.text import read_text
+from ..sdxl import SDXL
+
+Example = tuple[Path, str]  # an image and its caption
 
 
-def find_photos(folder):
-    """The pictures in a folder, sorted by name, and the names of what was skipped. Raises ValueError where there is none."""
+def find_photos(folder: str | Path) -> tuple[list[Path], list[str]]:
+    """The images in a folder, sorted by name, and the names of skipped files. Raises ValueError
+    where there is no image."""
     folder = Path(folder)
     if not folder.is_dir():
         raise ValueError(f"{folder}: no such folder")
-    files = sorted(p for p in folder.iterdir() if p.is_file() and not p.name.startswith("."))
-    photos = [p for p in files if p.suffix.lower() in images.SUFFIXES]
+    photos, skipped = [], []
+    for path in sorted(folder.iterdir()):
+        if not path.is_file() or path.name.startswith("."):
+            continue
+        if path.suffix.lower() in images.SUFFIXES:
+            photos.append(path)
+        else:
+            skipped.append(path.name)
     if not photos:
-        raise ValueError(
-            f"{folder}: no pictures in it ({', '.join(images.SUFFIXES)} are read); put 3 to 5 photos of the subject there"
-        )
-    return photos, [p.name for p in files if p not in photos]
+        suffixes = ", ".join(images.SUFFIXES)
+        raise ValueError(f"{folder}: no images found ({suffixes} are read); check the path")
+    return photos, skipped
 
 
-def read(folder):
-    """[(path, caption)] of a folder, sorted. Raises ValueError that names the line or the picture where something is missing."""
+def read(folder: str | Path) -> list[Example]:
+    """(path, caption) of the images in a folder, sorted. Raises ValueError that names the line or
+    the image where something is missing."""
     folder = Path(folder)
     table = folder / "metadata.jsonl"
     if table.exists():
-        rows = sorted(
-            row(folder, number, line)
-            for number, line in enumerate(read_text(table).split("\n"), 1)
-            if line.strip()
-        )
-        if not rows:
-            raise ValueError(f"{table}: no line in it")
-        if twice := [path.name for (path, _), (other, _) in zip(rows, rows[1:]) if path == other]:
-            raise ValueError(f"{table}: {twice[0]} stands in it twice; leave one of the lines")
-        return rows
-    found, _ = find_photos(folder)
-    texts = [
-        " ".join(read_text(text).split()) if text.exists() else ""
-        for text in (path.with_suffix(".txt") for path in found)
-    ]
-    if silent := [path.name for path, text in zip(found, texts) if not text]:
+        return read_table(folder, table)
+    repeats = kohya_folders(folder)
+    if repeats:
+        return repeats
+    photos, _ = find_photos(folder)
+    examples, missing = [], []
+    for path in photos:
+        caption = read_caption(path)
+        if caption:
+            examples.append((path, caption))
+        else:
+            missing.append(path.name)
+    if missing:
         raise ValueError(
-            f"{folder}: no caption for {len(silent)} of {len(found)} pictures ({', '.join(silent[:3])}): write metadata.jsonl, or a .txt beside each"
+            f"{folder}: no caption for {len(missing)} of {len(photos)} images "
+            f"({', '.join(missing[:3])}); write metadata.jsonl, or a .txt beside each"
         )
-    return list(zip(found, texts))
+    return examples
 
 
-def unlisted(folder, pictures):
-    """The names of the pictures in a folder that are not among these (path, caption)."""
-    known = {path.resolve() for path, _ in pictures}
-    return sorted(
-        p.name
-        for p in Path(folder).iterdir()
-        if p.suffix.lower() in images.SUFFIXES and p.name[0] != "." and p.resolve() not in known
-    )
+def read_caption(path: Path) -> str:
+    """The text beside an image, .txt or .caption, without line breaks; "" where there is none."""
+    for suffix in (".txt", ".caption"):
+        if path.with_suffix(suffix).exists():
+            return " ".join(read_text(path.with_suffix(suffix)).split())
+    return ""
 
 
-def row(folder, number, line):
-    """One line of metadata.jsonl, {"file_name": ..., "text": ...}, to (path, caption)."""
-    where = f"{folder / 'metadata.jsonl'}, line {number}"
+def kohya_folders(folder: Path) -> list[Example]:
+    """The images of kohya's layout, subfolders named REPEATS_PROMPT such as "10_sks dog": each
+    REPEATS times, with its own caption or else the folder's prompt. Empty for other layouts."""
+    examples = []
+    for inner in sorted(folder.iterdir()) if folder.is_dir() else ():
+        match = re.fullmatch(r"(\d{1,4})_(.*\S)", inner.name)
+        if not match or not inner.is_dir():
+            continue
+        for path in find_photos(inner)[0]:
+            examples += [(path, read_caption(path) or match[2])] * int(match[1])
+    return examples
+
+
+def read_table(folder: Path, table: Path) -> list[Example]:
+    examples = []
+    for number, line in enumerate(read_text(table).split("\n"), 1):
+        if line.strip():
+            examples.append(read_row(folder, f"{table}, line {number}", line))
+    if not examples:
+        raise ValueError(f"{table}: it has no line")
+    examples.sort()
+    for (path, _), (following, _) in zip(examples, examples[1:]):
+        if path == following:
+            raise ValueError(f"{table}: {path.name} is in it twice; leave out one of the lines")
+    return examples
+
+
+def read_row(folder: Path, where: str, line: str) -> Example:
+    """One line of metadata.jsonl, {"file_name": ..., "text": ...}."""
     try:
-        entry = json.loads(line)
-        path, caption = folder / entry["file_name"], entry["text"]
+        row = json.loads(line)
+        name, caption = row["file_name"], row["text"]
+        path = folder / name
     except (ValueError, KeyError, TypeError, RecursionError):
-        raise ValueError(f'{where}: not like {{"file_name": "a.jpg", "text": "a dog"}}') from None
-    if not isinstance(caption, str) or not path.is_file():
-        raise ValueError(
-            f"{where}: {path.name}: no such file"
-            if isinstance(caption, str)
-            else f"{where}: its text is not a string"
-        )
+        expected = '{"file_name": "a.jpg", "text": "a dog"}'
+        raise ValueError(f"{where}: not like {expected}") from None
+    if not isinstance(caption, str):
+        raise ValueError(f"{where}: its text is not a string")
+    if Path(name).is_absolute() or ".." in Path(name).parts:
+        raise ValueError(f"{where}: {name} is outside the folder; link the image into it")
+    if not path.is_file():
+        raise ValueError(f"{where}: {path.name}: no such file")
     if not caption.strip():
         raise ValueError(
-            f"{where}: the text of {path.name} is empty: write one, or take the line out"
+            f"{where}: the text of {path.name} is empty; write one, or take the line out"
         )
     return path, caption
 
 
-def bucket(picture_size, area, cell):
-    """The (H,W), multiples of cell, of three quarters of area to all of it, whose aspect ratio is nearest to that of a picture of (H,W)."""
-    most = area // cell**2
-    if not most:
-        raise ValueError(
-            f"the size to train at is smaller than {cell}x{cell}, the least that a picture with a caption can have"
-        )
-    sizes = [
-        (h, w)
-        for h in range(1, most + 1)
-        for w in range(-(-3 * most // (4 * h)), most // h + 1)
-        if h <= 4 * w <= 16 * h
-    ]
-    wanted = math.log(picture_size[0] / picture_size[1])
-    h, w = min(
-        sizes, key=lambda size: (abs(math.log(size[0] / size[1]) - wanted), -size[0] * size[1])
-    )
-    return h * cell, w * cell
+def unlisted(folder: str | Path, examples: Sequence[Example]) -> list[str]:
+    """The names of the images in a folder that are not among the examples."""
+    known = {path.resolve() for path, _ in examples}
+    names = []
+    for path in sorted(Path(folder).iterdir()):
+        is_image = path.suffix.lower() in images.SUFFIXES and not path.name.startswith(".")
+        if is_image and path.resolve() not in known:
+            names.append(path.name)
+    return names
 
 
-def make_batcher(sdxl, buckets, seed, count, accumulation=1, dropout=0.1, rank=0, world=1):
-    """A function (step, part) to a Batch of `count` samples of one bucket, which all ranks take (see dataset.make_batcher); None stands for a
-    dropped caption.
+def bucket(image_size: tuple[int, int], area: int, cell: int) -> tuple[int, int]:
+    """The training size (H,W) of an image of image_size (H,W) in pixels.
 
-    buckets: {(H,W): photos of dataset.encode}; each comes as often as it has photos.
+    Both sides are multiples of cell, the area is 3/4 of `area` to all of it, and the aspect ratio
+    is the nearest to the image's, at most 4:1.
+    """
+    cells = area // cell**2
+    if not cells:
+        raise ValueError(f"--size is smaller than {cell}x{cell}, the least with --captions")
+    aspect = math.log(image_size[0] / image_size[1])
+    best, best_key = None, None
+    for h in range(1, cells + 1):
+        for w in range(-(-3 * cells // (4 * h)), cells // h + 1):
+            if not h <= 4 * w <= 16 * h:
+                continue
+            key = abs(math.log(h / w) - aspect), -h * w
+            if best is None or key < best_key:
+                best, best_key = (h, w), key
+    return best[0] * cell, best[1] * cell
+
+
+def make_batcher(
+    sdxl: SDXL,
+    buckets: dict[tuple[int, int], list[TrainingImage]],
+    seed: int,
+    batch_size: int,
+    accumulation: int = 1,
+    dropout: float = 0.1,
+    rank: int = 0,
+    world: int = 1,
+) -> GetBatch:
+    """get_batch(step, micro_step) of one bucket, the same on all ranks (see dataset.make_batcher).
+
+    buckets: {(H,W): images}; each comes as often as it has images. A dropped caption is None.
     """
     sizes = sorted(buckets)
     shares = torch.tensor([len(buckets[size]) for size in sizes], dtype=torch.float64)
-    draws = {
-        size: dataset.make_batcher(
-            sdxl, buckets[size], size, seed, count, accumulation, rank, world
-        )
-        for size in sizes
-    }
+    batchers = []
+    for size in sizes:
+        of_size = (sdxl, buckets[size], size, seed, batch_size, accumulation, rank, world)
+        batchers.append(dataset.make_batcher(*of_size))
 
-    def draw(step, part):
-        rng = dataset.generator(seed, 3, step, part)
-        batch = draws[sizes[int(torch.multinomial(shares, 1, generator=rng))]](step, part)
-        lots = torch.rand(world * count, generator=rng).tolist()[rank * count :]
-        return replace(
-            batch,
-            prompts=[None if lot < dropout else prompt for prompt, lot in zip(batch.prompts, lots)],
-        )
+    def get_batch(step, micro_step):
+        rng = dataset.generator(seed, 3, step, micro_step)
+        chosen = int(torch.multinomial(shares, 1, generator=rng))
+        batch = batchers[chosen](step, micro_step)
+        lots = torch.rand(world * batch_size, generator=rng).tolist()[rank * batch_size :]
+        prompts = []
+        for prompt, lot in zip(batch.prompts, lots):
+            prompts.append(None if lot < dropout else prompt)
+        return replace(batch, prompts=prompts)
 
-    return draw
+    return get_batch

@@ -1,14 +1,21 @@
-"""DreamBooth (Ruiz et al. 2023): all weights of the UNet learn the subject, and, if wanted, those of both text encoders; held to their
-class by class pictures (prior.py)."""
+"""DreamBooth (Ruiz et al. 2023): all weights of the UNet are trained, and, with --text-encoders,
+those of both text encoders."""
 
 import torch
+from torch import Tensor
+
+from ..sdxl import SDXL
 
 TEXT_ENCODERS = ("text_encoder", "text_encoder_2")
 
 
-def whole(sdxl, names):
-    """{name: parameter} of the networks of these names, float32 and to be trained; read anew, since the checkpoint's dtype may be half."""
+def train_whole(sdxl: SDXL, names: tuple[str, ...]) -> dict[str, Tensor]:
+    """{name: parameter} of these networks, which are read again in float32 for training."""
+    parameters = {}
     for name in names:
         sdxl.free(name)
-        sdxl.loaded[name] = sdxl.read(name, torch.float32).requires_grad_(True)
-    return {f"{name}.{key}": p for name in names for key, p in sdxl.loaded[name].named_parameters()}
+        network = sdxl.read(name, torch.float32).requires_grad_(True)
+        sdxl.loaded[name] = network
+        for key, parameter in network.named_parameters():
+            parameters[f"{name}.{key}"] = parameter
+    return parameters

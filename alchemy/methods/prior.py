@@ -1,76 +1,81 @@
-"""Prior preservation with class pictures: DreamBooth (Ruiz et al. 2023, eq. 2).
+"""Prior preservation: the batch that keeps the meaning of the class word (see training.loss).
 
-    loss = error(subject) + λ · error(class)
-
-The class term is the same error on pictures of the class that the model itself drew before it was taught: what the class word meant,
-it is to mean still. Beside it stands alchemy/train.py's way, which needs no pictures.
+Two kinds. With class images (DreamBooth, Ruiz et al. 2023, eq. 2), it holds images of the class
+that the model generated before training. The teacher batch needs no images: its target is the
+prediction of the model without the LoRA, on the subject's own latents with the class prompt.
 """
 
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from functools import partial
+from pathlib import Path
 
 import torch
 
-from .. import pipeline, sampling
+from .. import lora, pipeline
 from ..dataset import Batch
-from ..formats import png
 from ..extras.optimizations import cached_steps
-from ..training import denoising_loss
+from ..formats import png
+from ..sdxl import SDXL, to_device
+from ..training import Prompts, gather_conditioning
 
-FIRST_SEED = 10**6  # of the class pictures: not those that previews are drawn with
-DECIDE = ("sampler", "steps", "guidance")
+FIRST_SEED = 10**6  # of the class images, so that previews have other seeds
+SAMPLING = ("sampler", "steps", "guidance")
+Job = tuple[Path, dict]  # an image's path and metadata
 
 
-def class_pictures(sdxl, prompt, folder, count, size=None, facts=None):
-    """[(path, facts)] of `count` pictures of the prompt, 0000.png and on, in a folder, of which some may be there and none has to be.
+@torch.no_grad()
+def teacher_batch(sdxl: SDXL, batch: Batch, prompts: Prompts, class_prompt: str) -> Batch:
+    """The batch's latents under the class prompt; the target is the prediction without the LoRA."""
+    batch = replace(batch, prompts=[class_prompt] * len(batch.t))
+    x_t = sdxl.schedule.add_noise(batch.x_0, batch.eps, batch.t)
+    with lora.lora_scale(sdxl.unet, 0):
+        t = to_device(batch.t, x_t.device)
+        target = sdxl.unet(x_t, t, *gather_conditioning(batch, prompts))
+    return replace(batch, target=target, loss_mask=torch.ones_like(batch.loss_mask))
 
-    facts: what else decides how they look. Raises ValueError where one in the folder was drawn with other settings.
+
+def class_image_jobs(
+    sdxl: SDXL,
+    prompt: str,
+    folder: Path,
+    count: int,
+    size: tuple[int, int] | None = None,
+    metadata: dict | None = None,
+) -> list[Job]:
+    """(path, metadata) of `count` class images in a folder, 0000.png and on; some may exist.
+
+    metadata: what else determines the images. Raises ValueError where an image in the folder was
+    generated with other settings.
     """
-    facts = (
-        {"prompt": prompt, "weights": str(sdxl.source), "size": size or sdxl.size}
-        | {k: sdxl.defaults[k] for k in DECIDE}
-        | (facts or {})
-    )
-    pictures = [(folder / f"{k:04d}.png", facts | {"seed": FIRST_SEED + k}) for k in range(count)]
-    for path, facts in pictures:
-        if path.exists():
-            png.check(path, facts)
-    return pictures
+    common = {"prompt": prompt, "weights": str(sdxl.source), "size": size or sdxl.size}
+    common |= {name: sdxl.defaults[name] for name in SAMPLING}
+    common |= metadata or {}
+    jobs = []
+    for index in range(count):
+        job = folder / f"{index:04d}.png", common | {"seed": FIRST_SEED + index}
+        if job[0].exists():
+            png.check(*job)
+        jobs.append(job)
+    return jobs
 
 
-def draw(sdxl, pictures):
-    """A generator that draws pictures of class_pictures, there or not, and yields the path of each."""
-    told = None
-    for path, facts in pictures:
-        told = told or [sdxl.encode_prompt([p], facts["size"]) for p in (facts["prompt"], None)]
-        sdxl.free("text_encoders")  # encoded once; the UNet can use the memory
-        png.save(
-            pipeline.sample(
-                sdxl,
-                *told,
-                facts["seed"],
-                facts["size"],
-                progress=partial(cached_steps, sdxl.unet),
-                **{k: facts[k] for k in DECIDE},
-            ),
-            path,
-            facts,
+def generate_class_images(sdxl: SDXL, jobs: Sequence[Job]) -> Iterator[Path]:
+    """Generate the images of class_image_jobs, whether they exist or not; yields each path."""
+    cond = uncond = None
+    for path, metadata in jobs:
+        if cond is None:
+            cond = sdxl.encode_prompt([metadata["prompt"]], metadata["size"])
+            uncond = sdxl.encode_prompt([None], metadata["size"])
+        sdxl.free("text_encoders")  # the UNet can use the memory
+        image = pipeline.sample(
+            sdxl,
+            cond,
+            uncond,
+            metadata["seed"],
+            metadata["size"],
+            progress=partial(cached_steps, sdxl.unet),
+            **{name: metadata[name] for name in SAMPLING},
         )
+        png.save(image, path, metadata)
         yield path
-
-
-def join(one, other):
-    """Two batches as one."""
-    return Batch(
-        *(
-            a + b if isinstance(a, list) else torch.cat([a, b])
-            for a, b in zip(*(batch.__dict__.values() for batch in (one, other)))
-        )
-    )
-
-
-def loss(sdxl, batch, class_batch, prompts, prior_weight=1.0, gamma=5.0):
-    """The loss above, a scalar. Both terms are means, so λ means the same for any two batch sizes; they go through the network together."""
-    subject, prior = denoising_loss(sdxl, join(batch, class_batch), prompts, gamma).split(
-        [len(batch.t), len(class_batch.t)]
-    )
-    return subject.mean() + prior_weight * prior.mean()

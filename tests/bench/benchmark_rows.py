@@ -92,7 +92,7 @@ class Bench:
     def peak(self, function: Callable) -> float:
         """The most GB of tensors while function runs, beside what was there before."""
         if not self.on_gpu:
-            from alchemy.extras.counting import Count
+            from helpers.counting import Count
 
             with Count() as count:
                 function()
@@ -270,7 +270,7 @@ def lora_step(b: Bench, checkpointing: bool = False, compile: bool = False) -> C
         return F.mse_loss(sdxl.unet(x.to(b.dtype), t, *parts).float(), x)
 
     named = sdxl.unet.named_parameters()
-    create = getattr(training, "start", None) or training.TrainState.create
+    create = training.TrainState.create
     state = create({name: p for name, p in named if ".lora." in name}, 1e-4, b.dtype)
     return partial(next, training.train(sdxl, state, get_loss, steps=10**6))
 

@@ -1,5 +1,5 @@
-"""Photos to latents, and what one training sample is made of. The VAE is planted: its latents are averages of pixels, so that each
-sample can be held against the photo at the place that the UNet is told."""
+"""Photos to latents, and what one training sample is made of. The VAE is planted: its latents are
+averages of pixels, so that a sample can be compared with the photo at the place in its time ids."""
 
 from types import SimpleNamespace
 
@@ -11,258 +11,218 @@ from PIL import Image, ImageOps
 
 from alchemy import dataset, images
 from alchemy.methods import captions
+from alchemy.schedule import Schedule
 from helpers.running import picture
+from helpers.training import left_half
 
 FACTOR, T = 4, 1000
 
 
 class Averages:
-    """mean (B,4,h,w): the three colours and their sum, each the average of its cell; std is what it is told to be."""
-
-    def __init__(self, std=0.0):
-        self.std = std
+    """mean (B,4,h,w): the three colours and their sum, each the average of its cell."""
 
     def encode(self, x):
         mean = F.avg_pool2d(torch.cat([x, x.sum(1, keepdim=True)], 1), FACTOR)
-        return mean, torch.full_like(mean, self.std)
+        return mean, torch.zeros_like(mean)
 
 
-def planted(std=0.0):
-    return SimpleNamespace(vae=Averages(std), vae_scale_factor=FACTOR, device=torch.device("cpu"))
+def planted():
+    return SimpleNamespace(
+        vae=Averages(),
+        vae_scale_factor=FACTOR,
+        device=torch.device("cpu"),
+        schedule=Schedule.from_config({}),
+    )
 
 
 def latents_at(photo, size, place):
-    """By hand: the photo scaled until it covers size, cut at place, averaged."""
+    """By hand: the photo scaled until it covers size, cropped at place, averaged."""
     scale = max(size[0] / photo.height, size[1] / photo.width)
     scaled = photo.resize((round(photo.width * scale), round(photo.height * scale)), Image.LANCZOS)
     top, left = place
     assert 0 <= top <= scaled.height - size[0] and 0 <= left <= scaled.width - size[1]
-    return Averages().encode(
-        images.to_tensor(scaled.crop((left, top, left + size[1], top + size[0])))
-    )[0][0]
+    crop = scaled.crop((left, top, left + size[1], top + size[0]))
+    return Averages().encode(images.to_tensor(crop))[0][0]
 
 
-def draw(photos, size=(16, 16), seed=0, step=0, index=0):
-    x_0, eps, weight, t, ids, prompt = dataset.sample(photos, size, FACTOR, T, seed, step, index)
+def sample(photos, size=(16, 16), seed=0, step=0, index=0, timesteps=T):
+    values = dataset.get_sample(photos, size, FACTOR, timesteps, seed, step, index)
+    x_0, eps, loss_mask, t, ids, prompt = values
+    whole = [tuple(ids[i : i + 2].int().tolist()) for i in (0, 2, 4)]
     return SimpleNamespace(
         x_0=x_0,
         eps=eps,
+        loss_mask=loss_mask,
         t=t,
-        original=tuple(ids[:2].int().tolist()),
-        place=tuple(ids[2:4].int().tolist()),
-        target=tuple(ids[4:].int().tolist()),
         ids=ids,
         prompt=prompt,
+        original=whole[0],
+        place=whole[1],
+        target=whole[2],
     )
 
 
-def several(count, std=0.0):
+def constant_photos(count, std=0.0, side=6):
     """Photos of one value each, named by their prompts."""
-    return [
-        dataset.TrainingImage(
-            ((torch.full((4, 6, 6), float(i)), torch.full((4, 6, 6), std), torch.ones(1, 6, 6)),),
-            (24, 24),
-            f"photo {i}",
-        )
-        for i in range(count)
-    ]
+    photos = []
+    for i in range(count):
+        mean, deviation = torch.full((4, side, side), float(i)), torch.full((4, side, side), std)
+        view = mean, deviation, torch.ones(1, side, side)
+        photos.append(dataset.TrainingImage((view,), (24, 24), f"photo {i}"))
+    return photos
 
 
-# The folder
-
-
-def test_pictures_are_listed_sorted_and_other_files_named(tmp_path):
-    for name in (
-        "b.PNG",
-        "a.jpg",
-        "10.webp",
-        "9.jpeg",
-        "notes.txt",
-        "clip.mp4",
-        ".hidden.png",
-        ".DS_Store",
-    ):
+def test_images_are_listed_sorted_and_other_files_named(tmp_path):
+    names = "b.PNG a.jpg 10.webp 9.jpeg notes.txt clip.mp4 .hidden.png .DS_Store"
+    for name in names.split():
         (tmp_path / name).write_bytes(b"")
     (tmp_path / "folder.png").mkdir()
     found, skipped = captions.find_photos(tmp_path)
-    assert [p.name for p in found] == ["10.webp", "9.jpeg", "a.jpg", "b.PNG"]
+    assert [path.name for path in found] == ["10.webp", "9.jpeg", "a.jpg", "b.PNG"]
     assert skipped == ["clip.mp4", "notes.txt"]
 
 
-def test_a_folder_that_is_missing_or_has_no_pictures_is_refused(tmp_path):
+def test_a_folder_that_is_missing_or_has_no_images_is_refused(tmp_path):
     (tmp_path / "notes.txt").write_text("")
-    with pytest.raises(ValueError, match="no pictures in it"):
+    with pytest.raises(ValueError, match="no images found"):
         captions.find_photos(tmp_path)
     for path in (tmp_path / "none", tmp_path / "notes.txt"):
         with pytest.raises(ValueError, match="no such folder"):
             captions.find_photos(path)
 
 
-# One photo
+SHAPES = [(16, 16), (40, 24), (23, 37), (9, 30), (200, 67), (17, 16)]
 
 
-@pytest.mark.parametrize(
-    "height, width", [(16, 16), (40, 24), (23, 37), (9, 30), (200, 67), (17, 16)]
-)
+@pytest.mark.parametrize("height, width", SHAPES)
 @pytest.mark.parametrize("size", [(16, 16), (16, 24), (24, 16)])
-def test_the_told_place_and_size_are_those_of_the_pixels_that_are_fed(
-    tmp_path, height, width, size
-):
+def test_the_time_ids_are_the_place_and_size_of_the_pixels(tmp_path, height, width, size):
     photo = picture(height, width)
     photo.save(tmp_path / "photo.png")
-    encoded = [dataset.encode(planted(), tmp_path / "photo.png", size, "a dog")]
+    photos = [dataset.encode_image(planted(), tmp_path / "photo.png", size, "a dog")]
+    assert len(photos[0].views) == 1
     places = set()
     for step in range(12):
-        drawn = draw(encoded, size, step=step)
-        assert (
-            drawn.original == (height, width)
-            and drawn.target == size
-            and drawn.ids.dtype == torch.float32
-        )
+        drawn = sample(photos, size, step=step)
+        assert drawn.original == (height, width) and drawn.target == size
+        assert drawn.ids.dtype == torch.float32
         assert torch.equal(drawn.x_0, latents_at(photo, size, drawn.place))
         places.add(drawn.place)
-    room = [
-        round(max(size[0] / height, size[1] / width) * side) - s >= FACTOR
-        for side, s in ((height, size[0]), (width, size[1]))
-    ]
-    assert len(places) > 1 if any(room) else places == {(0, 0)}
+    scale = max(size[0] / height, size[1] / width)
+    rooms = round(scale * height) - size[0], round(scale * width) - size[1]
+    assert len(places) > 1 if max(rooms) >= FACTOR else places == {(0, 0)}
 
 
-def test_a_mirrored_sample_is_a_crop_of_the_mirrored_photo_at_the_told_place(tmp_path):
-    photo, size = picture(19, 45), (16, 16)
+def test_a_mirrored_sample_is_a_crop_of_the_mirrored_photo(tmp_path):
+    photo, size, seen = picture(19, 45), (16, 16), set()
     photo.save(tmp_path / "photo.png")
-    encoded, seen = (
-        [dataset.encode(planted(), tmp_path / "photo.png", size, "a dog", mirror=True)],
-        set(),
-    )
+    path = tmp_path / "photo.png"
+    photos = [dataset.encode_image(planted(), path, size, "a dog", mirror=True)]
     for step in range(24):
-        drawn = draw(encoded, size, step=step)
-        same = [
-            torch.equal(drawn.x_0, latents_at(view, size, drawn.place))
-            for view in (photo, ImageOps.mirror(photo))
-        ]
+        drawn = sample(photos, size, step=step)
+        views = [latents_at(view, size, drawn.place) for view in (photo, ImageOps.mirror(photo))]
+        same = [torch.equal(drawn.x_0, view) for view in views]
         assert sum(same) == 1
         seen.add(same[1])
     assert seen == {False, True}
 
 
-def test_without_mirror_only_the_photo_itself_is_encoded(tmp_path):
-    picture(16, 16).save(tmp_path / "photo.png")
-    assert len(dataset.encode(planted(), tmp_path / "photo.png", (16, 16), "a dog").latents) == 1
+def test_the_loss_mask_is_the_masks_share_of_each_latent_in_the_crop(tmp_path):
+    picture(40, 64).save(tmp_path / "a.png")
+    mask = left_half(40, 64)
+    photo = dataset.encode_image(planted(), tmp_path / "a.png", (32, 32), "a dog", True, mask)
+    masks = [view[2] for view in photo.views]  # 32 x 51 pixels, of which 48 are whole latents
+    assert [tuple(m.shape) for m in masks] == [(1, 8, 12)] * 2
+    assert torch.equal(masks[0], masks[0][:, :1].expand(1, 8, 12))
+    assert masks[0][0, 0].tolist() == pytest.approx([1] * 6 + [0.4] + [0] * 5, abs=0.1)
+    for step in range(20):
+        drawn = sample([photo], (32, 32), step=step)
+        left = drawn.place[1] // 4
+        assert any(torch.equal(drawn.loss_mask, m[:, :, left : left + 8]) for m in masks)
 
 
 @pytest.mark.parametrize("orientation", range(1, 9))
-def test_exif_rotation_is_honoured_in_pixels_and_in_the_original_size(tmp_path, orientation):
-    turned, exif = picture(24, 36), Image.Exif()
+def test_exif_rotation_is_applied_to_pixels_and_original_size(tmp_path, orientation):
+    exif = Image.Exif()
     exif[0x0112] = orientation
-    turned.save(tmp_path / "photo.png", exif=exif)
+    picture(24, 36).save(tmp_path / "photo.png", exif=exif)
     upright = ImageOps.exif_transpose(Image.open(tmp_path / "photo.png"))
-    encoded = [dataset.encode(planted(), tmp_path / "photo.png", (16, 16), "a dog")]
-    drawn = draw(encoded)
+    photos = [dataset.encode_image(planted(), tmp_path / "photo.png", (16, 16), "a dog")]
+    drawn = sample(photos)
     assert drawn.original == upright.size[::-1] == ((36, 24) if orientation > 4 else (24, 36))
     assert torch.equal(drawn.x_0, latents_at(upright, (16, 16), drawn.place))
 
 
-# One sample
+def test_posterior_and_noise_are_independent_unit_gaussians_at_each_step():
+    photos = constant_photos(4, std=0.5, side=4)[3:]  # of the value 3
+    samples = [sample(photos, step=step) for step in range(200)]
+    z = (torch.stack([s.x_0 for s in samples]) - 3) / 0.5
+    eps = torch.stack([s.eps for s in samples])
+    assert not (z[0] == z[1]).any() and not (eps[0] == eps[1]).any()
+    for values in (z, eps):
+        assert abs(values.mean()) < 0.03 and abs(values.std() - 1) < 0.03
+    assert abs((z * eps).mean()) < 0.03
 
 
-def test_the_posterior_is_sampled_anew_at_each_step():
-    photos = [
-        dataset.TrainingImage(
-            ((torch.full((4, 4, 4), 3.0), torch.full((4, 4, 4), 0.5), torch.ones(1, 4, 4)),),
-            (16, 16),
-            "a dog",
-        )
-    ]
-    drawn = torch.stack([draw(photos, step=step).x_0 for step in range(200)])
-    z = (drawn - 3.0) / 0.5
-    assert z[0].unique().numel() == 64 and not (z[0] == z[1]).any()
-    assert abs(z.mean()) < 0.03 and abs(z.std() - 1) < 0.03
+def test_a_sample_is_a_function_of_seed_step_and_index_alone():
+    photos = constant_photos(3, std=1.0)
 
+    def samples():
+        return [sample(photos, seed=5, step=s, index=i) for s, i in ((0, 0), (7, 4), (7, 5))]
 
-def test_latents_posterior_noise_and_target_noise_are_independent():
-    photos = several(1, std=1.0)
-    pairs = [
-        (d.x_0.flatten(), d.eps.flatten()) for d in (draw(photos, step=step) for step in range(200))
-    ]
-    x, eps = (torch.cat(part) for part in zip(*pairs))
-    assert (
-        abs(float((x * eps).mean())) < 0.03
-        and abs(float(eps.mean())) < 0.03
-        and abs(float(eps.std()) - 1) < 0.03
-    )
-
-
-def test_a_sample_is_a_function_of_seed_step_and_index_only():
-    photos = several(3, std=1.0)
-
-    def draws():
-        return [
-            dataset.sample(photos, (16, 16), FACTOR, T, 5, step, index)
-            for step, index in ((0, 0), (7, 4), (7, 5))
-        ]
-
-    first = draws()
+    first = samples()
     torch.manual_seed(123)
-    torch.randn(10)
     np.random.seed(9)
     state = torch.get_rng_state()
-    again = draws()
-    assert torch.equal(torch.get_rng_state(), state)  # nor does it use up anyone else's numbers
+    again = samples()
+    assert torch.equal(torch.get_rng_state(), state)  # the global generator is not used
     for a, b in zip(first, again):
-        assert all(torch.equal(x, y) for x, y in zip(a[:5], b[:5])) and a[5] == b[5]
-    base = dataset.sample(photos, (16, 16), FACTOR, T, 5, 7, 4)
-    for other in ((6, 7, 4), (5, 8, 4), (5, 7, 5)):
-        assert not torch.equal(dataset.sample(photos, (16, 16), FACTOR, T, *other)[1], base[1])
+        assert torch.equal(a.x_0, b.x_0) and torch.equal(a.eps, b.eps) and a.t == b.t
+        assert torch.equal(a.ids, b.ids) and a.prompt == b.prompt
+    base = sample(photos, seed=5, step=7, index=4)
+    for seed, step, index in ((6, 7, 4), (5, 8, 4), (5, 7, 5)):
+        other = sample(photos, seed=seed, step=step, index=index)
+        assert not torch.equal(other.eps, base.eps)
 
 
-def test_a_batch_holds_the_samples_of_its_indices():
-    photos = several(3, std=1.0)
-    batch = dataset.batch(photos, (16, 16), FACTOR, T, 5, 2, range(4, 7), "cpu")
-    assert (
-        batch.x_0.shape == batch.eps.shape == (3, 4, 4, 4)
-        and batch.time_ids.shape == (3, 6)
-        and batch.time_ids.dtype == torch.float32
-    )
-    for i, index in enumerate(range(4, 7)):
-        one = dataset.sample(photos, (16, 16), FACTOR, T, 5, 2, index)
-        assert (
-            torch.equal(batch.x_0[i], one[0])
-            and torch.equal(batch.eps[i], one[1])
-            and batch.t[i] == one[3]
-        )
-        assert torch.equal(batch.time_ids[i], one[4]) and batch.prompts[i] == one[5]
+@pytest.mark.parametrize("batch, accumulation, world", [(3, 1, 1), (1, 2, 1), (2, 2, 2)])
+def test_batches_hold_consecutive_samples_with_their_targets(batch, accumulation, world):
+    photos, sdxl, index = constant_photos(5, std=1.0), planted(), 0
+    batchers = []
+    for rank in range(world):
+        arguments = sdxl, photos, (16, 16), 5, batch, accumulation, rank, world
+        batchers.append(dataset.make_batcher(*arguments))
+    prompts = []
+    for step in range(8):
+        for micro_step in range(accumulation):
+            for get_batch in batchers:
+                got = get_batch(step, micro_step)
+                assert got.x_0.shape == (batch, 4, 4, 4) and got.time_ids.shape == (batch, 6)
+                for i in range(batch):
+                    one = sample(photos, seed=5, step=step, index=index)
+                    assert torch.equal(got.x_0[i], one.x_0) and torch.equal(got.eps[i], one.eps)
+                    assert torch.equal(got.target[i], one.eps) and got.t[i] == one.t
+                    assert torch.equal(got.time_ids[i], one.ids)
+                    index += 1
+                prompts += got.prompts
+    # Each photo comes once before one comes twice, in an order of its own.
+    rounds = [tuple(prompts[i : i + 5]) for i in range(0, len(prompts) - 4, 5)]
+    assert all(len(set(r)) == 5 for r in rounds) and len(set(rounds)) > 1
 
 
-def test_each_photo_comes_once_before_one_comes_twice():
-    photos = several(5)
-    order = [draw(photos, step=index, index=index).prompt for index in range(50)]
-    rounds = [tuple(order[i : i + 5]) for i in range(0, 50, 5)]
-    assert all(len(set(r)) == 5 for r in rounds) and len(set(rounds)) > 5
+def test_concat_and_at_timestep_keep_target_and_time_consistent():
+    sdxl = planted()
+    get_batch = dataset.make_batcher(sdxl, constant_photos(3, std=1.0), (16, 16), 0, 2)
+    a, b = get_batch(0, 0), get_batch(1, 0)
+    both = dataset.concat(a, b)
+    assert len(both.t) == 4 and both.prompts == a.prompts + b.prompts
+    assert torch.equal(both.target[2:], b.target) and torch.equal(both.time_ids[:2], a.time_ids)
+    moved = a.at_timestep(sdxl.schedule, 7)
+    assert moved.t.tolist() == [7, 7]
+    assert torch.equal(moved.target, sdxl.schedule.target(a.x_0, a.eps, moved.t))
 
 
-def test_the_order_of_photos_does_not_depend_on_batch_size():
-    photos = several(5)
-    one = [
-        p
-        for step in range(12)
-        for p in dataset.batch(
-            photos, (16, 16), FACTOR, T, 0, step, range(step, step + 1), "cpu"
-        ).prompts
-    ]
-    four = [
-        p
-        for step in range(3)
-        for p in dataset.batch(
-            photos, (16, 16), FACTOR, T, 0, step, range(4 * step, 4 * step + 4), "cpu"
-        ).prompts
-    ]
-    assert one == four
-
-
-def test_timesteps_reach_from_the_first_to_the_last():
-    t = [
-        int(dataset.sample(several(1), (16, 16), FACTOR, 10, 0, step, step)[3])
-        for step in range(300)
-    ]
+def test_timesteps_are_drawn_evenly_from_the_first_to_the_last():
+    photos = constant_photos(1)
+    t = [int(sample(photos, step=step, index=step, timesteps=10).t) for step in range(300)]
     assert set(t) == set(range(10)) and max(t.count(i) for i in range(10)) < 60

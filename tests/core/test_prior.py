@@ -1,247 +1,123 @@
-"""DreamBooth's prior: class pictures that the model draws before it is taught, and the loss with them."""
+"""DreamBooth's class images: generated before training, once, and kept."""
 
 from pathlib import Path
 
 import pytest
-import torch
 from safetensors.torch import load_file
 
 import alchemy
-from alchemy import dataset
+from alchemy import dataset, pipeline
 from alchemy.formats import png
 from alchemy.methods import prior
-from alchemy.training import denoising_loss, min_snr
 from helpers.checkpoints import refused, vocabulary_read_once  # noqa: F401
-from helpers.lessons import PROMPTS, batch, model, parameters, told  # noqa: F401
 from helpers.running import call, contents, good, quick, taught, tiny  # noqa: F401
 from helpers.running import refused as run_refused
-from test_resume import stopped  # noqa: F401
+from helpers.training import same_tensors, stopped  # noqa: F401
 
 
-def class_batch(count, dtype=torch.float64):
-    made = batch(3, dtype)
-    part = {key: value[:count] for key, value in made.__dict__.items()}
-    return type(made)(
-        **part
-        | {"x_0": part["x_0"] + 1, "eps": part["eps"].flip(-1), "prompts": [PROMPTS[1]] * count}
-    )
+def generate(sdxl, *args):
+    """The paths of class images, of which missing ones have been generated."""
+    jobs = prior.class_image_jobs(sdxl, *args)
+    missing = [job for job in jobs if not job[0].exists()]
+    assert list(prior.generate_class_images(sdxl, missing)) == [path for path, _ in missing]
+    return [path for path, _ in jobs]
 
 
-def error_by_hand(sdxl, drawn, i, gamma):
-    t = int(drawn.t[i])
-    ab = float(sdxl.schedule.alpha_bar[t])
-    told_i = told(sdxl)[drawn.prompts[i]]
-    x_t = ab**0.5 * drawn.x_0[i : i + 1] + (1 - ab) ** 0.5 * drawn.eps[i : i + 1]
-    snr = ab / (1 - ab)
-    return (
-        min(gamma, snr)
-        / snr
-        * (
-            (
-                sdxl.unet(x_t, t, told_i.context, told_i.pooled, drawn.time_ids[i : i + 1])
-                - drawn.eps[i : i + 1]
-            )
-            ** 2
-        ).mean()
-    )
+def times(paths):
+    return [path.stat().st_mtime_ns for path in paths]
 
 
-@pytest.mark.parametrize("subjects, pictures", [(1, 1), (3, 3), (2, 1), (1, 3)])
-def test_the_loss_is_the_mean_of_each_term_whatever_the_batch_sizes(model, subjects, pictures):
-    sdxl, one, other = model(torch.float64), batch(subjects), class_batch(pictures)
-    ours = prior.loss(sdxl, one, other, told(sdxl), 0.3, 2.0)
-    theirs = (
-        sum(error_by_hand(sdxl, one, i, 2.0) for i in range(subjects)) / subjects
-        + 0.3 * sum(error_by_hand(sdxl, other, i, 2.0) for i in range(pictures)) / pictures
-    )
-    assert abs((ours - theirs).item()) <= 1e-9 * theirs.item() and theirs.item() > 1e-3
-    ps = list(parameters(sdxl).values())
-    for a, b in zip(torch.autograd.grad(ours, ps), torch.autograd.grad(theirs, ps)):
-        assert (a - b).norm() <= 1e-6 * b.norm()
-
-
-def test_a_place_counts_by_its_weight_and_one_of_weight_0_not_at_all(model):
-    sdxl, drawn = model(torch.float64), batch()
-    half = torch.ones_like(drawn.weight)
-    half[..., 4:] = 0
-    masked = type(drawn)(**drawn.__dict__ | {"weight": half})
-    x_t = sdxl.schedule.add_noise(drawn.x_0, drawn.eps, drawn.t)
-    predicted = torch.cat(
-        [
-            sdxl.unet(
-                x_t[i : i + 1],
-                drawn.t[i : i + 1],
-                *(p for p in told(sdxl)[PROMPTS[0]].parts()[:2]),
-                drawn.time_ids[i : i + 1],
-            )
-            for i in range(3)
-        ]
-    )
-    expected = min_snr(sdxl.schedule, drawn.t, 5.0) * (predicted - drawn.eps)[
-        ..., :4
-    ].square().mean((1, 2, 3))
-    assert torch.allclose(denoising_loss(sdxl, masked, told(sdxl)), expected, rtol=1e-9)
-    assert torch.allclose(
-        denoising_loss(sdxl, type(drawn)(**masked.__dict__ | {"weight": 3 * half}), told(sdxl)),
-        expected,
-        rtol=1e-9,
-    )
-
-
-def drawn(sdxl, *args):
-    """The paths of class pictures, of which those that are not there yet have been drawn."""
-    pictures = prior.class_pictures(sdxl, *args)
-    assert list(prior.draw(sdxl, missing := [p for p in pictures if not p[0].exists()])) == [
-        path for path, _ in missing
-    ]
-    return [path for path, _ in pictures]
-
-
-def test_class_pictures_are_the_models_own_by_their_seeds_and_are_not_drawn_twice(tiny, tmp_path):
+def test_class_images_are_the_models_own_and_are_not_generated_twice(tiny, tmp_path):
     sdxl = alchemy.load(tiny, "cpu")
-    first = drawn(sdxl, "a photo of a dog", tmp_path, 2)
-    assert [p.name for p in first] == ["0000.png", "0001.png"] and png.facts_of(first[1])[
-        "seed"
-    ] == prior.FIRST_SEED + 1
+    paths = generate(sdxl, "a photo of a dog", tmp_path, 2)
+    assert [path.name for path in paths] == ["0000.png", "0001.png"]
+    assert png.facts_of(paths[1])["seed"] == prior.FIRST_SEED + 1
     alone = alchemy.text_to_image(sdxl, "a photo of a dog", seed=prior.FIRST_SEED + 1)
-    assert alone.tobytes() == alchemy.images.read(first[1]).tobytes()
-    png.save(
-        alchemy.images.read(first[1]), first[0], png.facts_of(first[0])
-    )  # a picture that is there is used
-    times = [p.stat().st_mtime_ns for p in first]
-    assert len(drawn(sdxl, "a photo of a dog", tmp_path, 3)) == 3
-    assert [p.stat().st_mtime_ns for p in first] == times
-    refused(
-        lambda: drawn(sdxl, "a photo of a cat", tmp_path, 3),
-        "0000.png",
-        "a photo of a dog",
-        "another folder",
-    )
+    assert alone.tobytes() == alchemy.images.read(paths[1]).tobytes()
+    before = times(paths)
+    assert len(generate(sdxl, "a photo of a dog", tmp_path, 3)) == 3 and times(paths) == before
 
 
-def test_class_pictures_of_another_size_or_vae_are_refused_before_any_is_drawn(tiny, tmp_path):
+@pytest.mark.parametrize(
+    "prompt, size, more, words",
+    [
+        ("a photo of a cat", (32, 32), {}, "a photo of a dog"),
+        ("a photo of a dog", (24, 32), {}, "size [32, 32], not [24, 32]"),
+        ("a photo of a dog", (32, 32), {"vae": "other"}, "vae None, not 'other'"),
+    ],
+)
+def test_class_images_of_other_settings_are_refused(tiny, tmp_path, prompt, size, more, words):
     sdxl = alchemy.load(tiny, "cpu")
-    drawn(sdxl, "a photo of a dog", tmp_path, 1, (32, 32))
+    generate(sdxl, "a photo of a dog", tmp_path, 1, (32, 32))
     before = contents(tmp_path)
-    refused(
-        lambda: drawn(sdxl, "a photo of a dog", tmp_path, 2, (24, 32)),
-        "0000.png",
-        "size [32, 32], not [24, 32]",
-        "another folder",
-    )
-    refused(
-        lambda: drawn(sdxl, "a photo of a dog", tmp_path, 2, (32, 32), {"vae": "other"}),
-        "vae None, not 'other'",
-    )
+    refused(lambda: generate(sdxl, prompt, tmp_path, 2, size, more), "0000.png", words)
     assert contents(tmp_path) == before
 
 
-def test_the_class_prompt_is_encoded_once_and_no_text_encoder_is_kept_while_drawing(
-    tiny, tmp_path, monkeypatch
-):
-    sdxl, calls, whole = alchemy.load(tiny, "cpu"), [], prior.pipeline.sample
+def test_the_class_prompt_is_encoded_once_and_the_encoders_freed(tiny, tmp_path, monkeypatch):
+    sdxl, loaded, prompts = alchemy.load(tiny, "cpu"), [], []
+    sample, encode = pipeline.sample, type(sdxl).encode_prompt
 
-    def draw(sdxl, *args, **options):
-        calls.append(set(sdxl.loaded))
-        return whole(sdxl, *args, **options)
+    def sampling(sdxl, *args, **options):
+        loaded.append(set(sdxl.loaded))
+        return sample(sdxl, *args, **options)
 
-    encode = type(sdxl).encode_prompt
-    prompts = []
-    monkeypatch.setattr(
-        type(sdxl),
-        "encode_prompt",
-        lambda self, p, *rest, **more: prompts.extend(p) or encode(self, p, *rest, **more),
-    )
-    monkeypatch.setattr(prior.pipeline, "sample", draw)
-    drawn(sdxl, "a photo of a dog", tmp_path, 3)
-    assert (
-        prompts == ["a photo of a dog", None]
-        and len(calls) == 3
-        and not {"text_encoder", "text_encoder_2"} & set().union(*calls)
-    )
+    def encoding(self, texts, *args, **options):
+        prompts.extend(texts)
+        return encode(self, texts, *args, **options)
+
+    monkeypatch.setattr(type(sdxl), "encode_prompt", encoding)
+    monkeypatch.setattr(pipeline, "sample", sampling)
+    generate(sdxl, "a photo of a dog", tmp_path, 3)
+    assert prompts == ["a photo of a dog", None] and len(loaded) == 3
+    assert not {"text_encoder", "text_encoder_2"} & set().union(*loaded)
 
 
-def test_train_draws_class_pictures_once_and_learns_from_them(taught):
-    run = good(
-        taught("--class-pictures", 2, "--out", "one", "--steps", 3, "--class-folder", "shared")
-    )
-    assert "by 2 pictures of it" in run.err and sorted(contents("shared")) == [
-        "0000.png",
-        "0001.png",
-    ]
-    written = [path.stat().st_mtime_ns for path in sorted(Path("shared").iterdir())]
-    good(taught("--class-pictures", 2, "--out", "two", "--steps", 3, "--class-folder", "shared"))
-    assert [
-        path.stat().st_mtime_ns for path in sorted(Path("shared").iterdir())
-    ] == written  # not drawn again
+def test_train_py_generates_class_images_once_trains_on_them_and_resumes(taught, stopped, tiny):
+    shared = ("--class-images", 2, "--class-folder", "shared", "--steps", 3)
+    run = good(taught(*shared, "--out", "one"))
+    assert "2 class images" in run.err
+    assert sorted(contents("shared")) == ["0000.png", "0001.png"]
+    written = times(sorted(Path("shared").iterdir()))
+    common = ("--class-word", "dog", "--weights", tiny, "--rank", 2, "--preview-every", 0)
+    flags = ("train.py", "photos", *common, *shared, "--out", "two")
+    assert stopped(flags, step=1).status == 143
+    good(call("train.py", "--out", "two", "--resume"))
+    assert times(sorted(Path("shared").iterdir())) == written
     good(taught("--out", "none", "--steps", 3))
     one, two, none = (load_file(f"{name}/lora.safetensors") for name in ("one", "two", "none"))
-    assert all(torch.equal(one[key], two[key]) for key in one) and any(
-        not torch.equal(one[key], none[key]) for key in one
-    )
+    assert same_tensors(one, two) and not same_tensors(one, none)
 
 
-def test_a_run_with_class_pictures_resumes_to_the_same_bits(taught, stopped, tiny):
-    flags = ("--class-pictures", 2, "--class-folder", "shared", "--steps", 4)
-    good(taught(*flags, "--out", "whole"))
-    assert (
-        stopped(
-            (
-                "train.py",
-                "photos",
-                "--class-word",
-                "dog",
-                "--weights",
-                tiny,
-                "--rank",
-                2,
-                "--preview-every",
-                0,
-                *flags,
-                "--out",
-                "half",
-            ),
-            step=1,
-        ).status
-        == 143
-    )
-    good(call("train.py", "--out", "half", "--resume"))
-    one, two = load_file("whole/lora.safetensors"), load_file("half/lora.safetensors")
-    assert all(torch.equal(one[key], two[key]) for key in one)
+def test_class_images_of_another_word_are_refused_before_encoding(taught, monkeypatch):
+    good(taught("--class-images", 1, "--out", "run"))
+
+    def fail(*args):
+        pytest.fail("a photo was encoded")
+
+    monkeypatch.setattr(dataset, "encode_image", fail)
+    more = ("--class-images", 1, "--out", "run", "--overwrite", "--class-word", "cat")
+    run_refused(taught(*more), "run/class/0000.png", "a photo of a dog")
 
 
-def test_class_pictures_of_another_word_are_refused_before_a_photo_is_encoded(taught, monkeypatch):
-    good(taught("--class-pictures", 1, "--out", "run"))
-    monkeypatch.setattr(dataset, "encode", lambda *args: pytest.fail("a photo was encoded"))
-    run_refused(
-        taught("--class-pictures", 1, "--out", "run", "--overwrite", "--class-word", "cat"),
-        "run/class/0000.png",
-        "a photo of a dog",
-    )
-
-
-def test_a_class_folder_that_cannot_be_is_named_by_its_flag_and_no_empty_out_stays(taught):
-    run_refused(
-        taught("--class-pictures", 1, "--class-folder", "/dev/null", "--out", "new/run"),
-        "--class-folder /dev/null",
-    )
+def test_a_class_folder_that_cannot_exist_is_named_by_its_flag(taught):
+    more = ("--class-images", 1, "--class-folder", "/dev/null", "--out", "new/run")
+    run_refused(taught(*more), "--class-folder /dev/null")
     assert not Path("new").exists()
 
 
-def test_an_interrupt_while_class_pictures_are_drawn_says_how_to_go_on(taught, monkeypatch):
-    whole, drawn = prior.pipeline.sample, []
+def test_an_interrupt_during_class_images_says_how_to_continue(taught, monkeypatch):
+    sample, images = pipeline.sample, []
 
-    def sample(*args, **options):
-        if drawn:
+    def interrupted(*args, **options):
+        if images:
             raise KeyboardInterrupt
-        return drawn.append(1) or whole(*args, **options)
+        images.append(sample(*args, **options))
+        return images[0]
 
     with monkeypatch.context() as patch:
-        patch.setattr(prior.pipeline, "sample", sample)
-        run = taught("--class-pictures", 2, "--out", "run")
-    assert (
-        run.status == 130
-        and "the same command goes on" in run.err
-        and sorted(contents("run")) == ["class/0000.png"]
-    )
-    good(taught("--class-pictures", 2, "--out", "run"))
+        patch.setattr(pipeline, "sample", interrupted)
+        run = taught("--class-images", 2, "--out", "run")
+    assert run.status == 130 and "the same command continues" in run.err
+    assert sorted(contents("run")) == ["class/0000.png"]
+    good(taught("--class-images", 2, "--out", "run"))

@@ -5,7 +5,7 @@ import torch
 
 from alchemy import vae as vae_module
 from alchemy.blocks import Downsample
-from alchemy.extras.counting import peak
+from helpers.counting import peak
 from alchemy.vae import VAE, VAEConfig
 
 NAMES = ("vae", "vae_8")

@@ -11,20 +11,33 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
+import train
 from alchemy import dataset, files
-from alchemy.command import training
 from alchemy.extras import distributed
-from alchemy.command.states import save_state
 from alchemy.formats import png
 from alchemy.methods import captions, textual_inversion
-from alchemy.training import denoising_loss, start, train as steps_of
+from alchemy.training import TrainState, denoising_loss
+from alchemy.training import train as steps_of
 from helpers.checkpoints import vocabulary_read_once  # noqa: F401
 from helpers.forking import WAYS, all_good, called, flags, forked, read_once  # noqa: F401
-from helpers.lessons import SIZE, encoded, losses, parameters, small, spoiled, told
+from helpers.training import (
+    SIZE,
+    encoded_photos,
+    encoded_prompts,
+    make_get_loss,
+    parameters,
+    small,
+    spoiled,
+)
 from helpers.running import ROOT, call, contents, good, pixels, quick, same, tiny  # noqa: F401
-from test_resume import step_of
+
+
+def step_of(path):
+    with safe_open(path, "pt") as file:
+        return int(file.metadata()["step"])
 
 
 def apart(one, other, kind=""):
@@ -45,17 +58,17 @@ def apart(one, other, kind=""):
 def test_each_rank_draws_its_part_of_the_batch_that_one_would_draw():
     def parts(drawn):
         return [
-            *(part for part in (drawn.x_0, drawn.eps, drawn.weight, drawn.t, drawn.time_ids)),
+            *(part for part in (drawn.x_0, drawn.eps, drawn.loss_mask, drawn.t, drawn.time_ids)),
             torch.tensor([texts.index(p) for p in drawn.prompts]),
         ]
 
-    sdxl, photos, texts = small(), encoded(5), ["a", "b", "c", None]
+    sdxl, photos, texts = small(), encoded_photos(5), ["a", "b", "c", None]
     photos = [replace(photo, prompt=texts[k % 3]) for k, photo in enumerate(photos)]
     buckets = {SIZE: photos[:3], (24, 40): photos[3:]}
     for draw in (
         lambda count, *place: dataset.make_batcher(sdxl, photos, SIZE, 7, count, 3, *place),
-        lambda count, *place: captions.stream(sdxl, buckets, 7, count, 3, 0.4, *place),
-        lambda count, *place: textual_inversion.stream(
+        lambda count, *place: captions.make_batcher(sdxl, buckets, 7, count, 3, 0.4, *place),
+        lambda count, *place: textual_inversion.vary_prompts(
             dataset.make_batcher(sdxl, photos, SIZE, 7, count, 3, *place), texts[:3], 7, *place
         ),
     ):
@@ -74,11 +87,11 @@ def graded(rank, world):
     """The losses of two parts of 4 samples each, and their gradient, to a file of the rank."""
     sdxl = small()
     draw, learns = (
-        dataset.make_batcher(sdxl, encoded(5), SIZE, 3, 4 // world, 2, rank, world),
+        dataset.make_batcher(sdxl, encoded_photos(5), SIZE, 3, 4 // world, 2, rank, world),
         parameters(sdxl),
     )
     loss_of = distributed.mean_over_ranks(
-        lambda step, part: denoising_loss(sdxl, draw(step, part), told(sdxl)).mean(),
+        lambda step, part: denoising_loss(sdxl, draw(step, part), encoded_prompts(sdxl)).mean(),
         learns.values(),
         2,
     )
@@ -105,10 +118,8 @@ def taught(rank, calls, spoil):
     """Teach one layer in a rank, with predictions of whose some are not finite; its state and gradients are written."""
     distributed.join()
     sdxl = small()
-    state = start(parameters(sdxl), 1e-2)
-    loss_of = losses(
-        spoiled(sdxl, spoil if rank else ()), encoded(4), class_prompt=None, accumulation=2
-    )
+    state = TrainState.create(parameters(sdxl), 1e-2)
+    loss_of = make_get_loss(spoiled(sdxl, spoil if rank else ()), class_prompt=None, accumulation=2)
     seen = [
         total
         for _, total in steps_of(
@@ -119,7 +130,7 @@ def taught(rank, calls, spoil):
             accumulation=2,
         )
     ]
-    save_state(state, f"{rank}.safetensors", {"seen": seen})
+    state.save(f"{rank}.safetensors", {"seen": str(seen)})
 
 
 def test_a_loss_that_is_not_finite_on_one_rank_is_a_step_that_none_takes(tmp_path):
@@ -163,10 +174,18 @@ def test_only_rank_0_writes_and_previews_are_those_that_one_process_draws(tiny, 
     )
     run, other = all_good(called(2, *given, "run", "--inspect", "page", before=watched))
     assert (
-        run.out.count("wrote ") == 2
+        run.out.count("wrote ") == 1
         and not other.out
         and sorted(contents("run"))
-        == ["lora.safetensors", "loss.png", "preview.png", "settings.json"]
+        == [
+            "log.csv",
+            "log.jsonl",
+            "lora.safetensors",
+            "loss.png",
+            "preview.png",
+            "previews/step-000001.safetensors",
+            "settings.json",
+        ]
     )
     good(call(*given, "alone"))
     rows = pixels("run/preview.png").shape[0] // 2  # the curve of the loss stands below
@@ -176,14 +195,14 @@ def test_only_rank_0_writes_and_previews_are_those_that_one_process_draws(tiny, 
 @pytest.fixture
 def unfinished(monkeypatch):
     """The last state of a run stays, with its moments: they are sums of gradients."""
-    monkeypatch.setattr(training, "finish", lambda *_: None)
+    monkeypatch.setattr(train, "finish", lambda *_: None)
 
 
 @pytest.mark.parametrize("way", WAYS)
 def test_two_ranks_are_one_with_twice_the_batch(tiny, way, unfinished):
     all_good(called(0, *flags(tiny, way, "--batch", 2, "--out", "one")))
     run, _ = all_good(called(2, *flags(tiny, way, "--batch", 1, "--out", "two")))
-    assert "2 ranks of --batch 1: 4 samples a step" in run.err
+    assert "2 steps of 4 images, 2 ranks" in run.err
     # Measured: 4e-7 and 1e-5, with the whole of UNet and text encoders; a tenth of it otherwise.
     assert apart("two/state.safetensors", "one/state.safetensors", "losses") < 3e-6
     assert apart("two/state.safetensors", "one/state.safetensors", "exp_avg:") < 5e-5
@@ -219,7 +238,7 @@ def test_other_samples_than_an_unbroken_run_would_have_are_warned_of_and_a_state
     all_good(called(0, *flags(tiny, "prior", "--batch", 2, "--steps", 1, "--out", "run")))
     before = load_file("run/state.safetensors")
     runs = all_good(called(2, "train.py", "--out", "run", "--resume", "--steps", 1))
-    assert "warning: up to there a step had 4 samples, now it has 8" in runs[0].err
+    assert "warning: a step had 4 samples before and has 8 now" in runs[0].err
     assert all(torch.equal(t, before[key]) for key, t in load_file("run/state.safetensors").items())
 
 
@@ -255,5 +274,5 @@ def test_torchrun_starts_the_ranks_and_its_sigterm_leaves_a_state_to_go_on_from(
         time.sleep(0.1)
     run.send_signal(signal.SIGTERM)
     said = run.communicate(timeout=60)[1]
-    at = re.findall(r"stopped after step (\d+); the same command with --resume goes on", said)
+    at = re.findall(r"stopped after step (\d+); the same command with --resume continues", said)
     assert len(at) == 1 and run.returncode and step_of("run/state.safetensors") == int(at[0])

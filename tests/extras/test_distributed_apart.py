@@ -20,7 +20,7 @@ def test_class_pictures_are_the_same_files_whoever_draws_them(tiny):
         "class",
         "--batch",
         1,
-        "--class-pictures",
+        "--class-images",
         5,
         "--class-folder",
         "class",
@@ -36,7 +36,7 @@ def test_class_pictures_are_the_same_files_whoever_draws_them(tiny):
     before = there.stat().st_mtime_ns
     run, _ = all_good(called(2, *given, "--overwrite"))
     assert (
-        "class pictures: 2/2" in run.err
+        "class images: 2/2" in run.err
         and contents("class") == alone
         and there.stat().st_mtime_ns == before
     )
@@ -127,14 +127,14 @@ def test_what_goes_wrong_on_one_rank_is_said_by_it(tiny, monkeypatch):
 
 def test_a_killed_rank_ends_the_others_with_a_line(tiny):
     def killed(rank):
-        whole = dataset.batch
+        whole = dataset.get_sample
 
         def batch(*args):
             if rank and args[5] == 1:
                 os.kill(os.getpid(), signal.SIGKILL)
             return whole(*args)
 
-        dataset.batch = batch
+        dataset.get_sample = batch
 
     one, other = called(2, *flags(tiny, "prior", "--save-every", 1, "--out", "run"), before=killed)
     assert (one.status, other.status) == (2, -9) and "Traceback" not in one.err

@@ -11,7 +11,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from helpers.checkpoints import vocabulary_read_once  # noqa: F401
-from helpers.lessons import model  # noqa: F401
+from helpers.training import model  # noqa: F401
 from helpers.pages import HOSTILE, cut_frames, page_data, random
 from helpers.running import (  # noqa: F401
     SCENE,

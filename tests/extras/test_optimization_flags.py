@@ -113,7 +113,7 @@ def test_on_an_fp8_base_training_goes_on_to_the_bit_and_remembers_the_flag(
     assert (
         len(stored) > 100 and json.loads(contents("whole/run")["settings.json"])["fp8_base"] is True
     )
-    whole, draw = contents("whole/run")["lora.safetensors"], dataset.batch
+    whole, draw = contents("whole/run")["lora.safetensors"], dataset.get_sample
 
     def interrupted(*args):
         if args[5] == 1:

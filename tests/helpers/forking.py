@@ -13,7 +13,7 @@ import alchemy
 from alchemy import cli
 from helpers.checkpoints import vocabulary_read_once  # noqa: F401
 from helpers.running import MAIN, Run, photos, pixels, tiny  # noqa: F401
-from test_captions import left_half, written
+from helpers.training import captioned, left_half
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -78,7 +78,7 @@ WAYS = {
         *SUBJECT,
         "--rank",
         2,
-        "--class-pictures",
+        "--class-images",
         3,
         "--prior-weight",
         0.5,
@@ -95,7 +95,7 @@ WAYS = {
 def flags(tiny, way, *more):
     folder = Path("photos")
     if not folder.exists():
-        photos(folder) if way != "captions" else written(folder)
+        photos(folder) if way != "captions" else captioned(folder)
         Path("masks").mkdir()
         for path in folder.glob("*.png"):
             left_half(*pixels(path).shape[:2]).save(Path("masks") / path.name)

@@ -38,10 +38,9 @@ class Run:
 
     @property
     def wrote(self):
-        """The files that the last line names."""
-        first, *paths = self.out.splitlines()[-1].split()
-        assert first == "wrote"
-        return [Path(p) for p in paths]
+        """The files that the last line of "wrote" names."""
+        lines = [line for line in self.out.splitlines() if line.startswith("wrote ")]
+        return [Path(path) for path in lines[-1].split()[1:]]
 
 
 def call(script, *argv):

@@ -1,1 +1,0 @@
-"""What the three scripts do once their flags are read."""

@@ -1,0 +1,188 @@
+"""From the flags of train.py to a TrainingTask: what the batches, the prior and the prompts are."""
+
+from argparse import Namespace
+from collections.abc import Sequence
+from pathlib import Path
+
+from .. import cli, dataset, images
+from ..dataset import Batch, TrainingImage
+from ..extras import distributed
+from ..sdxl import SDXL
+from ..training import TrainingTask
+from . import captions, masks, prior, textual_inversion
+
+UNRELATED_PROMPT = "a photo of a car"  # of the previews: what training should not change
+Example = tuple[Path, str]  # an image and its prompt
+
+
+def encode_every_step(args: Namespace) -> bool:
+    """Whether prompts cannot be encoded in advance, because what encodes them is trained."""
+    return args.text_encoders or args.method == "textual-inversion"
+
+
+def list_examples(args: Namespace) -> list[Example]:
+    """(path, prompt) of each image; logs skipped files."""
+    if args.captions:
+        examples = captions.read(args.photos)
+        missing = captions.unlisted(args.photos, examples)
+        if missing:
+            names = ", ".join(missing[:3])
+            cli.log(f"skipped {cli.count_of(len(missing), 'image')} without a caption ({names})")
+        return examples
+    photos, skipped = captions.find_photos(args.photos)
+    for name in skipped:
+        cli.log(f"skipped {name}: not a JPEG, PNG or WebP image")
+    if args.method == "textual-inversion":
+        prompt = textual_inversion.build_prompts(args.token, args.style)[0]
+    else:
+        prompt = args.caption.replace("{}", f"{args.token} {args.class_word}")
+    return [(path, prompt) for path in photos]
+
+
+def prepare(args: Namespace, sdxl: SDXL, examples: list[Example], out: Path) -> TrainingTask:
+    """Encode images and prompts. --check encodes the first image only."""
+    if args.captions:
+        return prepare_captions(args, sdxl, examples)
+    if args.method == "textual-inversion":
+        return prepare_inversion(args, sdxl, examples)
+    return prepare_subject(args, sdxl, examples, out)
+
+
+def prepare_captions(args: Namespace, sdxl: SDXL, examples: list[Example]) -> TrainingTask:
+    """Images with captions, in buckets of their shapes."""
+    area, cell = args.size[0] * args.size[1], 8 * sdxl.vae_scale_factor
+    used = examples[:1] if args.check else examples
+    sizes = [captions.bucket(images.read(path).size[::-1], area, cell) for path, _ in used]
+    buckets = {}
+    for size, photo in zip(sizes, encode_photos(args, sdxl, used, sizes)):
+        buckets.setdefault(size, []).append(photo)
+    texts = list(dict.fromkeys(caption for _, caption in used))
+    shown = args.preview_prompt or texts[:3]
+    shapes = ", ".join(f"{len(buckets[h, w])} of {w}x{h}" for h, w in sorted(buckets))
+    count = cli.count_of(len(examples), "image")
+    cli.log(f"{count} with {cli.count_of(len(texts), 'caption')}: {shapes}")
+    get_batch = captions.make_batcher(
+        sdxl,
+        buckets,
+        args.seed,
+        args.batch,
+        args.accumulation,
+        args.caption_dropout,
+        distributed.rank(),
+        distributed.world(),
+    )
+    return TrainingTask(get_batch, no_prior, encode_prompts(args, sdxl, [*texts, *shown]), shown)
+
+
+def prepare_inversion(args: Namespace, sdxl: SDXL, examples: list[Example]) -> TrainingTask:
+    """Photos of an object or a style, for the embedding of a new token."""
+    init_word = args.init_word or args.class_word
+    templates = textual_inversion.build_prompts(args.token, args.style)
+    textual_inversion.start(sdxl, args.token, init_word, args.vectors, templates)
+    photos = encode_photos(args, sdxl, examples)
+    count, vectors = cli.count_of(len(examples), "photo"), cli.count_of(args.vectors, "vector")
+    cli.log(f"{count}, {args.token!r} starts from {init_word!r}, {vectors} per text encoder")
+    shown = args.preview_prompt or [
+        templates[0],
+        templates[0].replace(args.token, init_word),
+        UNRELATED_PROMPT,
+    ]
+    ranks = distributed.rank(), distributed.world()
+    get_batch = make_batcher(args, sdxl, photos, args.seed)
+    get_batch = textual_inversion.vary_prompts(get_batch, templates, args.seed, *ranks)
+    return TrainingTask(get_batch, no_prior, encode_prompts(args, sdxl, []), shown)
+
+
+def prepare_subject(
+    args: Namespace, sdxl: SDXL, examples: list[Example], out: Path
+) -> TrainingTask:
+    """Photos of one subject, with prior preservation of its class."""
+    subject, class_prompt = examples[0][1], args.caption.replace("{}", args.class_word)
+    jobs = class_image_jobs(args, sdxl, class_prompt, out)  # refuses others in the folder
+    photos = encode_photos(args, sdxl, examples)
+    shown = args.preview_prompt or [subject, class_prompt, UNRELATED_PROMPT]
+    prompts = encode_prompts(args, sdxl, [subject, class_prompt, *shown])
+    get_batch = make_batcher(args, sdxl, photos, args.seed)
+    count = cli.count_of(len(examples), "photo")
+    cli.log(f"{count}, {subject!r}; prior weight {args.prior_weight:g} on {class_prompt!r}")
+    if not args.prior_weight:
+        return TrainingTask(get_batch, no_prior, prompts, shown)
+    if not args.class_images:
+
+        def get_teacher_batch(batch, step, micro_step):
+            return prior.teacher_batch(sdxl, batch, prompts, class_prompt)
+
+        return TrainingTask(get_batch, get_teacher_batch, prompts, shown)
+    cli.log(f"{cli.count_of(args.class_images, 'class image')} for the prior")
+    class_photos = photos if args.check else encode_class_images(args, sdxl, class_prompt, jobs)
+    # The class images have noise and timesteps of their own.
+    get_class_batch = make_batcher(args, sdxl, class_photos, args.seed + prior.FIRST_SEED)
+
+    def get_prior(batch, step, micro_step):
+        return get_class_batch(step, micro_step)
+
+    return TrainingTask(get_batch, get_prior, prompts, shown)
+
+
+def no_prior(batch: Batch, step: int, micro_step: int) -> None:
+    return None
+
+
+def make_batcher(args: Namespace, sdxl: SDXL, photos: list[TrainingImage], seed: int):
+    ranks = distributed.rank(), distributed.world()
+    return dataset.make_batcher(
+        sdxl, photos, args.size, seed, args.batch, args.accumulation, *ranks
+    )
+
+
+def encode_photos(
+    args: Namespace, sdxl: SDXL, examples: list[Example], sizes: Sequence | None = None
+) -> list[TrainingImage]:
+    """The photos with their masks; each file is encoded once, however often it is listed."""
+    used = examples[:1] if args.check else examples
+    encoded, photos = {}, []
+    sizes = sizes or [args.size] * len(used)
+    for (path, prompt), size in cli.progress(zip(used, sizes), len(used), "encoding"):
+        if (path, prompt) not in encoded:
+            mask = None
+            if args.mask:
+                mask = masks.mask_of(args.mask, path, sdxl, args.class_word or args.init_word)
+            photo = dataset.encode_image(sdxl, path, size, prompt, args.mirror, mask)
+            encoded[path, prompt] = photo
+        photos.append(encoded[path, prompt])
+    return photos
+
+
+def encode_prompts(args: Namespace, sdxl: SDXL, prompts: list[str]):
+    if encode_every_step(args):
+        return dataset.EncodeEveryStep(sdxl, args.size)
+    return dataset.encode_prompts(sdxl, list(dict.fromkeys(prompts)), args.size)
+
+
+def class_image_jobs(args: Namespace, sdxl: SDXL, prompt: str, out: Path) -> list[prior.Job]:
+    """The class images in their folder; those that exist are checked before anything is encoded."""
+    if not args.class_images or args.check:
+        return []
+    folder = Path(args.class_folder or out / "class")
+    if not distributed.rank():
+        folder.mkdir(parents=True, exist_ok=True)
+    names = ("vae", "model_config", "revision", "dtype", "fp8_base")
+    metadata = {name: getattr(args, name) for name in names}
+    return prior.class_image_jobs(sdxl, prompt, folder, args.class_images, args.size, metadata)
+
+
+def encode_class_images(
+    args: Namespace, sdxl: SDXL, prompt: str, jobs: list[prior.Job]
+) -> list[TrainingImage]:
+    """Generate the class images that do not exist yet, each rank a share, and encode all."""
+    missing = [job for job in jobs if not job[0].exists()][distributed.rank_slice()]
+    distributed.barrier()  # all have seen which are missing, and the folder exists
+    try:
+        generated = prior.generate_class_images(sdxl, missing)
+        for _ in cli.progress(generated, len(missing), "class images"):
+            pass
+    except KeyboardInterrupt:  # there is no state yet that --resume could continue from
+        cli.log("the class images so far are kept; the same command continues with them")
+        raise
+    distributed.barrier()
+    return [dataset.encode_image(sdxl, path, args.size, prompt) for path, _ in jobs]

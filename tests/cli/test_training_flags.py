@@ -1,0 +1,158 @@
+"""The flags of train.py: which apply together, and what a run may read, replace and resume."""
+
+import json
+
+import pytest
+
+import train
+from alchemy.methods import flags
+from helpers.checkpoints import refused
+from helpers.running import call, good, photos, quick, tiny  # noqa: F401
+
+SUBJECT = ("a", "--class-word", "dog")
+CAPTIONS = ("a", "--captions")
+WORD = ("a", "--init-word", "dog", "--method", "textual-inversion")
+FULL = (*SUBJECT, "--method", "full", "--prior-weight", "0")
+PRIOR = ("--class-images 3", "--class-folder b", "--prior-weight 0", "--caption x{}")
+# (base, flags, what the message names)
+REFUSED = [
+    *((SUBJECT, text, "--method textual-inversion") for text in ("--vectors 3", "--style")),
+    (SUBJECT, "--init-word cat", "--method textual-inversion"),
+    *((FULL, text, "--method lora") for text in ("--rank 4", "--alpha 2", "--format diffusers")),
+    *((WORD, text, "--method lora") for text in ("--rank 4", "--init-lora x", "--captions")),
+    *((WORD, text, "without --captions") for text in PRIOR),
+    *((CAPTIONS, text, "without --captions") for text in (*PRIOR, "--class-word a", "--token a")),
+    (SUBJECT, "--caption-dropout 0.2", "--captions"),
+    (WORD, "--caption-dropout 0", "--captions"),
+    (SUBJECT, "--text-encoders", "--method full"),
+    (SUBJECT, "--class-folder b", "--class-images"),
+    (SUBJECT, "--class-images 3 --prior-weight 0", "--prior-weight 0"),
+    (SUBJECT, "--method full --class-images 0", "--prior-weight 0"),
+    (FULL, "--fp8-base", "--method full"),
+    (WORD, "--format peft", "diffusers"),
+    (CAPTIONS, "--mask segment", "--captions"),
+]
+
+
+@pytest.mark.parametrize("base, text, word", REFUSED)
+def test_a_flag_that_does_not_apply_is_refused_by_name(base, text, word):
+    refused(lambda: train.read_args([*base, *text.split()]), text.split()[0], word)
+
+
+@pytest.mark.parametrize(
+    "argv, words",
+    [
+        ([*WORD, "--token", ""], ["--token is empty"]),
+        ([*SUBJECT, "--token", " "], ["--token is empty"]),
+        ([*WORD, "--init-word", " "], ["--init-word is empty"]),
+        ([*WORD, "--token", "my dog"], ["--token 'my dog'", "white space"]),
+        ([*SUBJECT, "--caption", "a photo"], ["--caption 'a photo'", "{}"]),
+        (["a"], ["--class-word is missing"]),
+        (["--captions"], ["--captions needs the folder"]),
+    ],
+)
+def test_a_flag_without_its_value_is_refused(argv, words):
+    refused(lambda: train.read_args(argv), *words)
+
+
+@pytest.mark.parametrize(
+    "base, text",
+    [
+        ((), ""),
+        (SUBJECT, "--rank 4 --alpha 2 --format peft --class-images 3 --mask segment"),
+        (SUBJECT, "--method full --text-encoders"),
+        (FULL, ""),
+        (CAPTIONS, "--caption-dropout 0.2 --rank 4 --mask alpha"),
+        (CAPTIONS, "--method full --text-encoders"),
+        (WORD, "--vectors 3 --style --token <b> --format diffusers --mask segment"),
+    ],
+)
+def test_flags_that_apply_together_are_accepted(base, text, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    args = train.read_args([*base, *text.split()])
+    assert args.method in flags.METHODS and args.out.startswith("out/")
+
+
+def test_every_flag_of_the_table_exists():
+    known = vars(train.parser().parse_args([]))
+    assert flags.APPLIES_TO.keys() <= known.keys()
+    methods = {method for several in flags.APPLIES_TO.values() for method in several}
+    assert methods == flags.METHODS.keys()
+
+
+@pytest.mark.parametrize(
+    "flag, given",
+    [
+        ("--weights", "run/checkpoint"),
+        ("--vae", "run/checkpoint/vae"),
+        ("--model-config", "run/../run/checkpoint"),
+        ("--class-folder", "run/checkpoint/class"),
+    ],
+)
+def test_a_run_that_would_remove_its_own_input_is_refused(tmp_path, monkeypatch, flag, given):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "run/checkpoint").mkdir(parents=True)
+    images = ("--method", "full", "--class-images", "2", flag, given)
+    base = [*SUBJECT, *images, "--overwrite", "--out"]
+    refused(lambda: train.read_args([*base, "run"]), f"{flag} {given}", "--out run")
+    assert train.read_args([*base, "other"]).overwrite
+    assert train.read_args([*base, "run", "--check"]).check
+
+
+def test_the_checkpoint_of_an_earlier_run_is_not_removed_by_its_reader(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "run/checkpoint").mkdir(parents=True)
+    (tmp_path / "run/settings.json").write_text('{"method": "full"}')
+    argv = [*SUBJECT, "--weights", "run/checkpoint", "--overwrite", "--out", "run"]
+    refused(lambda: train.read_args(argv), "--weights run/checkpoint", "--out run")
+
+
+@pytest.mark.parametrize(
+    "name, value",
+    [
+        ("mask", 5),
+        ("rank", "4"),
+        ("batch", 0),
+        ("caption", None),
+        ("mirror", "yes"),
+        ("method", "other"),
+        ("size", ["a", 2]),
+        ("preview_prompt", "one"),
+        ("prior_weight", 2**70),
+    ],
+)
+def test_a_setting_that_cannot_be_is_refused_by_its_name(tmp_path, name, value):
+    settings = {"photos": "a", "class_word": "dog", "size": [64, 32], "learning_rate": 3e-5}
+    (tmp_path / "settings.json").write_text(json.dumps(settings | {name: value}))
+    resume = ["--resume", "--out", str(tmp_path)]
+    refused(lambda: train.read_args(resume), "settings.json", name)
+
+
+def test_resuming_with_another_method_is_refused(tmp_path):
+    settings = {"photos": "a", "class_word": "dog", "method": "lora", "rank": 4}
+    (tmp_path / "settings.json").write_text(json.dumps(settings))
+    argv = ["--resume", "--method", "full", "--out", str(tmp_path)]
+    refused(lambda: train.read_args(argv), "--method full", "lora")
+
+
+@pytest.mark.parametrize(
+    "more", [("--method", "textual-inversion"), ("--method", "full", "--prior-weight", 0), ()]
+)
+def test_a_resumed_run_without_a_state_starts_again_with_its_settings(tiny, tmp_path, more):
+    photos(tmp_path / "photos")
+    base = ("--class-word", "dog", "--weights", tiny, "--steps", 1, "--preview-every", 0)
+    good(call("train.py", "photos", *base, *more, "--out", "run"))
+    for file in (tmp_path / "run").glob("*.safetensors"):
+        file.unlink()
+    if "full" in more:
+        (tmp_path / "run/checkpoint").rename(tmp_path / "moved")
+    good(call("train.py", "--out", "run", "--resume"))
+
+
+def test_equal_settings_from_config_repeat_a_run(tiny, tmp_path):
+    photos(tmp_path / "photos")
+    base = ("--class-word", "dog", "--weights", tiny, "--steps", 1, "--preview-every", 0)
+    good(call("train.py", "photos", *base, "--out", "run/a"))
+    good(call("train.py", "--config", "run/a/settings.json", "--out", "again/a"))
+    files = [tmp_path / f"{name}/a/lora.safetensors" for name in ("run", "again")]
+    assert files[0].read_bytes() == files[1].read_bytes()
