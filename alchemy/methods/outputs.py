@@ -95,7 +95,6 @@ def remove_unfinished(out: Path) -> None:
     """Remove what a killed run left half-written."""
     for folder in (out, out / "previews", out / "class"):
         remove_leftovers(folder)
-    shutil.rmtree(out / ".checkpoint.new", ignore_errors=True)
 
 
 def metadata_of(args: Namespace, prompt: str) -> dict:

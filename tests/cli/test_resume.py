@@ -5,12 +5,12 @@ import signal
 
 import pytest
 import torch
-from safetensors import safe_open
-
-from alchemy import dataset, files
 from helpers.checkpoints import vocabulary_read_once  # noqa: F401
 from helpers.running import call, contents, good, photos, process, quick, refused, tiny  # noqa: F401
 from helpers.training import stopped  # noqa: F401
+from safetensors import safe_open
+
+from alchemy import dataset, files
 
 STEPS, SAVE = 6, 2
 # Everything that a resumed run has to remember differs from its default.

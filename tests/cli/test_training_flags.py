@@ -3,11 +3,11 @@
 import json
 
 import pytest
+from helpers.checkpoints import refused
+from helpers.running import call, good, photos, quick, tiny  # noqa: F401
 
 import train
 from alchemy.methods import flags
-from helpers.checkpoints import refused
-from helpers.running import call, good, photos, quick, tiny  # noqa: F401
 
 SUBJECT = ("a", "--class-word", "dog")
 CAPTIONS = ("a", "--captions")

@@ -7,13 +7,13 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from helpers.running import picture
+from helpers.training import left_half
 from PIL import Image, ImageOps
 
 from alchemy import dataset, images
 from alchemy.methods import captions
 from alchemy.schedule import Schedule
-from helpers.running import picture
-from helpers.training import left_half
 
 FACTOR, T = 4, 1000
 

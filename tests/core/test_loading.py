@@ -10,9 +10,6 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-
-import alchemy
-from alchemy.formats import checkpoint
 from helpers import checkpoints as synthetic
 from helpers.checkpoints import (
     CONFIGS,
@@ -27,6 +24,9 @@ from helpers.checkpoints import (
     write_single,
     write_weights,
 )
+
+import alchemy
+from alchemy.formats import checkpoint
 
 
 @pytest.fixture(scope="module")

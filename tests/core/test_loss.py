@@ -5,15 +5,15 @@ from dataclasses import replace
 
 import pytest
 import torch
+from helpers.checkpoints import vocabulary_read_once  # noqa: F401
+from helpers.running import tiny  # noqa: F401
+from helpers.training import PROMPTS, encoded_prompts, make_batch, model, parameters  # noqa: F401
 
 import alchemy
 from alchemy import lora
 from alchemy.methods.prior import teacher_batch
 from alchemy.schedule import Schedule
 from alchemy.training import denoising_loss, loss, min_snr
-from helpers.checkpoints import vocabulary_read_once  # noqa: F401
-from helpers.running import tiny  # noqa: F401
-from helpers.training import PROMPTS, encoded_prompts, make_batch, model, parameters  # noqa: F401
 
 
 def errors_by_hand(sdxl, batch, gamma, base=None):

@@ -3,16 +3,16 @@
 from pathlib import Path
 
 import pytest
+from helpers.checkpoints import refused, vocabulary_read_once  # noqa: F401
+from helpers.running import call, contents, good, quick, taught, tiny  # noqa: F401
+from helpers.running import refused as run_refused
+from helpers.training import same_tensors, stopped  # noqa: F401
 from safetensors.torch import load_file
 
 import alchemy
 from alchemy import dataset, pipeline
 from alchemy.formats import png
 from alchemy.methods import prior
-from helpers.checkpoints import refused, vocabulary_read_once  # noqa: F401
-from helpers.running import call, contents, good, quick, taught, tiny  # noqa: F401
-from helpers.running import refused as run_refused
-from helpers.training import same_tensors, stopped  # noqa: F401
 
 
 def generate(sdxl, *args):

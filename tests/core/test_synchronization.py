@@ -4,15 +4,15 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from helpers.checkpoints import vocabulary_read_once  # noqa: F401
+from helpers.running import tiny  # noqa: F401
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import alchemy
 from alchemy import sampling
 from alchemy.extras import optimizations
-from alchemy.segmentation import AttentionMaps
 from alchemy.sdxl import Conditioning
-from helpers.checkpoints import vocabulary_read_once  # noqa: F401
-from helpers.running import tiny  # noqa: F401
+from alchemy.segmentation import AttentionMaps
 
 cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA here")
 READS = ("_local_scalar_dense", "equal", "nonzero", "is_nonzero", "item")

@@ -5,12 +5,6 @@ import math
 
 import pytest
 import torch
-from safetensors import safe_open
-
-import alchemy
-from alchemy import dataset, lora, training
-from alchemy.formats.tensors import open_safetensors
-from alchemy.training import MAX_BAD_STEPS, TrainState, learning_rate_factor, train
 from helpers.checkpoints import vocabulary_read_once  # noqa: F401
 from helpers.running import call, contents, good, photos, quick, refused, tiny  # noqa: F401
 from helpers.training import (  # noqa: F401
@@ -22,6 +16,12 @@ from helpers.training import (  # noqa: F401
     small,
     spoiled,
 )
+from safetensors import safe_open
+
+import alchemy
+from alchemy import dataset, lora, training
+from alchemy.formats.tensors import open_safetensors
+from alchemy.training import MAX_BAD_STEPS, TrainState, learning_rate_factor, train
 
 
 def gradients(sdxl, **options):

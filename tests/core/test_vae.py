@@ -2,10 +2,10 @@
 
 import pytest
 import torch
+from helpers.counting import peak
 
 from alchemy import vae as vae_module
 from alchemy.blocks import Downsample
-from helpers.counting import peak
 from alchemy.vae import VAE, VAEConfig
 
 NAMES = ("vae", "vae_8")

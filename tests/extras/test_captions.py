@@ -5,6 +5,11 @@ import math
 import numpy as np
 import pytest
 import torch
+from helpers.checkpoints import refused, vocabulary_read_once  # noqa: F401
+from helpers.planted import Planted
+from helpers.running import call, contents, good, photos, picture, quick, tiny  # noqa: F401
+from helpers.running import refused as run_refused
+from helpers.training import captioned, left_half, same_tensors, stopped  # noqa: F401
 from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file
@@ -14,11 +19,6 @@ from alchemy import dataset
 from alchemy.methods import captions, masks
 from alchemy.sdxl import Conditioning
 from alchemy.training import gather_conditioning
-from helpers.checkpoints import refused, vocabulary_read_once  # noqa: F401
-from helpers.planted import Planted
-from helpers.running import call, contents, good, photos, picture, quick, tiny  # noqa: F401
-from helpers.running import refused as run_refused
-from helpers.training import captioned, left_half, same_tensors, stopped  # noqa: F401
 
 
 @pytest.mark.parametrize("table", [True, False])

@@ -11,6 +11,18 @@ from pathlib import Path
 
 import pytest
 import torch
+from helpers.checkpoints import vocabulary_read_once  # noqa: F401
+from helpers.forking import WAYS, all_good, called, flags, forked, read_once  # noqa: F401
+from helpers.running import ROOT, call, contents, good, pixels, quick, same, tiny  # noqa: F401
+from helpers.training import (
+    SIZE,
+    encoded_photos,
+    encoded_prompts,
+    make_get_loss,
+    parameters,
+    small,
+    spoiled,
+)
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
@@ -21,18 +33,6 @@ from alchemy.formats import png
 from alchemy.methods import captions, textual_inversion
 from alchemy.training import TrainState, denoising_loss
 from alchemy.training import train as steps_of
-from helpers.checkpoints import vocabulary_read_once  # noqa: F401
-from helpers.forking import WAYS, all_good, called, flags, forked, read_once  # noqa: F401
-from helpers.training import (
-    SIZE,
-    encoded_photos,
-    encoded_prompts,
-    make_get_loss,
-    parameters,
-    small,
-    spoiled,
-)
-from helpers.running import ROOT, call, contents, good, pixels, quick, same, tiny  # noqa: F401
 
 
 def step_of(path):

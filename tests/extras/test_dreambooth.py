@@ -6,6 +6,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from helpers.checkpoints import vocabulary_read_once  # noqa: F401
+from helpers.running import call, contents, good, photos, quick, refused, taught, tiny  # noqa: F401
+from helpers.training import PROMPTS, SIZE, draw, make_batch, same_tensors, stopped  # noqa: F401
 from safetensors.torch import load_file
 
 import alchemy
@@ -13,9 +16,6 @@ from alchemy import dataset, pipeline, training
 from alchemy.dataset import EncodeEveryStep
 from alchemy.methods import dreambooth
 from alchemy.training import TrainState, denoising_loss
-from helpers.checkpoints import vocabulary_read_once  # noqa: F401
-from helpers.running import call, contents, good, photos, quick, refused, taught, tiny  # noqa: F401
-from helpers.training import PROMPTS, SIZE, draw, make_batch, same_tensors, stopped  # noqa: F401
 
 FULL = ("--method", "full", "--class-images", 2, "--class-folder", "class", "--steps", 3)
 BARE = ("--method", "full", "--prior-weight", 0)

@@ -4,6 +4,8 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from helpers.counting import AsOnCuda, Count, back
+from helpers.counting import peak as counted_peak
 
 from alchemy import cli
 from alchemy.dataset import Batch
@@ -14,8 +16,6 @@ from alchemy.lora import add_lora
 from alchemy.schedule import Schedule
 from alchemy.sdxl import Conditioning
 from alchemy.training import denoising_loss
-from helpers.counting import AsOnCuda, Count, back
-from helpers.counting import peak as counted_peak
 
 LORA = Run((1024, 1024), torch.bfloat16, 2, "lora", 16)
 

@@ -4,6 +4,10 @@ from dataclasses import replace
 
 import pytest
 import torch
+from helpers.checkpoints import refused
+from helpers.running import call, contents, good, lora_file, photos, quick, tiny  # noqa: F401
+from helpers.running import refused as run_refused
+from helpers.training import make_batch, same_tensors, stopped  # noqa: F401
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
@@ -13,10 +17,6 @@ from alchemy.formats.embeddings import DIFFUSERS_FILES, load_embedding, save_emb
 from alchemy.methods import textual_inversion as ti
 from alchemy.methods.outputs import embedding_name
 from alchemy.training import denoising_loss
-from helpers.checkpoints import refused
-from helpers.running import call, contents, good, lora_file, photos, quick, tiny  # noqa: F401
-from helpers.running import refused as run_refused
-from helpers.training import make_batch, same_tensors, stopped  # noqa: F401
 
 TOKEN, EOS = "<my-dog>", 49407
 METHOD = ("--method", "textual-inversion", "--token", TOKEN, "--preview-every", 0)
