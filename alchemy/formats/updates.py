@@ -70,8 +70,6 @@ class FullAdapter(lora.Adapter):
             change = F.linear(x, update)
         return y + self.scale * change
 
-    add_to = apply_to
-
 
 def build_adapter(
     layer: str,
