@@ -108,7 +108,7 @@ def read(file: Path, default: str | None = None) -> Any:
         else:
             text = file.read_text(encoding="utf-8")
         return json.loads(text) if file.suffix == ".json" else text
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:  # the last: JSON nested too deeply
         reason = getattr(error, "strerror", None) or error
         raise ValueError(f"{file}: cannot be read ({reason})") from None
 

@@ -22,7 +22,7 @@ from ..tokenizer import Tokenizer
 from ..unet import UNet, UNetConfig
 from ..vae import VAE, VAEConfig
 from . import layout
-from .configs import check_config, check_widths
+from .configs import check_config, check_sizes
 from .family import check_family, check_folder
 from .hub import config_of, find, weight_files
 from .tensors import first_names, names_in
@@ -134,7 +134,7 @@ def load(
     configs = {}
     for name, kind in CONFIGS.items():
         configs[name] = kind.from_config(checked[f"{name}/config.json"] or BASE[name])
-    check_widths(source, configs)
+    check_sizes(source, configs)
 
     # The files of each network. A single file has no vocabulary: it is the same in all of SDXL.
     files = {}

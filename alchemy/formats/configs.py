@@ -4,6 +4,7 @@ One table per file gives the range of each number that is read; what is not list
 range of two integers accepts integers, one of two floats any finite number.
 """
 
+from collections.abc import Iterator
 from pathlib import Path
 
 from .text import shorten
@@ -88,26 +89,6 @@ def check_value(value: object, low: float, high: float) -> str | None:
     return None if low <= value <= high else f"must be from {low} to {high}"
 
 
-def check_lists(config: dict, refuse) -> None:
-    """Check lists with one value per level, and that heads and groups divide the channels."""
-    channels = config.get("block_out_channels")
-    if channels is None:
-        return
-    if not isinstance(channels, list) or not 1 <= len(channels) <= LEVELS:
-        raise refuse("block_out_channels", f"must be a list of 1 to {LEVELS} numbers")
-    groups = config.get("norm_num_groups", 32)
-    if any(count % groups for count in channels):
-        raise refuse("block_out_channels", f"must be multiples of norm_num_groups, {groups}")
-    for name in (*PER_LEVEL[1:], *BLOCK_TYPES):
-        values = config.get(name)
-        if isinstance(values, list) and len(values) != len(channels):
-            raise refuse(name, f"must have {len(channels)} values, as block_out_channels has")
-    heads = config.get("attention_head_dim", 1)
-    heads = heads if isinstance(heads, list) else [heads] * len(channels)
-    if any(count % head for count, head in zip(channels, heads, strict=True)):
-        raise refuse("attention_head_dim", "must divide block_out_channels")
-
-
 def check_config(path: Path, file: str, config: dict) -> dict:
     """The config of `file`, a key of RANGES, without its nulls, which stand for defaults.
 
@@ -128,34 +109,60 @@ def check_config(path: Path, file: str, config: dict) -> dict:
                 raise refuse(name, problem)
     if file.startswith(("text", "vision")):
         heads = config.get("num_attention_heads", 12)
-        if config.get("hidden_size", 0) % heads:
+        if config.get("hidden_size", 768) % heads:
             raise refuse("hidden_size", "must be a multiple of num_attention_heads")
-    if file.startswith(("unet", "vae")):
-        check_lists(config, refuse)
-    if file.startswith("unet"):
-        for name, known in BLOCK_TYPES.items():
-            types = config.get(name, [])
-            if not isinstance(types, list) or any(kind not in known for kind in types):
-                raise refuse(name, f"must be a list of {' and '.join(known)}")
-        if config.get("addition_time_embed_dim", 2) % 2:
-            raise refuse("addition_time_embed_dim", "must be even")
+    for name, known in BLOCK_TYPES.items():
+        types = config.get(name, []) if file.startswith("unet") else []
+        if not isinstance(types, list) or any(kind not in known for kind in types):
+            raise refuse(name, f"must be a list of {' and '.join(known)}")
+    if not isinstance(config.get("block_out_channels", []), list):
+        raise refuse("block_out_channels", "must be a list")
     if config.get("beta_start", 0.0) > config.get("beta_end", 0.012):
         raise refuse("beta_start", "must not be above beta_end")
     return config
 
 
-def check_widths(source: object, configs: dict) -> None:
-    """Raise ValueError if the UNet does not take what the two text encoders give."""
+def check_sizes(source: object, configs: dict) -> None:
+    """Raise ValueError if sizes do not match, within a network or from one to the next.
+
+    configs: {network: its config}, with the defaults of what the files leave out.
+    """
     unet, first, second = (configs[n] for n in ("unet", "text_encoder", "text_encoder_2"))
+    levels = len(unet.block_out_channels)
+    for name in (*PER_LEVEL, *BLOCK_TYPES):
+        if len(getattr(unet, name)) != levels or not 1 <= levels <= LEVELS:
+            raise ValueError(
+                f"{source}: unet/config.json: {name} must have 1 to {LEVELS} values, "
+                "as many as block_out_channels"
+            )
+    if not 1 <= len(configs["vae"].block_out_channels) <= LEVELS:
+        raise ValueError(
+            f"{source}: vae/config.json: block_out_channels must have 1 to {LEVELS} values"
+        )
     width = first.hidden_size + second.hidden_size
+    pooled = second.projection_dim + 6 * unet.addition_time_embed_dim  # and the six time ids
+    for name, value, divisor in divisions(configs):
+        if value % divisor:
+            raise ValueError(f"{source}: {name}, {value}, must be a multiple of {divisor}")
     if unet.cross_attention_dim != width:
         raise ValueError(
             f"{source}: the UNet's cross_attention_dim is {unet.cross_attention_dim}, "
             f"the text encoders give {width}"
         )
-    pooled = second.projection_dim + 6 * unet.addition_time_embed_dim  # and six time ids
     if unet.projection_class_embeddings_input_dim != pooled:
         raise ValueError(
             f"{source}: the UNet's projection_class_embeddings_input_dim does not match: "
             f"text encoder 2 and the time ids give {pooled}"
         )
+
+
+def divisions(configs: dict) -> Iterator[tuple[str, int, int]]:
+    """(name, value, what must divide it) of all sizes."""
+    unet = configs["unet"]
+    for channels, heads in zip(unet.block_out_channels, unet.attention_head_dim, strict=True):
+        yield "block_out_channels (attention_head_dim)", channels, heads
+    for network in ("unet", "vae"):
+        for channels in configs[network].block_out_channels:
+            groups = configs[network].norm_num_groups
+            yield f"{network}/config.json: block_out_channels (norm_num_groups)", channels, groups
+    yield "unet/config.json: addition_time_embed_dim", unet.addition_time_embed_dim, 2

@@ -156,7 +156,9 @@ def test_an_embedding_goes_to_diffusers_two_files_and_back_to_the_bit(tmp_path):
 def test_another_tools_embedding_is_called_by_its_name_and_of_one_vector_has_one_row(tmp_path):
     save_file({"clip_l": torch.ones(8), "clip_g": torch.ones(12)}, tmp_path / "dotty.safetensors")
     convert([str(tmp_path / "dotty.safetensors"), str(tmp_path / "two"), "--to", "diffusers"])
-    assert [tuple(load_file(tmp_path / "two" / name)["dotty"].shape) for name in DIFFUSERS_FILES] == [
+    assert [
+        tuple(load_file(tmp_path / "two" / name)["dotty"].shape) for name in DIFFUSERS_FILES
+    ] == [
         (1, 8),
         (1, 12),
     ]
@@ -287,6 +289,31 @@ def test_a_merged_checkpoint_draws_what_base_and_lora_draw(pairs, tiny, tmp_path
         for key in load_file(tmp_path / "whole/unet/diffusion_pytorch_model.safetensors")
         if "lora" in key
     ]
+
+
+def test_a_merge_into_one_file_is_the_merge_into_a_folder(pairs, tiny, tmp_path):
+    source = str(tmp_path / "a.safetensors")
+    save_file(written(pairs, *SPELLINGS["ComfyUI"]), source)
+    flags = ["--merge", "--weights", str(tiny), "--dtype", "float32"]
+    convert([source, str(tmp_path / "b.safetensors"), *flags])
+    convert([source, str(tmp_path / "b"), *flags])
+    one = alchemy.load(tmp_path / "b.safetensors", "cpu", config=tiny)
+    identical(one, alchemy.load(tmp_path / "b", "cpu"))
+    # A single file needs no configurations to become a single file.
+    flags[2] = str(tmp_path / "b.safetensors")
+    convert(
+        [source, str(tmp_path / "c.safetensors"), *flags, "--config", str(tiny), "--scale", "0"]
+    )
+    again = alchemy.load(tmp_path / "c.safetensors", "cpu", config=tiny)
+    identical(one, again)
+
+
+@pytest.mark.parametrize("to, warned", [("kohya", False), ("diffusers", True), ("peft", True)])
+def test_converting_says_which_tools_ignore_the_file(pairs, tiny, tmp_path, capsys, to, warned):
+    source = str(tmp_path / "a.safetensors")
+    save_file(written(pairs, *SPELLINGS["PEFT"]), source)
+    convert([source, str(tmp_path / "b.safetensors"), "--to", to, "--weights", str(tiny)])
+    assert ("A1111 and kohya's tools ignore" in capsys.readouterr().err) == warned
 
 
 def test_merging_refuses_a_folder_that_is_there_and_a_base_without_configurations(

@@ -134,4 +134,4 @@ def test_the_benchmark_trains_generates_scores_and_resumes(dataset, reference, m
             both = (rows[stage][name] + rows[2 + stage][name]) / 2
             assert rows[4 + stage][name] == pytest.approx(both)
     assert "0.668" in run.out and "Image-Alchemy on SDXL" in run.out
-    refused(call_main(evaluate.main, *argv, "--steps", 2), "drawn with other settings (steps 3")
+    refused(call_main(evaluate.main, *argv, "--steps", 2), "made with other settings (steps 3")

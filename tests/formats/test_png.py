@@ -5,10 +5,10 @@ import json
 import numpy as np
 import pytest
 from helpers.planted import noise_picture
-from PIL import PngImagePlugin
+from PIL import Image, PngImagePlugin
 
 from alchemy import images
-from alchemy.formats.png import facts_of, save
+from alchemy.formats.png import a1111_parameters, facts_of, save
 
 
 def pixels(picture):
@@ -45,3 +45,29 @@ def test_a_picture_without_facts_is_an_error_that_names_it(tmp_path):
     with pytest.raises(ValueError, match="none.png: no such file"):
         facts_of(tmp_path / "none.png")
     assert json.loads(json.dumps(FACTS)) == FACTS
+
+
+def test_the_parameters_chunk_is_as_a1111_writes_it(tmp_path):
+    metadata = {
+        "prompt": "a photo of a sks dog",
+        "negative_prompt": "blurry",
+        "steps": 30,
+        "sampler": "euler_ancestral",
+        "guidance": 5.0,
+        "seed": 7,
+        "size": [768, 1024],
+        "image": "start.png",
+        "strength": 0.6,
+    }
+    text = (
+        "a photo of a sks dog\nNegative prompt: blurry\nSteps: 30, Sampler: Euler a, "
+        "CFG scale: 5.0, Seed: 7, Size: 1024x768, Denoising strength: 0.6, Version: Alchemy"
+    )
+    assert a1111_parameters(metadata) == text
+    save(noise_picture(4, 4), tmp_path / "a.png", metadata)
+    with Image.open(tmp_path / "a.png") as image:
+        assert image.info["parameters"] == text
+    assert facts_of(tmp_path / "a.png") == metadata
+    save(noise_picture(4, 4), tmp_path / "b.png", {"prompt": "a sheet"})
+    with Image.open(tmp_path / "b.png") as image:
+        assert "parameters" not in image.info

@@ -92,7 +92,35 @@ def written(pairs, stem, down, up, alpha=True):
     return {k: t.clone() for k, t in tensors.items()}
 
 
+COMFYUI_PREFIXES = {
+    "unet": "diffusion_model.",
+    "text_encoder": "text_encoders.clip_l.transformer.",
+    "text_encoder_2": "text_encoders.clip_g.transformer.",
+}
+ONETRAINER_PREFIXES = {"unet": "", "text_encoder": "clip_l.", "text_encoder_2": "clip_g."}
+
+
+def prefixed(prefixes):
+    """The names of ComfyUI and OneTrainer: a prefix per network, the UNet's original blocks."""
+
+    def stem(name):
+        network, _, layer = name.partition(".")
+        return prefixes[network] + (ldm(layer) if network == "unet" else layer)
+
+    return stem
+
+
+def lycoris(name):
+    return underscored(name).replace("lora_unet_", "lycoris_")
+
+
+# ComfyUI: comfy/lora.py, model_lora_keys_unet and model_lora_keys_clip. OneTrainer:
+# modules/util/convert/lora. LyCORIS: lycoris/wrapper.py, prefix "lycoris".
 SPELLINGS = {
+    "ComfyUI": (prefixed(COMFYUI_PREFIXES), ".lora_down.weight", ".lora_up.weight"),
+    "ComfyUI, without .weight": (prefixed(COMFYUI_PREFIXES), ".lora_A", ".lora_B"),
+    "OneTrainer": (prefixed(ONETRAINER_PREFIXES), ".lora_down.weight", ".lora_up.weight"),
+    "LyCORIS": (lycoris, ".lora_down.weight", ".lora_up.weight"),
     "kohya, the single file's blocks": (
         lambda n: underscored(n, ldm),
         ".lora_down.weight",
