@@ -1,4 +1,4 @@
-"""The networks with random weights: text encoders, VAE, UNet, LoRA. Inputs and weights float32, outputs float64."""
+"""The networks with random weights: text encoders, VAE, UNet, LoRA. Outputs are float64."""
 
 import tempfile
 from pathlib import Path
@@ -11,16 +11,15 @@ from diffusers.utils import convert_state_dict_to_diffusers
 from peft import LoraConfig
 from peft.utils import get_peft_model_state_dict
 from safetensors.torch import load_file
-from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
-
 from storage import draw, write
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
 transformers.utils.logging.disable_progress_bar()
 BOS, EOS = 49406, 49407
 
 
 def randomize(model, name, gains=None):
-    """Give every parameter a value: matrices N(0, gain^2 / fan_in), biases 0.3 N, norm weights 1 + 0.3 N."""
+    """Matrices become N(0, gain^2 / fan_in), biases 0.3 N, norm weights 1 + 0.3 N."""
     for key, p in model.named_parameters():
         if p.ndim > 1:
             std = (gains or {}).get(key, 1.0) * (p[0].numel() ** -0.5)

@@ -1,7 +1,8 @@
-"""The noise schedule of SDXL: tables and grids of diffusers' schedulers, and one step of each sampler in float64.
+"""The noise schedule of SDXL: diffusers' tables and timesteps, and one step of each sampler.
 
-The steps here are written from the papers, each in its own variables, and share nothing with diffusers:
-they serve as references where diffusers computes in float32 or steps to a t that is not on its grid."""
+The steps are written from the papers, in float64 and each in its own variables. They share nothing
+with diffusers: they are the reference where it computes in float32 or leaves its own timesteps.
+"""
 
 import numpy as np
 import torch
@@ -11,7 +12,6 @@ from diffusers import (
     EulerAncestralDiscreteScheduler,
     EulerDiscreteScheduler,
 )
-
 from storage import write
 
 OFFICIAL = dict(
@@ -49,7 +49,7 @@ def scheduler(sampler, spacing, steps, prediction="epsilon", zero_snr=False):
 
 
 def alpha_bars(zero_snr=False):
-    """ᾱ_t, t = 0 .. 999, in float64; for zero terminal SNR √ᾱ is shifted, scaled (Lin et al. 2023, Alg. 1)."""
+    """ᾱ_t, t = 0 .. 999, float64; zero terminal SNR by Lin et al. 2023, Alg. 1."""
     betas = np.linspace(0.00085**0.5, 0.012**0.5, 1000) ** 2
     roots = np.sqrt(np.cumprod(1 - betas))
     if zero_snr:
@@ -58,7 +58,7 @@ def alpha_bars(zero_snr=False):
 
 
 def alpha_bar_at(table, t):
-    """ᾱ at fractional t: σ = √((1 - ᾱ) / ᾱ) is interpolated linearly, as Euler does in diffusers."""
+    """ᾱ at fractional t: σ = √((1 - ᾱ) / ᾱ) is interpolated linearly, as in diffusers' Euler."""
     if t == int(t):
         return table[int(t)].item()
     sigma = np.interp(t, np.arange(1000), ((1 - table) / table).sqrt().numpy())
@@ -104,7 +104,7 @@ def ddim(eta):
 
 
 def ddpm(x_t, x_0, eps, ab, ab_prev, z):
-    """Ho et al. 2020, eq. 6 and 7: the posterior of x_prev given x_t and x_0, for a step of any length."""
+    """Ho et al. 2020, eq. 6 and 7: the posterior of x_prev given x_t and x_0, for any step."""
     alpha = ab / ab_prev
     mean = ab_prev**0.5 * (1 - alpha) / (1 - ab) * x_0 + alpha**0.5 * (1 - ab_prev) / (1 - ab) * x_t
     return mean + ((1 - ab_prev) / (1 - ab) * (1 - alpha)) ** 0.5 * z

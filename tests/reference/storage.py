@@ -1,4 +1,4 @@
-"""Random numbers that are the same on every machine, and safetensors files that are the same byte for byte."""
+"""Random numbers and safetensors files that are the same on every machine."""
 
 import json
 import zlib
@@ -21,7 +21,7 @@ def draw(name, *shape, std=1.0):
 
 
 def write(path, tensors, facts):
-    """Save tensors with facts (strings, or JSON) and the versions of the libraries in the header."""
+    """Save tensors; the header gets facts (strings or JSON) and versions of the libraries."""
     facts = {
         "seed": SEED,
         **{p: version(p) for p in ("torch", "diffusers", "transformers", "peft")},

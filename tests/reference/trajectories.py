@@ -1,4 +1,4 @@
-"""Whole guided trajectories of the network unet_a: text to image, Img2Img, masked; each by two loops.
+"""Guided trajectories of the network unet_a: text to image, Img2Img, masked; by two loops.
 
 `diffusers_loop`: scheduler.step of diffusers as it is, the network in float32.
 `float64_loop`: the formulas of schedules.py, the network in float64. Both get the same noise."""
@@ -6,10 +6,9 @@
 import contextlib
 from unittest import mock
 
+import schedules
 import torch
 from diffusers.schedulers import scheduling_ddpm, scheduling_euler_ancestral_discrete
-
-import schedules
 from networks import TIME_IDS, unet_a
 from storage import draw, write
 
@@ -40,7 +39,7 @@ def known():
 
 
 def guided(dtype):
-    """The network with classifier-free guidance as a plain function of x_t (variance preserving) and t."""
+    """The guided network as a function of x_t (variance preserving) and t."""
     net = unet_a().to(dtype)
     given = {key: value.to(dtype) for key, value in inputs().items()}
     halves = {
@@ -106,7 +105,7 @@ def diffusers_loop(case, predict, given):
     return torch.stack(states)
 
 
-def timesteps(case):
+def timesteps_and_levels(case):
     """The timesteps of diffusers in float64, and ᾱ before every step and at the end."""
     sampler = case["sampler"].partition("_eta")[0]
     made = schedules.scheduler(
@@ -121,9 +120,9 @@ def timesteps(case):
 
 
 def float64_loop(case, predict, given):
-    """The same as diffusers_loop, without diffusers; the previous ᾱ is always that of the next grid point."""
+    """diffusers_loop without diffusers; the previous ᾱ is always that of the next timestep."""
     given = {key: value.double() for key, value in given.items()}
-    timesteps_, ab = timesteps(case)
+    timesteps, ab = timesteps_and_levels(case)
     step = STEPS[
         "ddim_eta0" if case["exact_zero"] else case["sampler"]
     ]  # σ is infinite at ᾱ = 0; DDIM is the limit
@@ -161,8 +160,8 @@ def case(
     masked=False,
 ):
     t_start = 0 if strength is None else steps - min(int(steps * strength), steps)
-    # diffusers' DDIM steps to t - 1000 // steps; elsewhere than here that is not the next t of its grid.
-    # With eta 1 and zero terminal SNR its first step is nan: 1 - ᾱ_prev - σ² falls below 0 by rounding.
+    # diffusers' DDIM steps to t - 1000 // steps, which elsewhere is not its next timestep. With
+    # eta 1 and zero terminal SNR its first step is nan: 1 - ᾱ_prev - σ² falls below 0 by rounding.
     own = (
         not sampler.startswith("ddim")
         or spacing == "leading"
@@ -193,7 +192,7 @@ def make(path, cases, given):
     tensors = {"inputs/" + key: value for key, value in given.items()}
     single, double = guided(torch.float32), guided(torch.float64)
     for name, c in cases.items():
-        timesteps, levels = timesteps(c)
+        timesteps, levels = timesteps_and_levels(c)
         tensors["timesteps/" + name] = timesteps
         tensors["alpha_bar/" + name] = torch.tensor(levels, dtype=torch.float64)
         tensors["x/" + name] = x = float64_loop(c, double, given)
