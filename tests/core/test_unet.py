@@ -4,8 +4,8 @@ import math
 
 import pytest
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
 from helpers.networks import unet_inputs
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from alchemy.unet import UNet, UNetConfig, timestep_embedding
 

@@ -1,4 +1,4 @@
-"""The files that a tokenizer is read from: vocab.json with merges.txt, or a tokenizer.json alone; and what it says of bad ones."""
+"""The files that a tokenizer is read from, vocab.json or tokenizer.json, and bad ones."""
 
 import json
 import subprocess
@@ -8,10 +8,9 @@ from pathlib import Path
 import pytest
 from safetensors import safe_open
 
-ROOT = Path(__file__).resolve().parents[2]
-sys.path.insert(0, str(ROOT))
-from alchemy.tokenizer import BYTE_TO_SYMBOL, Tokenizer  # noqa: E402
+from alchemy.tokenizer import BYTE_TO_SYMBOL, Tokenizer
 
+ROOT = Path(__file__).resolve().parents[2]
 MINI = ROOT / "weights" / "mini"
 BOS, EOS = 49406, 49407
 NAMES = ("tokenizer", "tokenizer_2")
@@ -31,40 +30,19 @@ def reference():
 
 
 def lone_json(folder, name):
-    """A tokenizer.json with the parts that transformers 5 writes and a tokenizer reads, made from vocab.json and merges.txt."""
+    """A tokenizer.json as transformers 5 writes it, from vocab.json and merges.txt."""
     vocab = json.loads((MINI / name / "vocab.json").read_text("utf-8"))
-    merges = [
-        line.split(" ")
-        for line in (MINI / name / "merges.txt").read_text("utf-8").split("\n")[1:]
-        if line
-    ]
-    flags = {
-        "single_word": False,
-        "lstrip": False,
-        "rstrip": False,
-        "normalized": False,
-        "special": True,
-    }
-    special = (
-        ["<|startoftext|>", "<|endoftext|>"]
-        if name == "tokenizer"
-        else ["!", "<|startoftext|>", "<|endoftext|>"]
-    )
-    whole = {
-        "version": "1.0",
-        "truncation": None,
-        "padding": None,
-        "added_tokens": [{"id": vocab[token], "content": token, **flags} for token in special],
-        "model": {
-            "type": "BPE",
-            "unk_token": "<|endoftext|>",
-            "end_of_word_suffix": "</w>",
-            "vocab": vocab,
-            "merges": merges,
-        },
+    lines = (MINI / name / "merges.txt").read_text("utf-8").split("\n")[1:]
+    special = ["<|startoftext|>", "<|endoftext|>"]
+    if name == "tokenizer_2":
+        special.insert(0, "!")
+    content = {
+        "added_tokens": [{"id": vocab[token], "content": token} for token in special],
+        "model": {"vocab": vocab, "merges": [line.split(" ") for line in lines if line]},
     }
     folder.mkdir(exist_ok=True)
-    (folder / "tokenizer.json").write_text(json.dumps(whole, indent=2, ensure_ascii=False), "utf-8")
+    file = folder / "tokenizer.json"
+    file.write_text(json.dumps(content, ensure_ascii=False), "utf-8")
     return folder
 
 
@@ -79,11 +57,13 @@ def copy(folder, name="tokenizer"):
 def test_tokenizer_json_alone_gives_the_same_ids(tmp_path, both, reference, n):
     alone = Tokenizer.from_folder(lone_json(tmp_path / "alone", NAMES[n]))
     assert alone.pad == both[n].pad
-    assert [p for p, row in zip(reference[0], reference[1][n]) if alone(p) != row] == []
+    assert [
+        p for p, row in zip(reference[0], reference[1][n], strict=True) if alone(p) != row
+    ] == []
 
 
 def test_tokenizer_json_with_placeholders_keeps_its_padding(tmp_path):
-    for name, pad in zip(NAMES, (EOS, 0)):
+    for name, pad in zip(NAMES, (EOS, 0), strict=True):
         file = lone_json(tmp_path / name, name) / "tokenizer.json"
         whole = json.loads(file.read_text("utf-8"))
         whole["added_tokens"].append({"id": 49408, "content": "<my-dog>", "normalized": True})
@@ -95,7 +75,7 @@ def test_tokenizer_json_with_placeholders_keeps_its_padding(tmp_path):
         )
 
 
-def test_what_transformers_saves_and_reads(tmp_path, both, reference):
+def test_folders_saved_by_transformers_give_its_ids(tmp_path, both, reference):
     transformers = pytest.importorskip("transformers")
     for n, name in enumerate(NAMES):
         theirs = transformers.AutoTokenizer.from_pretrained(MINI / name)
@@ -112,7 +92,7 @@ def test_what_transformers_saves_and_reads(tmp_path, both, reference):
         assert ours.decode(ids) == theirs.decode(ids)
 
 
-def test_the_padding_is_named_by_any_of_the_files(tmp_path):
+def test_the_padding_token_is_read_from_any_of_the_files(tmp_path):
     folder = copy(tmp_path / "t", "tokenizer_2")
     (folder / "tokenizer_config.json").unlink()
     assert Tokenizer.from_folder(folder).pad == 0
@@ -171,11 +151,19 @@ def test_every_byte_has_its_own_visible_character():
     assert all(char.isprintable() and char != " " for char in BYTE_TO_SYMBOL.values())
 
 
-def test_importing_the_tokenizer_needs_the_standard_library_only():
-    code = f"import sys; sys.path.insert(0, {str(ROOT / 'alchemy')!r}); import tokenizer; print(*({{'torch', 'numpy', 'regex'}} & {{*sys.modules}}))"
-    assert (
-        subprocess.run(
-            [sys.executable, "-c", code], capture_output=True, text=True, check=True
-        ).stdout.strip()
-        == ""
+def test_importing_the_tokenizer_needs_only_the_standard_library():
+    code = (
+        f"import sys; sys.path.insert(0, {str(ROOT / 'alchemy')!r}); import tokenizer; "
+        "print(*({'torch', 'numpy', 'regex'} & {*sys.modules}))"
     )
+    command = [sys.executable, "-c", code]
+    out = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    assert out.strip() == ""
+
+
+def test_a_merges_file_without_blanks_is_read_in_linear_time(tmp_path):
+    folder = copy(tmp_path / "t")
+    merges = (folder / "merges.txt").read_text("utf-8")
+    # A pattern such as (\\S+) (\\S+) would take minutes on this line.
+    (folder / "merges.txt").write_text("#version: 0.2\n" + "x" * 1_000_000 + "\n" + merges, "utf-8")
+    assert Tokenizer.from_folder(folder)("a dog")[:4] == [BOS, 320, 1929, EOS]
