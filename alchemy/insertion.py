@@ -24,11 +24,15 @@ from .sdxl import SDXL
 from .segmentation import (
     AttentionMaps,
     binarize,
+    grow,
     model_resolution,
     segment,
     to_pixels,
     token_positions,
+    warn_if_weak,
 )
+
+FADE_LATENTS = 2  # how far outside a found mask the generated image fades out
 
 
 class Box(NamedTuple):
@@ -103,8 +107,9 @@ class Insertion:
 
     scene, result: PIL images of one size (H,W), before and after.
     soft: the soft mask (H,W) in [0,1] of the class word, or the mask that was given.
-    mask: (H,W), where something may change: 0 or 1, or the values that were given.
-    feathered: (H,W), the weight of the generated image in the result.
+    mask: (H,W), where stage 2 generates: 0 or 1, or the values that were given.
+    feathered: (H,W), the weight of the generated image in the result. A found mask fades out
+        beyond its edge, a given one within it. Where it is 0, the result is bit-identical.
     box: (top, left, height, width), the part of the scene that stage 2 worked on.
     crop, generated: that part before and after stage 2, at the model's resolution.
     """
@@ -143,6 +148,21 @@ def feather(mask: Tensor, width: int) -> Tensor:
     return torch.minimum((x * peak).to(mask), mask)
 
 
+def composite_weight(mask: Tensor, box: Box, fade: int | None) -> Tensor:
+    """The weight (H,W) in [0,1] of the generated image in the result, 0 outside the box.
+
+    fade: fall to 0 over so many pixels beyond the mask. There, stage 2 returns the scene up to
+    the VAE's error, so that the decoder's own transition remains and no edge shows. None, for a
+    mask that was given: fall to 0 within it, over 1/40 of the box.
+    """
+    region = mask if fade is None else grow(mask, fade)
+    in_box = torch.zeros_like(mask)
+    in_box[box.slices] = region[box.slices]
+    if fade is None:
+        fade = max(1, round(min(box.size) / 40))
+    return feather(in_box, fade)
+
+
 def crop_box(sdxl: SDXL, mask: Tensor, crop: bool) -> tuple[Box, tuple[int, int]]:
     """The part of an image that stage 2 works on, and the size (H,W) that it is generated at.
 
@@ -165,7 +185,7 @@ def generate_scene(
     prompt: str,
     class_word: str,
     size: tuple[int, int],
-    progress: Progress | None,
+    progress: Progress | None = None,
     **options,
 ) -> tuple[Image.Image, Tensor]:
     """Stage 1: the scene, and the soft mask of the class word from the attention of its steps."""
@@ -182,6 +202,7 @@ def generate_scene(
         return maps.follow(progress(steps) if progress else steps)
 
     scene = pipeline.text_to_image(sdxl, prompt, size=size, progress=follow, **options)
+    warn_if_weak(sdxl, class_word, maps)
     return scene, to_pixels(maps.heatmap(sdxl.defaults["walk_iterations"]), scene)
 
 
@@ -233,22 +254,24 @@ def insert(
     if mask is not None:
         mask = images.as_mask(mask, size if image is None else image.size[::-1])
 
-    # Stage 1: the scene and the soft mask, by the unmodified model.
-    soft = mask
-    scene_options = dict(seed=seed, negative_prompt=negative_prompt, **options)
+    # Stage 1: the scene and what may change, by the unmodified model.
+    given, soft = mask is not None, mask
+    scene_options = dict(negative_prompt=negative_prompt, progress=progress, **options)
     with lora.lora_scale(sdxl, 0):
-        if image is None and mask is None:
-            image, soft = generate_scene(sdxl, prompt, class_word, size, progress, **scene_options)
+        if image is None and given:
+            image = pipeline.text_to_image(sdxl, prompt, size=size, seed=seed, **scene_options)
         elif image is None:
-            image = pipeline.text_to_image(
-                sdxl, prompt, size=size, progress=progress, **scene_options
+            image, soft = generate_scene(
+                sdxl, prompt, class_word, size=size, seed=seed, **scene_options
             )
-        elif mask is None:
+        elif not given:
             soft = segment(sdxl, image, class_word, prompt=prompt, seed=seed)
-    if mask is None:
-        threshold = sdxl.defaults["threshold"] if threshold is None else threshold
-        dilate = sdxl.defaults["dilate"] if dilate is None else dilate
-        mask = binarize(soft, threshold, dilate)
+    if not given:
+        mask = binarize(
+            soft,
+            sdxl.defaults["threshold"] if threshold is None else threshold,
+            sdxl.defaults["dilate"] if dilate is None else dilate,
+        )
 
     # Stage 2: the subject, in a part of the scene at the model's resolution.
     if crop is None:
@@ -271,9 +294,8 @@ def insert(
     )
 
     # Composite into the scene at its own resolution.
-    in_box = torch.zeros_like(mask)
-    in_box[box.slices] = mask[box.slices]
-    feathered = feather(in_box, max(1, round(min(box.size) / 40)))
+    fade = round(FADE_LATENTS * sdxl.vae_scale_factor * box.height / model_size[0])
+    feathered = composite_weight(mask, box, None if given else fade)
     pasted = image.copy()
     pasted.paste(generated.resize(box.size[::-1], Image.LANCZOS), (box.left, box.top))
     result = images.composite(image, pasted, feathered)

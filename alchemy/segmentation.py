@@ -7,6 +7,7 @@ object (Wang et al. 2023, DiffSegmenter). At the image's resolution, a guided fi
 """
 
 import math
+import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack
 from os import PathLike
@@ -142,6 +143,14 @@ class AttentionMaps:
             heat = self.walk(heat, walk_iterations)
         return normalize_percentile(heat[0, 0])
 
+    def strength(self) -> float:
+        """How strongly the word is attended to: its peak over uniform attention, 1/77 a token.
+
+        The peak is the 99th percentile of the map, of the level where it is largest.
+        """
+        peaks = [torch.quantile(total / count, 0.99) for total, count in self.cross.values()]
+        return 77 * float(max(peaks))
+
     def walk(self, heat: Tensor, iterations: int) -> Tensor:
         """Multiply heat (1,1,h,w) by the self-attention matrix, at the size of that."""
         for size, (total, _) in self.self_attn.items():
@@ -185,6 +194,17 @@ def guided_filter(mask: Tensor, guide: Tensor, radius: int, eps: float = 1e-3) -
     a = covariance / (variance + eps)
     b = mean_mask - a * mean_guide
     return (box_mean(a, radius) * guide + box_mean(b, radius)).clamp(0, 1)
+
+
+def warn_if_weak(sdxl: SDXL, word: str, maps: AttentionMaps) -> None:
+    """Warn where attention hardly reacts to the word, so that its mask means little."""
+    strength, least = maps.strength(), sdxl.defaults["word_strength"]
+    if strength < least:
+        warnings.warn(
+            f"the model hardly reacts to {word!r} (attention {strength:.1f} times uniform; words "
+            f"it knows reach {least:g}): the mask may be arbitrary; use another word, or --mask",
+            stacklevel=3,
+        )
 
 
 def to_pixels(heat: Tensor, image: Image.Image) -> Tensor:
@@ -233,6 +253,7 @@ def segment(
     with maps.record():
         sdxl.unet(x_t, t.to(sdxl.device), *sdxl.encode_prompt([prompt], size).parts())
     maps.accumulate(int(t))
+    warn_if_weak(sdxl, word, maps)
     return to_pixels(maps.heatmap(walk_iterations), image)
 
 
@@ -284,6 +305,11 @@ def remove_specks_and_holes(mask: Tensor, min_share: float = 0.2) -> Tensor:
     return (mask & enlarge(kept)) | enlarge(enclosed)
 
 
+def grow(mask: Tensor, radius: int) -> Tensor:
+    """A mask (H,W) of 0 and 1 grown by `radius` pixels in all directions (a square)."""
+    return (box_mean(mask.double(), radius) > 0).float()
+
+
 def binarize(soft: Tensor, threshold: float, dilate: float) -> Tensor:
     """A soft mask (H,W) to the region of 0 and 1 that may change.
 
@@ -297,7 +323,7 @@ def binarize(soft: Tensor, threshold: float, dilate: float) -> Tensor:
             "lower --threshold, or give --mask"
         )
     radius = round(dilate * min(mask.shape))
-    region = (box_mean(remove_specks_and_holes(mask).double(), radius) > 0).float()
+    region = grow(remove_specks_and_holes(mask), radius)
     if region.mean() > 0.95:
         raise ValueError("the mask covers the whole image; raise --threshold, or give --mask")
     return region

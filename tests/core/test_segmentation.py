@@ -419,3 +419,18 @@ def test_a_scenes_mask_follows_the_checkpoints_window_and_walk(walk_iterations):
 )
 def test_the_model_resolution_has_the_trained_area_and_fits_the_latents(size, expected):
     assert segmentation.model_resolution(Planted({}), size) == expected
+
+
+@pytest.mark.parametrize("peak, warned", [(0.3, False), (0.05, True)])
+def test_a_word_that_attention_hardly_reacts_to_is_a_warning(peak, warned, recwarn):
+    sdxl = Planted({"dog": noise_picture(64, 64)}, where={"dog": ellipse(64, 64)})
+
+    def scaled(name, t, batch):
+        return sdxl.look_at_words(name, t, batch) * peak / 0.3
+
+    sdxl.tables["attn2"] = scaled
+    alchemy.segment(sdxl, noise_picture(64, 64), "dog")
+    alchemy.insert(sdxl, "a dog", "dog", "sks")
+    messages = [str(warning.message) for warning in recwarn]
+    strength = f"hardly reacts to 'dog' (attention {77 * peak:.1f} times uniform"
+    assert [strength in message for message in messages] == [True, True] * warned
