@@ -202,7 +202,7 @@ def generate_scene(
         return maps.follow(progress(steps) if progress else steps)
 
     scene = pipeline.text_to_image(sdxl, prompt, size=size, progress=follow, **options)
-    warn_if_weak(sdxl, class_word, maps)
+    warn_if_weak(class_word, maps, sdxl.defaults["scene_word_strength"])
     return scene, to_pixels(maps.heatmap(sdxl.defaults["walk_iterations"]), scene)
 
 

@@ -196,9 +196,9 @@ def guided_filter(mask: Tensor, guide: Tensor, radius: int, eps: float = 1e-3) -
     return (box_mean(a, radius) * guide + box_mean(b, radius)).clamp(0, 1)
 
 
-def warn_if_weak(sdxl: SDXL, word: str, maps: AttentionMaps) -> None:
+def warn_if_weak(word: str, maps: AttentionMaps, least: float) -> None:
     """Warn where attention hardly reacts to the word, so that its mask means little."""
-    strength, least = maps.strength(), sdxl.defaults["word_strength"]
+    strength = maps.strength()
     if strength < least:
         warnings.warn(
             f"the model hardly reacts to {word!r} (attention {strength:.1f} times uniform; words "
@@ -253,7 +253,7 @@ def segment(
     with maps.record():
         sdxl.unet(x_t, t.to(sdxl.device), *sdxl.encode_prompt([prompt], size).parts())
     maps.accumulate(int(t))
-    warn_if_weak(sdxl, word, maps)
+    warn_if_weak(word, maps, sdxl.defaults["image_word_strength"])
     return to_pixels(maps.heatmap(walk_iterations), image)
 
 

@@ -239,7 +239,11 @@ FAULTS = {
         ("specks stay", "(areas >= min_share * areas.max())[labels] & coarse", "coarse"),
         ("the guided filter without its mean", "mean_mask - a * mean_guide", "mean_mask"),
         ("the region is not grown", "round(dilate * min(mask.shape))", "0"),
-        ("an unknown word is no warning", "    warn_if_weak(sdxl, word, maps)\n", ""),
+        (
+            "an unknown word is no warning",
+            '    warn_if_weak(word, maps, sdxl.defaults["image_word_strength"])\n',
+            "",
+        ),
         ("strength is a probability", "return 77 * float(", "return float("),
         ("an image is segmented without noise", "int(noise_level * (", "int(0 * ("),
     ),
@@ -263,7 +267,11 @@ FAULTS = {
         ("a found mask fades within", "None if given else fade", "None"),
         ("a given mask fades beyond", "None if given else fade", "fade"),
         ("a found mask fades by another width", "FADE_LATENTS = 2", "FADE_LATENTS = 3"),
-        ("an unknown word is no warning", "    warn_if_weak(sdxl, class_word, maps)\n", ""),
+        (
+            "an unknown word is no warning",
+            '    warn_if_weak(class_word, maps, sdxl.defaults["scene_word_strength"])\n',
+            "",
+        ),
         ("no composite", "images.composite(image, pasted, feathered)", "pasted"),
         (
             "top and left swapped",
