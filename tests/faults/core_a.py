@@ -19,7 +19,7 @@ FAULTS = {
         (
             "alpha_bar is interpolated, not sigma",
             "return 1 / (1 + sigma**2)",
-            "return float(self.alpha_bar[low] * (1 + low - t) + self.alpha_bar[low + 1] * (t - low))",
+            "return float(torch.lerp(*self.alpha_bar[low : low + 2], t - low))",
         ),
         (
             "a fractional t is floored",
