@@ -13,6 +13,10 @@ A tour; each name has its own help():
     made = alchemy.insert(sdxl, "a photo of a bear on grass", "bear", "sks")
     made.result.save("panda.png")
 
+    photos = sorted(Path("weights/subjects/bear-panda").glob("*.jpg"))
+    for step, loss in alchemy.train_lora(sdxl, photos, class_word="bear", token="sks"):
+        print(step, loss)
+
 The denoising loop is a generator of Steps, for whoever wants to look inside or change it:
 
     cond, uncond = sdxl.encode_prompt(["a bear"]), sdxl.encode_prompt([None])
@@ -53,6 +57,7 @@ if TYPE_CHECKING:  # the same names once more, for editors
     from .sdxl import SDXL as SDXL
     from .sdxl import Conditioning as Conditioning
     from .segmentation import segment as segment
+    from .training import train_lora as train_lora
 
 # {name: module}. A module is never named as a function: importing it would hide the function.
 EXPORTS = {
@@ -75,6 +80,7 @@ EXPORTS = {
     "lora_scale": "lora",
     "load_lora": "formats.lora",
     "save_lora": "formats.lora",
+    "train_lora": "training",
     "inspect": "extras.inspect.page",
 }
 __all__ = list(EXPORTS)
