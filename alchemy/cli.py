@@ -649,10 +649,10 @@ def free_folder(wanted: str | Path, flag: str, *taken: Path) -> Path:
     """The folder, or the next of its name (page-1, page-2) that is new or empty and not taken."""
     from . import files
 
-    if not str(wanted) or Path(wanted).is_file():
-        raise ValueError(f"{flag} {str(wanted)!r} is not a folder; name one")
     used = [Path(folder).resolve() for folder in taken]
     try:
+        if not str(wanted) or Path(wanted).is_file():
+            raise ValueError(f"{flag} {str(wanted)!r} is not a folder; name one")
         for path in files.numbered(Path(wanted)):
             empty = not path.exists() or path.is_dir() and not any(path.iterdir())
             if empty and path.resolve() not in used:

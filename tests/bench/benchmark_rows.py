@@ -254,8 +254,8 @@ def vae_2048(b: Bench) -> Iterator[dict]:
 def lora_step(b: Bench, checkpointing: bool = False, compile: bool = False) -> Callable:
     """One optimizer step of alchemy's training loop per call."""
     import alchemy
-    from alchemy import training
     from alchemy.extras import optimizations
+    from alchemy.training import TrainState, train
 
     sdxl, x = b.load(), b.latents()
     alchemy.add_lora(sdxl, RANK)
@@ -270,9 +270,8 @@ def lora_step(b: Bench, checkpointing: bool = False, compile: bool = False) -> C
         return F.mse_loss(sdxl.unet(x.to(b.dtype), t, *parts).float(), x)
 
     named = sdxl.unet.named_parameters()
-    create = training.TrainState.create
-    state = create({name: p for name, p in named if ".lora." in name}, 1e-4, b.dtype)
-    return partial(next, training.train(sdxl, state, get_loss, steps=10**6))
+    state = TrainState.create({name: p for name, p in named if ".lora." in name}, 1e-4, b.dtype)
+    return partial(next, train(sdxl, state, get_loss, steps=10**6))
 
 
 def peft_step(b: Bench, checkpointing: bool = False) -> Callable | None:

@@ -14,7 +14,7 @@ FAULTS = {
             "last = micro_step == 0",
         ),
     ),
-    ("extras/distributed", "extras/distributed_apart"): (
+    ("extras/distributed", "extras/distributed"): (
         ("every rank generates all images", "slice(rank(), None, world())", "slice(None)"),
         (
             "every rank logs",

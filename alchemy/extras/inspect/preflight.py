@@ -15,10 +15,6 @@ MAX_SHOWN = 60  # images on the sheet
 COLUMNS = 6
 
 
-def pieces(sdxl, token):  # old name, until its last caller is changed
-    return [len(tokenizer.tokens(token)) for tokenizer in sdxl.tokenizers]
-
-
 def no_mask(path: Path) -> None:
     return None
 
