@@ -231,9 +231,10 @@ def train(
         optimizer.zero_grad(set_to_none=True)
         total = 0.0
         for micro_step in range(accumulation):
-            with lower:
-                value = get_loss(step, micro_step) / accumulation
-            scaler.scale(value).backward()
+            with lora.cast_adapters(sdxl.unet, sdxl.dtype):
+                with lower:
+                    value = get_loss(step, micro_step) / accumulation
+                scaler.scale(value).backward()
             total += value.item()
 
         # Update the weights if everything is finite.
