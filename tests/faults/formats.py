@@ -1,0 +1,145 @@
+"""Faults of the file formats."""
+
+FAULTS = {
+    ("formats/layout", "formats/manifest"): (
+        ("thirds of in_proj in another order", '"qkv".index', '"kqv".index'),
+        ("text_projection as stored", "tensor.T.contiguous()", "tensor"),
+        ("the VAE's levels from the coarsest", "levels - 1 - int(m[1])", "int(m[1])"),
+        ("upsampler at index 1", '"upsamplers": 2', '"upsamplers": 1'),
+        ("middle resnets", "{2 * index}", "{index}"),
+        (
+            "up blocks count a block less",
+            "block = level * (layers + 1) + (",
+            "block = level * layers + (",
+        ),
+    ),
+    ("formats/layout", "formats/single_file"): (
+        ("in_proj written in another order", 'for part in "qkv"]', 'for part in "kqv"]'),
+        ("text_projection written as it is", "tensor = tensor.T\n", "pass\n"),
+        ("the VAE's attention written as matrices", "tensor = tensor[:, :, None, None]", "pass"),
+    ),
+    ("formats/single_file", "formats/single_file"): (
+        ("v-prediction is not marked", 'tensors["v_pred"] = torch.zeros(0)', "pass"),
+        ("zero terminal SNR is not marked", 'tensors["ztsnr"] = torch.zeros(0)', "pass"),
+        ("a LoRA is written beside its weight", "        merge_for_good(network)\n", ""),
+        ("an existing file is replaced", "if path.exists():", "if False:"),
+    ),
+    ("formats/lora", "formats/lora_files formats/lora_writing"): (
+        (
+            "alpha is not multiplied into up",
+            "up = adapter.up * (adapter.alpha / len(adapter.down))",
+            "up = adapter.up",
+        ),
+        (
+            "the second text encoder is the first",
+            '"text_encoder_2": "lora_te2_"',
+            '"text_encoder_2": "lora_te1_"',
+        ),
+        (
+            "transformers 5's names are unknown",
+            'for inner in {name, name.removeprefix("text_model.")}:',
+            "for inner in {name}:",
+        ),
+        (
+            "peft's alpha beside the file is not read",
+            'elif path.name == "adapter_model.safetensors":',
+            "elif False:",
+        ),
+        ("NaN is loaded", "if not tensor.isfinite().all():", "if False:"),
+        ("ComfyUI's names are unknown", 'names += ["diffusion_model." + original, ', "names += ["),
+        ("rank-stabilized alpha is plain", "(rank**0.5 if rslora else 1.0)", "1.0"),
+    ),
+    ("formats/lora", "formats/updates"): (
+        ("a DoRA is a LoRA", '    ".dora_scale": "a DoRA",\n', ""),
+        ("alpha_pattern matches any end", r'rf"(.*\.)?({key})$"', r'rf"(.*)?({key})$"'),
+        ("alpha_pattern matches a beginning", r'({key})$")', r'({key})")'),
+        (
+            "the last pattern wins",
+            "                value = pattern_alpha\n                break\n",
+            "                value = pattern_alpha\n",
+        ),
+        (
+            "bundled embeddings swapped",
+            "[parts[part] for part in EMBEDDING]",
+            "[parts[part] for part in EMBEDDING[::-1]]",
+        ),
+    ),
+    ("formats/updates", "formats/updates"): (
+        (
+            "LoHa adds its factors",
+            "return factors[0] * factors[1], len",
+            "return factors[0] + factors[1], len",
+        ),
+        ("LoHa without alpha over rank", "else alpha / rank\n", "else alpha\n"),
+        (
+            "LoKr's factors swapped",
+            "torch.kron(w1, w2.contiguous())",
+            "torch.kron(w2.contiguous(), w1)",
+        ),
+        (
+            "LoKr's alpha by the first factor",
+            "        rank = len(b)  # of the second",
+            "        rank = rank or len(b)  # of the second",
+        ),
+        ("whole LoKr scaled by alpha", "if alpha is None or rank is None", "if alpha is None"),
+        (
+            "Tucker's core transposed",
+            '"r s k l, r o, s i -> o i k l"',
+            '"s r k l, r o, s i -> o i k l"',
+        ),
+        ("LoCon's mid transposed", '"r s k l, s i -> r i k l"', '"s r k l, s i -> r i k l"'),
+        ("a full update at any scale", "return y + self.scale * change", "return y + change"),
+        ("a full update merged at any scale", "return self.scale * self.down", "return self.down"),
+        (
+            "a full convolution without padding",
+            "padding=layer.padding)\n        else",
+            "padding=0)\n        else",
+        ),
+    ),
+    ("formats/configs", "formats/fuzz"): (
+        (
+            "ranges are not checked",
+            "return None if low <= value <= high else",
+            "return None if True else",
+        ),
+        ("types are not checked", "if type(value) not in accepted:", "if False:"),
+        ("heads need not divide", "if value % divisor:", "if False:"),
+        ("widths need not match", "if unet.cross_attention_dim != width:", "if False:"),
+    ),
+    ("formats/text", "formats/fuzz"): (
+        ("deep JSON is not caught", "except RecursionError:", "except KeyError:"),
+        (
+            "messages of any length",
+            'text if len(text) <= LONGEST else text[: LONGEST - 1] + "…"',
+            "text",
+        ),
+    ),
+    ("formats/png", "formats/png"): (
+        ("width and height swapped", 'f"{width}x{height}"', 'f"{height}x{width}"'),
+    ),
+    ("formats/checkpoint", "formats/checkpoint"): (
+        (
+            "transformers 5's names are unknown",
+            'inner.removeprefix("text_model.") if short',
+            "inner if short",
+        ),
+        ("zero terminal SNR is not read", 'if "ztsnr" in tensors:', "if False:"),
+        (
+            "a VAE's own configuration is not read",
+            'own or files["vae/config.json"]',
+            'files["vae/config.json"]',
+        ),
+    ),
+    ("formats/embeddings", "cli/converting"): (
+        (
+            "the two encoders' rows swapped",
+            "dict(zip(KEYS, rows, strict=True))",
+            "dict(zip(KEYS, rows[::-1], strict=True))",
+        ),
+        ("clip_g is read as clip_l", "sorted(file.keys(), reverse=True)", "sorted(file.keys())"),
+    ),
+    ("formats/folder", "cli/converting"): (
+        ("base weights are kept after merging", "        layer.base_weight = None\n", ""),
+        ("a LoRA is written beside its weight", "        layer.merge()\n", ""),
+    ),
+}

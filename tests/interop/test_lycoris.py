@@ -1,0 +1,46 @@
+"""Files that LyCORIS itself trains and saves: the same change of the UNet's output here."""
+
+import pytest
+
+lycoris = pytest.importorskip("lycoris")
+diffusers = pytest.importorskip("diffusers")
+
+import torch  # noqa: E402
+from safetensors.torch import save_file  # noqa: E402
+from test_checkpoints import built, pipe, saved  # noqa: E402, F401
+from test_lora_in_diffusers import agree, inputs, output  # noqa: E402, F401
+
+import alchemy  # noqa: E402
+
+PRESET = {
+    "enable_conv": True,
+    "target_module": ["Transformer2DModel", "ResnetBlock2D", "Downsample2D", "Upsample2D"],
+}
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("tucker", [False, True])
+@pytest.mark.parametrize("algo", ["lora", "loha", "lokr", "full"])
+def test_a_network_by_lycoris_gives_the_same_output_here(saved, inputs, tmp_path, algo, tucker):  # noqa: F811
+    unet = built().unet
+    base = output(unet, *inputs)
+    lycoris.LycorisNetwork.apply_preset(PRESET)
+    torch.manual_seed(0)
+    network = lycoris.create_lycoris(
+        unet, 1.0, linear_dim=3, linear_alpha=2.0, algo=algo, use_tucker=tucker, bypass_mode=False
+    )
+    for parameter in network.parameters():
+        parameter.data += 0.05 * torch.randn_like(parameter)
+    network.apply_to()
+    state = {key: tensor.contiguous().clone() for key, tensor in network.state_dict().items()}
+    # A full update is trained as the whole weight; its bias is not read here.
+    state = {key: tensor for key, tensor in state.items() if not key.endswith(".diff_b")}
+    save_file(state, tmp_path / "a.safetensors")
+    assert any("hada" in key for key in state) == (algo == "loha")
+    if algo == "full":
+        for module in network.loras:
+            if getattr(module, "bias", None) is not None:
+                module.bias.data = module.org_module[0].bias.data.clone()
+    sdxl = alchemy.load(saved, "cpu")
+    alchemy.load_lora(sdxl, tmp_path / "a.safetensors")
+    agree(sdxl.unet(*inputs), output(unet, *inputs), base)
