@@ -216,7 +216,7 @@ FAULTS = {
     ),
     ("pipeline", "core/insertion"): (
         ("a list is a prompt", "if not isinstance(prompt, str):", "if False:"),
-        ("a seed of None is 0", "secrets.randbits(31) if seed is None", "0 if seed is None"),
+        ("a seed of None is 0", "    seed = secrets.randbits(31) if seed", "    seed = 0 if seed"),
         ("any size is accepted", "if min(size) < factor or height % factor or", "if False and"),
         (
             "no composite by the mask",
