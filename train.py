@@ -68,6 +68,8 @@ def parser() -> cli.Parser:
     add("--init-lora", metavar="FILE", help="continue training this LoRA (default: a new one)")
     text = "with --method full: train both text encoders too"
     add("--text-encoders", action="store_true", help=text)
+    text = "with --method full: write checkpoint.safetensors, one file in the original layout"
+    add("--single-file", action="store_true", help=text)
     text = "weight of prior preservation, which keeps the class word; 0 is none (default: 1)"
     add("--prior-weight", type=cli.WEIGHT, default=1.0, metavar="X", help=text)
     text = "prior preservation with N class images, generated first, instead of the model's own "
@@ -228,7 +230,7 @@ def trainable_parameters(args, sdxl) -> dict:
         return dreambooth.train_whole(sdxl, names)
     if args.method == "textual-inversion":
         parameters = {}
-        for key, table in zip(KEYS, textual_inversion.tables(sdxl)):
+        for key, table in zip(KEYS, textual_inversion.tables(sdxl), strict=True):
             parameters[f"{key}.extra"] = table.extra.requires_grad_(True)
         return parameters
     if args.init_lora:

@@ -9,6 +9,9 @@ A tour; each name has its own help():
     image = alchemy.image_to_image(sdxl, "a watercolor of a bear", image, strength=0.6)
     mask = alchemy.segment(sdxl, image, "bear")     # (H,W) in [0,1], from the model's attention
 
+    for step, loss in alchemy.train_lora(sdxl, ["1.jpg", "2.jpg", "3.jpg"], "bear", "sks"):
+        print(step, loss)                           # then save_lora(sdxl, "panda.safetensors")
+
     alchemy.load_lora(sdxl, "weights/example.safetensors")      # also: add_lora, save_lora
     made = alchemy.insert(sdxl, "a photo of a bear on grass", "bear", "sks")
     made.result.save("panda.png")

@@ -190,7 +190,7 @@ def make_batcher(
         samples = []
         for index in range(first, first + batch_size):
             samples.append(get_sample(photos, size, f, num_timesteps, seed, step, index))
-        *tensors, prompts = zip(*samples)
+        *tensors, prompts = zip(*samples, strict=True)
         x_0, eps, loss_mask, t, time_ids = (torch.stack(column) for column in tensors)
         x_0, eps = to_device(x_0, sdxl.device), to_device(eps, sdxl.device)
         return Batch(

@@ -10,6 +10,7 @@ import math
 import re
 from collections.abc import Sequence
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 
 import torch
@@ -97,7 +98,7 @@ def read_table(folder: Path, table: Path) -> list[Example]:
     if not examples:
         raise ValueError(f"{table}: it has no line")
     examples.sort()
-    for (path, _), (following, _) in zip(examples, examples[1:]):
+    for (path, _), (following, _) in pairwise(examples):
         if path == following:
             raise ValueError(f"{table}: {path.name} is in it twice; leave out one of the lines")
     return examples
@@ -184,7 +185,7 @@ def make_batcher(
         batch = batchers[chosen](step, micro_step)
         lots = torch.rand(world * batch_size, generator=rng).tolist()[rank * batch_size :]
         prompts = []
-        for prompt, lot in zip(batch.prompts, lots):
+        for prompt, lot in zip(batch.prompts, lots, strict=False):
             prompts.append(None if lot < dropout else prompt)
         return replace(batch, prompts=prompts)
 

@@ -2,6 +2,7 @@
 
 from argparse import Namespace
 from collections.abc import Callable
+from pathlib import Path
 
 from .. import cli
 from ..extras import distributed
@@ -22,6 +23,7 @@ APPLIES_TO = {
     "init_lora": ("lora",),
     "format": ("lora", "textual-inversion"),
     "text_encoders": ("full",),
+    "single_file": ("full",),
     "class_word": ("subject", "textual-inversion"),
     "token": ("subject", "textual-inversion"),
     "caption": ("subject",),
@@ -47,11 +49,19 @@ def validate_flags(args: Namespace, default: Callable[[str], object]) -> None:
         kind = "textual-inversion"
     if args.check and distributed.world() > 1:
         raise ValueError("--check looks at what one process would do; run it without torchrun")
+    if args.out.endswith(".safetensors"):
+        raise ValueError(f"--out {args.out}: name a folder; --single-file writes one file into it")
     cli.check_not_empty(args, "class_word", "token", "init_word")
     for name, methods in APPLIES_TO.items():
         if getattr(args, name) != default(name) and not {args.method, kind} & set(methods):
             flag, known = name.replace("_", "-"), " or ".join(METHODS[m] for m in methods)
             raise ValueError(f"--{flag} does not apply to this run; it belongs to {known}")
+    is_file = Path(args.weights).is_file()
+    if args.method == "full" and is_file and not (args.model_config or args.single_file):
+        raise ValueError(
+            f"{args.weights}: --method full writes a folder, and a single file brings no "
+            "configurations; give --single-file, or --model-config FOLDER"
+        )
     if args.fp8_base and args.method == "full":
         raise ValueError("--fp8-base does not apply to --method full, which trains these weights")
     if kind == "captions" and args.mask == "segment":

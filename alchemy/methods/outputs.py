@@ -32,7 +32,7 @@ def result_path(args: Namespace) -> Path:
     if args.method == "lora":
         return out / "lora.safetensors"
     if args.method == "full":
-        return out / "checkpoint"
+        return out / ("checkpoint.safetensors" if args.single_file else "checkpoint")
     if args.format == "diffusers":
         return out / "embedding"
     return out / f"{embedding_name(str(args.token))}.safetensors"
@@ -116,6 +116,7 @@ def save_result(args: Namespace, sdxl, path: Path, metadata: dict) -> list[Path]
     from ..formats.embeddings import save_embedding
     from ..formats.folder import save_checkpoint
     from ..formats.lora import save_lora
+    from ..formats.single_file import save_single_file
 
     if args.method == "lora":
         metadata = metadata | {"targets": list(lora.ATTENTION)}
@@ -128,6 +129,8 @@ def save_result(args: Namespace, sdxl, path: Path, metadata: dict) -> list[Path]
     header = {f"alchemy.{key}": value for key, value in metadata.items()}
     # bfloat16 would round away most of small steps.
     dtype = torch.float16 if sdxl.dtype.itemsize == 2 else None
+    if args.single_file:
+        return [save_single_file(sdxl, path, header, dtype)]
     return save_checkpoint(sdxl, path, header, dtype)
 
 
@@ -188,6 +191,8 @@ class Log:
         row = (step, loss, learning_rate, seconds)
         with open(self.path, "a", newline="", encoding="utf-8") as file:
             csv.writer(file).writerow(row)
-        finite = dict(zip(self.COLUMNS, row)) | ({} if loss == loss else {"loss": None})
+        finite = dict(zip(self.COLUMNS, row, strict=True)) | (
+            {} if loss == loss else {"loss": None}
+        )
         with open(self.path.with_suffix(".jsonl"), "a", encoding="utf-8") as file:
             file.write(json.dumps(finite) + "\n")

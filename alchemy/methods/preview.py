@@ -65,7 +65,7 @@ def preview(args: Namespace, sdxl: SDXL, task: TrainingTask, step: int) -> Row:
             "lower --learning-rate"
         )
     row = []
-    for prompt, image in zip(prompts, distributed.all_reduce_sum(pixels)):
+    for prompt, image in zip(prompts, distributed.all_reduce_sum(pixels), strict=True):
         row.append((f"step {step}: {prompt}", Image.fromarray(image.numpy())))
     return row
 

@@ -54,7 +54,7 @@ def prepare_captions(args: Namespace, sdxl: SDXL, examples: list[Example]) -> Tr
     used = examples[:1] if args.check else examples
     sizes = [captions.bucket(images.read(path).size[::-1], area, cell) for path, _ in used]
     buckets = {}
-    for size, photo in zip(sizes, encode_photos(args, sdxl, used, sizes)):
+    for size, photo in zip(sizes, encode_photos(args, sdxl, used, sizes), strict=True):
         buckets.setdefault(size, []).append(photo)
     texts = list(dict.fromkeys(caption for _, caption in used))
     shown = args.preview_prompt or texts[:3]
@@ -142,7 +142,7 @@ def encode_photos(
     used = examples[:1] if args.check else examples
     encoded, photos = {}, []
     sizes = sizes or [args.size] * len(used)
-    for (path, prompt), size in cli.progress(zip(used, sizes), len(used), "encoding"):
+    for (path, prompt), size in cli.progress(zip(used, sizes, strict=True), len(used), "encoding"):
         if (path, prompt) not in encoded:
             mask = None
             if args.mask:

@@ -57,7 +57,7 @@ class ExtendedEmbedding(nn.Embedding):
 def tables(sdxl: SDXL) -> list[ExtendedEmbedding]:
     """Both text encoders' ExtendedEmbedding, which replaces the plain table at the first call."""
     found = []
-    for encoder, tokenizer in zip(sdxl.text_encoders, sdxl.tokenizers):
+    for encoder, tokenizer in zip(sdxl.text_encoders, sdxl.tokenizers, strict=True):
         embeddings = encoder.text_model.embeddings
         if not isinstance(embeddings.token_embedding, ExtendedEmbedding):
             first = max(tokenizer.id_to_token) + 1
@@ -82,7 +82,7 @@ def add_word(sdxl: SDXL, token: str, rows: Sequence[Tensor]) -> list[nn.Paramete
         )
     for tokenizer in sdxl.tokenizers:
         tokenizer.add(token, shapes[0][0])
-    for table, new in zip(both, rows):
+    for table, new in zip(both, rows, strict=True):
         extra = torch.cat([table.extra.detach(), new.float().to(table.extra.device)])
         table.extra = nn.Parameter(extra, requires_grad=False)
     return [table.extra for table in both]
@@ -91,7 +91,7 @@ def add_word(sdxl: SDXL, token: str, rows: Sequence[Tensor]) -> list[nn.Paramete
 def start_rows(sdxl: SDXL, word: str, vectors: int) -> list[Tensor]:
     """Initial rows (vectors, D) float32 for each encoder: those of the word's tokens, repeated."""
     rows = []
-    for tokenizer, table in zip(sdxl.tokenizers, tables(sdxl)):
+    for tokenizer, table in zip(sdxl.tokenizers, tables(sdxl), strict=True):
         ids = [token_id for token_id, _ in tokenizer.tokens(word)]
         if not ids:
             raise ValueError(f"--init-word {word!r} has no token; give another word")

@@ -306,7 +306,7 @@ def test_train_lora_is_what_train_py_does(tiny, tmp_path):
     good(call(*base))
     sdxl = alchemy.load(tiny, "cpu")
     paths = sorted((tmp_path / "photos").iterdir())
-    steps = training.train_lora(sdxl, paths, "dog", steps=2, rank=2, learning_rate=1e-3)
+    steps = alchemy.train_lora(sdxl, paths, "dog", steps=2, rank=2, learning_rate=1e-3)
     assert [step for step, _ in steps] == [1, 2]
     alchemy.save_lora(sdxl, "again.safetensors")
     with safe_open("again.safetensors", "pt") as file:

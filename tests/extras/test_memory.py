@@ -4,7 +4,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from helpers.counting import AsOnCuda, Count, back
+from helpers.counting import AsOnCuda, Count, run_backward
 from helpers.counting import peak as counted_peak
 
 from alchemy import cli
@@ -34,7 +34,7 @@ def test_freed_tensors_are_not_counted_and_views_once():
 
 def test_backward_under_counting_is_backward():
     x = torch.ones(3, requires_grad=True)
-    back((x * x).sum())
+    run_backward((x * x).sum())
     assert x.grad.tolist() == [2, 2, 2]
     with AsOnCuda():
         q = torch.empty(2, 1, 64, 8, device="meta")
@@ -60,7 +60,7 @@ def test_the_table_has_the_counted_size_of_a_lora_step_with_checkpointing():
     batch = Batch(x, x, x, x[:, :1], t, ids, ["a"])
     context, pooled = torch.empty(1, 77, 2048, device="meta"), torch.empty(1, 1280, device="meta")
     prompts = {"a": Conditioning(context, pooled, ids)}
-    most = counted_peak(lambda: back(denoising_loss(sdxl, batch, prompts).mean()))
+    most = counted_peak(lambda: run_backward(denoising_loss(sdxl, batch, prompts).mean()))
     assert most == pytest.approx(memory.STEP["lora", True][0], rel=0.15)
 
 

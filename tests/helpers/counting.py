@@ -1,4 +1,4 @@
-"""What tensors take at most while something runs, counted as they come and go; on the meta device, as CUDA would have them."""
+"""The most bytes of tensors while something runs; on the meta device, as on CUDA."""
 
 import weakref
 
@@ -9,7 +9,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 
 class Count(TorchDispatchMode):
-    """The bytes of the tensors that are made inside: `now`, and `peak`. What was there before does not count, wherever it is used."""
+    """The bytes of the tensors made inside: `now`, and `peak`. Earlier tensors do not count."""
 
     _should_skip_dynamo = classmethod(
         lambda cls: False
@@ -49,7 +49,7 @@ def tensors(nested):
 
 
 class Fused(torch.autograd.Function):
-    """Scaled dot product attention by what a fused kernel keeps: q, k, v, the result and a float32 for each query, no (N, M) matrix."""
+    """Attention by what a fused kernel keeps: q, k, v, the result and a float32 for each query."""
 
     @staticmethod
     def forward(ctx, q, k, v):
@@ -66,10 +66,10 @@ class Fused(torch.autograd.Function):
 
 
 class AsOnCuda(TorchFunctionMode):
-    """What the meta device does otherwise than CUDA: it has no fused attention (it would be taken apart, with its matrix) and no autocast.
+    """Makes the meta device behave as CUDA: fused attention without its matrix, and autocast.
 
-    lower: autocast's dtype, or None. Under it, products are of that dtype, normalisations float32. What is asked of all of a tensor is true,
-    since nothing here can be looked at.
+    lower: autocast's dtype, or None. Under it, products have that dtype, normalizations float32.
+    tensor.all() is True, since no value can be read.
     """
 
     def __init__(self, lower=None):
@@ -95,7 +95,7 @@ class AsOnCuda(TorchFunctionMode):
             x = place[0][place[1]]
             if isinstance(x, torch.Tensor) and x.is_floating_point():
                 place[0][place[1]] = x.to(dtype)
-        if func is torch.Tensor.all:  # somebody looks for NaN
+        if func is torch.Tensor.all:  # a check for NaN
             return True
         return (
             Fused.apply(*args[:3])
@@ -105,14 +105,14 @@ class AsOnCuda(TorchFunctionMode):
 
 
 def peak(function, lower=None):
-    """The most bytes of tensors that function() holds at once of its own making."""
+    """The most bytes of new tensors that function() holds at once."""
     with AsOnCuda(lower), Count() as count:
         function()
     return count.peak
 
 
-def back(loss):
-    """loss.backward(), but for AsOnCuda, which that call would leave, though what is checkpointed is computed again in it."""
+def run_backward(loss):
+    """loss.backward() that stays inside AsOnCuda, where checkpointed layers are run again."""
     torch.autograd.Variable._execution_engine.run_backward(
         (loss,),
         (torch.ones_like(loss),),
