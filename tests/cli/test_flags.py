@@ -105,7 +105,17 @@ def test_sizes_and_scaled_files_are_parsed(read, text, value):
         ("sample", ["--lora", "a:nan"], ["--lora", "a:nan", "finite"]),
         *(
             ("sample", ["--size", text], ["--size", text, "WIDTHxHEIGHT"])
-            for text in ("big", "0", "-8", "64x", "64x64x64", "1e3", "²", "4294967296x4294967296")
+            for text in (
+                "big",
+                "0",
+                "-8",
+                "64x",
+                "64x64x64",
+                "1e3",
+                "²",
+                "16385",
+                "4294967296x4294967296",
+            )
         ),
         ("sample", ["a dog", "--strength", "0.5"], ["--strength", "--image"]),
         ("sample", ["a dog", "--sampler", "dpmpp_2m", "--eta", "0.5"], ["--eta", "dpmpp_2m"]),

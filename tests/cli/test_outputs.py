@@ -243,15 +243,15 @@ def test_a_run_with_closed_stderr_writes_its_image(tiny):
     assert run.returncode == 0
 
 
-@pytest.mark.parametrize("delay", [0.05, 0.3, 1.5])
+@pytest.mark.parametrize("delay", [0.1, 1.0])
 def test_an_interrupt_at_any_time_gives_no_traceback(tiny, delay):
     run = start("sample.py", "a", "--weights", tiny, "--steps", 999)
     time.sleep(delay)
     run.send_signal(signal.SIGINT)
     _, err = run.communicate(timeout=120)
-    # Python itself, or the first import, may still have been starting.
-    if "Traceback" not in err or "sample.py" in err and "import signal" not in err:
-        assert "Traceback" not in err and run.returncode in (130, -signal.SIGINT), err
+    # Only Python itself, before the script's second line, may still show one.
+    assert "Traceback" not in err or "alchemy" not in err.replace(str(ROOT), ""), err
+    assert run.returncode in (1, 130, -signal.SIGINT)
     with contextlib.suppress(FileNotFoundError):
         assert contents("out") == {}
 
