@@ -173,22 +173,23 @@ def insert(args, result: Path, folder: Path, page: Path | None) -> None:
         name = f"stage {stage}"
         return cli.follow_steps(args, sdxl, steps, total=total, name=name, recorder=watcher)
 
-    insertion = alchemy.insert(
-        sdxl,
-        args.prompt,
-        args.class_word,
-        args.token,
-        image=image,
-        mask=mask,
-        seed=args.seed,
-        size=None if image else args.size,
-        crop=args.crop,
-        negative_prompt=args.negative_prompt,
-        progress=progress,
-        spacing=args.spacing,
-        eta=args.eta,
-        **options,
-    )
+    with cli.suggest_when_out_of_memory(partial(memory.suggest_flags, args, sdxl)):
+        insertion = alchemy.insert(
+            sdxl,
+            args.prompt,
+            args.class_word,
+            args.token,
+            image=image,
+            mask=mask,
+            seed=args.seed,
+            size=None if image else args.size,
+            crop=args.crop,
+            negative_prompt=args.negative_prompt,
+            progress=progress,
+            spacing=args.spacing,
+            eta=args.eta,
+            **options,
+        )
 
     # Write everything.
     jump = seam(insertion)

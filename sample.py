@@ -83,8 +83,7 @@ def generate(args: cli.argparse.Namespace, folder: Path, page: Path | None) -> N
     from PIL import Image, ImageOps
 
     from alchemy import files, images, pipeline, samplers
-    from alchemy.extras import memory
-    from alchemy.extras import image_sets
+    from alchemy.extras import image_sets, memory
     from alchemy.formats import png
 
     # Load the checkpoint and add the LoRAs, before a prompt is encoded: they may change that too.
@@ -115,10 +114,9 @@ def generate(args: cli.argparse.Namespace, folder: Path, page: Path | None) -> N
     metadata["digests"] = image_sets.file_digests(args)
 
     # Leave out what a set has already, and take this process's share of the rest.
+    jobs_left = jobs
     if args.prompts:
         jobs_left = [job for job in jobs if not image_sets.is_done(job, metadata)]
-    else:
-        jobs_left = jobs
     count = f"{cli.count_of(len(jobs_left), 'image')} of {size[1]}x{size[0]}"
     what = cli.describe_steps(sdxl.schedule, timesteps, options["steps"])
     cli.log(f"{cli.describe(sdxl, args)}: {count}, {options['sampler']}, {what}")
@@ -129,28 +127,24 @@ def generate(args: cli.argparse.Namespace, folder: Path, page: Path | None) -> N
     conditioning = {prompt: sdxl.encode_prompt([prompt], size) for prompt in prompts}
     sdxl.free("text_encoders")
 
+    follow = partial(cli.follow_steps, args, sdxl, total=len(timesteps))
+    suggest = partial(memory.suggest_flags, args, sdxl)
     for job in jobs_left:
         recorder = None
         if page:
             recorder = new_recorder(sdxl, args, job.prompt, len(timesteps), options)
-        image = pipeline.sample(
-            sdxl,
-            conditioning[job.prompt],
-            unconditional,
-            job.seed,
-            size,
-            image=start,
-            strength=strength,
-            progress=partial(
-                cli.follow_steps,
-                args,
+        with cli.suggest_when_out_of_memory(suggest):
+            image = pipeline.sample(
                 sdxl,
-                total=len(timesteps),
-                name=f"seed {job.seed}",
-                recorder=recorder,
-            ),
-            **options,
-        )
+                conditioning[job.prompt],
+                unconditional,
+                job.seed,
+                size,
+                image=start,
+                strength=strength,
+                progress=partial(follow, name=f"seed {job.seed}", recorder=recorder),
+                **options,
+            )
         image_metadata = metadata | {"prompt": job.prompt, "seed": job.seed}
         write = files.replace if args.prompts else files.create
         path = png.save(image, job.path, image_metadata, write)

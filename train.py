@@ -6,6 +6,11 @@ python train.py                          the example subject, on the miniature t
 torchrun --nproc-per-node 4 train.py ...                 on several GPUs, --batch on each
 """
 
+import signal
+
+if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C during the imports: no traceback
+
 import sys
 import time
 from contextlib import ExitStack

@@ -239,11 +239,13 @@ STRENGTH, SHARE = number(float, 0, 1, above=True), number(float, 0, 1)
 def size(text: str) -> tuple[int, int]:
     """ "1024" or "WIDTHxHEIGHT" to (H, W) in pixels."""
     if not re.fullmatch(r"[0-9]{1,9}(x[0-9]{1,9})?", text.lower()):
-        raise argparse.ArgumentTypeError(f"{quoted(text)} is not a size; give 1024, or WIDTHxHEIGHT")
+        raise argparse.ArgumentTypeError(
+            f"{quoted(text)} is not a size; give 1024, or WIDTHxHEIGHT"
+        )
     sides = [int(side) for side in text.lower().split("x")]
     if not all(1 <= side <= MAX_SIDE for side in sides):
         raise argparse.ArgumentTypeError(
-            f"{quoted(text)} is not a size; give 1024, or WIDTHxHEIGHT, with sides of 1 to {MAX_SIDE}"
+            f"{quoted(text)} is not a size; give 1024, or WIDTHxHEIGHT, of 1 to {MAX_SIDE}"
         )
     return sides[-1], sides[0]
 
@@ -258,7 +260,9 @@ def scaled_file(text: str) -> tuple[str, float | None]:
     if scale is None:
         return path, scale
     if not abs(scale) <= 1e6:
-        raise argparse.ArgumentTypeError(f"{quoted(text)} has no finite scale; give FILE, or FILE:0.8")
+        raise argparse.ArgumentTypeError(
+            f"{quoted(text)} has no finite scale; give FILE, or FILE:0.8"
+        )
     return path, scale
 
 
@@ -756,42 +760,3 @@ def run(main: Callable[[], None]) -> None:
                 raise
             log_error(message_of(error))
             sys.exit(2)
-
-
-# Old names, until their last callers are changed.
-say, wrote = log, log_written
-SUBJECT, TAUGHT, SHIPPED, PLACE = EXAMPLE_PHOTOS, TRAINED_LORA, BUNDLED_LORA, EXAMPLE_SCENE
-EXAMPLE = dict(class_word=EXAMPLE_CLASS, token=EXAMPLE_TOKEN)
-LEANER = []
-add_drawing, put_loras, is_picture = add_sampling, apply_loras, is_image_path
-
-
-def drawing(args):
-    return sampling_options(args)
-
-
-def folder(path, flag="--out"):
-    with output_folder(path, flag, lock=False) as made:
-        pass
-    if not distributed.rank():
-        made.mkdir(parents=True, exist_ok=True)
-    return made
-
-
-def free_path(path):
-    from . import files
-
-    return files.free_path(path)
-
-
-def misfits(self, values):
-    found = []
-    for name, value in values.items():
-        try:
-            self.from_json(name, list(value) if isinstance(value, tuple) else value)
-        except ValueError:
-            found.append(name)
-    return found
-
-
-Parser.misfits = misfits

@@ -88,7 +88,7 @@ def test_sizes_and_scaled_files_are_parsed(read, text, value):
         ("train", ["--learning-rate", "nan"], ["--learning-rate", "nan"]),
         ("train", ["--learning-rate", "inf"], ["--learning-rate", "inf"]),
         ("train", ["--learning-rate", "fast"], ["--learning-rate", "'fast' is not a number"]),
-        ("train", ["--rank", "9" * 20], ["--rank", "at most 1e+06"]),
+        ("train", ["--rank", "9" * 20], ["--rank", "at most 4096"]),
         ("train", ["--rank", "9" * 5000], ["--rank", "whole number"]),
         ("train", ["--alpha", "1e308"], ["--alpha", "at most 1e+06"]),
         ("train", ["--seed", "-2"], ["--seed", "at least -1"]),

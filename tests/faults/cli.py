@@ -99,18 +99,18 @@ FAULTS = {
         ),
         (
             "strength has no effect",
-            "            strength=strength,\n            progress",
-            "            strength=1.0,\n            progress",
+            "                strength=strength,\n                progress",
+            "                strength=1.0,\n                progress",
         ),
         (
             "the negative prompt is lost",
-            "            unconditional,\n            job.seed",
-            "            None,\n            job.seed",
+            "                unconditional,\n                job.seed",
+            "            None,\n                job.seed",
         ),
         (
             "every image has the first seed",
-            "            job.seed,\n            size",
-            "            args.seed,\n            size",
+            "            job.seed,\n                size",
+            "            args.seed,\n                size",
         ),
         ("the metadata has the first seed", '"seed": job.seed}', '"seed": args.seed}'),
         (
@@ -134,6 +134,6 @@ FAULTS = {
         ),
         ("zero is a missing value", "if v is None else v for name", "if not v else v for name"),
         ("a mask of any size", "if mask is not None and mask.shape != args.size:", "if False:"),
-        ("the seed is not passed", "        seed=args.seed,\n", ""),
+        ("the seed is not passed", "            seed=args.seed,\n", ""),
     ),
 }
