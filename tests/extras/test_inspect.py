@@ -380,6 +380,7 @@ def test_insert_writes_its_page_and_the_same_result(inserted, tmp_path):
     data = read_page(tmp_path / "page")
     assert [s["prompt"] for s in data["stages"]] == [SCENE, SCENE.replace("dog", "sks dog")]
     assert data["insertion"]["difference_outside"] == 0
+    assert {"scene", "crop"}.isdisjoint(data["insertion"])  # the stages show them
     shown = cut_frames(data["insertion"]["mask"][6]["sprite"])[0]
     assert same(shown, pixels("out/insert/mask.png")[:, :, 0])
     # At one noise level both stages have the same timesteps.
