@@ -13,8 +13,6 @@ FAULTS = {
             "last = micro_step == accumulation - 1",
             "last = micro_step == 0",
         ),
-    ),
-    ("extras/distributed", "extras/distributed"): (
         ("every rank generates all images", "slice(rank(), None, world())", "slice(None)"),
         (
             "every rank logs",
