@@ -107,6 +107,12 @@ def parser() -> cli.Parser:
     add("--preview-every", type=cli.WHOLE, metavar="N", help=text)
     text = "prompt of the previews; may be repeated (default: subject, class, something unrelated)"
     add("--preview-prompt", action="append", metavar="TEXT", help=text)
+    text = "score each preview: likeness of the subject to the photos, and of the class to the "
+    text += "base model's; the best step is named at the end"
+    add("--validate", action="store_true", help=text)
+    text = "folder or Hub id of DINO ViT-S/16 for --validate (default: facebook/dino-vits16; on "
+    text += "the miniature its toy classifier, offline)"
+    add("--dino", metavar="PATH|ID", help=text)
     text = "steps between saved states (default: 100; with --method full only at the end)"
     add("--save-every", type=cli.COUNT, metavar="N", help=text)
     cli.add_checkpoint(p)
@@ -255,16 +261,26 @@ def train_and_save(args, out, page, sdxl, task, state, get_loss) -> int:
     from alchemy.methods.preview import Previews
     from alchemy.training import StopSignal, denoising_loss
 
+    is_main = not distributed.rank()  # only rank 0 writes files
+    validation = None
+    if args.validate and is_main:
+        from alchemy.extras.validation import Validation
+
+        validation = Validation.create(args, sdxl, out)
+
     # Everything that was asked for can be done: earlier results may go.
     distributed.barrier()
     path = out / outputs.STATE
-    is_main = not distributed.rank()  # only rank 0 writes files
     if is_main:
         outputs.remove_unfinished(out)
         if not args.resume:
             outputs.remove_old(args, parser())
         save_json(cli.settings(args), out / outputs.SETTINGS)
-    log = outputs.Log(out, state.step) if is_main else None
+    log = None
+    if is_main:
+        log = outputs.Log(out, state.step, outputs.SCORES if args.validate else ())
+    if validation:
+        validation.begin(log)
 
     def save_state():
         if is_main:
@@ -281,7 +297,7 @@ def train_and_save(args, out, page, sdxl, task, state, get_loss) -> int:
 
         watcher = TrainingRecorder(sdxl, loss_at, args.steps, state.step)
         steps = watcher.follow(steps)
-    previews = Previews(args, out, sdxl, task, state, watcher)
+    previews = Previews(args, out, sdxl, task, state, watcher, validation)
     # The state of a whole SDXL UNet has 31 GB.
     save_every = args.save_every or (None if args.method == "full" else 100)
     if save_every and not path.exists():
@@ -315,11 +331,11 @@ def train_and_save(args, out, page, sdxl, task, state, get_loss) -> int:
     if stopped or not is_main:
         return stopped
 
-    finish(args, out, page, sdxl, task, state, watcher)
+    finish(args, out, page, sdxl, task, state, watcher, validation)
     return 0
 
 
-def finish(args, out, page, sdxl, task, state, watcher) -> None:
+def finish(args, out, page, sdxl, task, state, watcher, validation) -> None:
     """Save the results; the state goes last, so that a run killed here can be resumed."""
     from alchemy.extras.inspect import sheets
     from alchemy.extras.inspect.training_page import write_training_page
@@ -328,7 +344,11 @@ def finish(args, out, page, sdxl, task, state, watcher) -> None:
     title = task.preview_prompts[0]
     metadata = outputs.metadata_of(args, title)
     facts = {key: value for key, value in metadata.items() if key != "name"}
-    png.save(sheets.curve(state.losses), out / "loss.png", facts)
+    curve = sheets.curve(state.losses)
+    if validation:
+        curve = validation.draw(curve, state.step)
+        validation.log_best()
+    png.save(curve, out / "loss.png", facts)
     written = outputs.save_result(args, sdxl, outputs.result_path(args), metadata)
     (out / outputs.STATE).unlink(missing_ok=True)
     outputs.remove_unfinished(out)

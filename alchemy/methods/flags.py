@@ -31,6 +31,7 @@ APPLIES_TO = {
     "class_images": ("subject",),
     "class_folder": ("subject",),
     "caption_dropout": ("captions",),
+    "validate": ("subject", "textual-inversion"),
     "vectors": ("textual-inversion",),
     "init_word": ("textual-inversion",),
     "style": ("textual-inversion",),
@@ -64,6 +65,13 @@ def validate_flags(args: Namespace, default: Callable[[str], object]) -> None:
         )
     if args.fp8_base and args.method == "full":
         raise ValueError("--fp8-base does not apply to --method full, which trains these weights")
+    if args.validate and (args.preview_prompt or args.preview_every == 0):
+        raise ValueError(
+            "--validate scores the previews of subject and class; "
+            "it goes without --preview-prompt and --preview-every 0"
+        )
+    if args.dino and not args.validate:
+        raise ValueError("--dino has no effect without --validate")
     if kind == "captions" and args.mask == "segment":
         raise ValueError(
             "--mask segment needs a class word, and --captions has none; "

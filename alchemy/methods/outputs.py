@@ -16,6 +16,7 @@ from ..files import remove_leftovers
 
 STATE, SETTINGS = "state.safetensors", "settings.json"
 FILES = (SETTINGS, STATE, "preview.png", "loss.png", "log.csv", "log.jsonl", "previews")
+SCORES = ("subject", "class")  # of --validate, in log.csv
 INPUTS = ("photos", "weights", "vae", "model_config", "mask", "class_folder", "init_lora")
 
 
@@ -170,29 +171,50 @@ def restore(args: Namespace, state, saved, header: dict) -> None:
 
 
 class Log:
-    """log.csv and log.jsonl of a run: step, loss, learning rate, seconds per step."""
+    """log.csv and log.jsonl of a run: step, loss, learning rate, seconds per step.
+
+    With --validate, also the scores of the previews, empty at the other steps.
+    """
 
     COLUMNS = ("step", "loss", "learning_rate", "seconds")
 
-    def __init__(self, out: Path, step: int):
+    def __init__(self, out: Path, step: int, scores: tuple[str, ...] = ()):
         """Continues after `step`: later rows are of steps that are computed again."""
-        self.path, rows = out / "log.csv", []
+        self.path, self.columns, self.rows = out / "log.csv", (*self.COLUMNS, *scores), []
+        found = []
         if step and self.path.exists():
             with open(self.path, newline="", encoding="utf-8") as file:
-                rows = [row for row in csv.reader(file) if row and row[0].isdigit()]
-        with open(self.path, "w", newline="", encoding="utf-8") as file:
-            csv.writer(file).writerow(self.COLUMNS)
-        (out / "log.jsonl").unlink(missing_ok=True)
-        for row in rows:
-            if int(row[0]) <= step and len(row) == len(self.COLUMNS):
-                self.add(int(row[0]), *map(float, row[1:]))
+                found = [row for row in csv.DictReader(file) if (row["step"] or "").isdigit()]
+        for row in found:
+            if int(row["step"]) <= step and row.get("seconds") is not None:
+                values = {name: float(row[name]) for name in self.columns if row.get(name)}
+                self.rows.append(values | {"step": int(row["step"])})
+        self.write()
 
     def add(self, step: int, loss: float, learning_rate: float, seconds: float) -> None:
         row = (step, loss, learning_rate, seconds)
+        self.rows.append(dict(zip(self.COLUMNS, row, strict=True)))
+        self.append(self.rows[-1])
+
+    def add_scores(self, step: int, scores: dict[str, float]) -> None:
+        """Fill the score columns of the last row, that of `step`; before training there is none."""
+        if not self.rows or self.rows[-1]["step"] != step:
+            self.rows.append({"step": step})
+        self.rows[-1] |= scores
+        self.write()
+
+    def write(self) -> None:
+        with open(self.path, "w", newline="", encoding="utf-8") as file:
+            csv.writer(file).writerow(self.columns)
+        self.path.with_suffix(".jsonl").unlink(missing_ok=True)
+        for row in self.rows:
+            self.append(row)
+
+    def append(self, row: dict) -> None:
         with open(self.path, "a", newline="", encoding="utf-8") as file:
-            csv.writer(file).writerow(row)
-        finite = dict(zip(self.COLUMNS, row, strict=True)) | (
-            {} if loss == loss else {"loss": None}
-        )
+            csv.writer(file).writerow([row.get(name) for name in self.columns])
+        values = {name: row.get(name) for name in self.columns}
+        if values["loss"] != values["loss"]:  # NaN
+            values["loss"] = None
         with open(self.path.with_suffix(".jsonl"), "a", encoding="utf-8") as file:
-            file.write(json.dumps(finite) + "\n")
+            file.write(json.dumps(values) + "\n")

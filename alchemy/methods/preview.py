@@ -73,23 +73,26 @@ def preview(args: Namespace, sdxl: SDXL, task: TrainingTask, step: int) -> Row:
 class Previews:
     """A row of images for every preview, in preview.png, and the LoRA of that step beside it."""
 
-    def __init__(self, args, out, sdxl, task, state, watcher):
+    def __init__(self, args, out, sdxl, task, state, watcher, validation=None):
         self.args, self.out, self.sdxl, self.task = args, out, sdxl, task
         self.state, self.watcher, self.rows = state, watcher, []
+        self.validation = validation
 
     def add(self) -> None:
         step, path = self.state.step, self.out / "preview.png"
         row = preview(self.args, self.sdxl, self.task, step)
-        # A score of the preview belongs here.
         if distributed.rank():
             return
+        curve = sheets.curve(self.state.losses)
+        if self.validation:
+            self.validation.add(step, subject=row[0][1], class_=row[1][1])
+            curve = self.validation.draw(curve, step)
         if not self.rows and path.exists():
             path.rename(free_path(path))  # of the run before it was interrupted
         self.rows.append(row)
         if self.watcher:
             self.watcher.previews[step] = row
-        curve = [("loss", sheets.curve(self.state.losses))]
-        png.save(sheets.sheet([*self.rows, curve]), path, cli.metadata(self.args))
+        png.save(sheets.sheet([*self.rows, [("loss", curve)]]), path, cli.metadata(self.args))
         if self.args.method == "lora" and step:
             lora = self.out / "previews" / f"step-{step:06d}.safetensors"
             lora.parent.mkdir(exist_ok=True)

@@ -7,11 +7,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 from helpers.running import call_main, good, photos, picture, refused
-from helpers.vision import save_clip, save_dino
+from helpers.vision import by_colour, save_clip, save_dino
 from PIL import Image
 
 from alchemy.extras import encoders, evaluate
-from alchemy.extras.validation import Validation
 from alchemy.formats import png
 
 
@@ -26,16 +25,6 @@ def folders(tmp_path_factory, reference):
 
 def unit(*rows):
     return F.normalize(torch.tensor(rows), dim=-1)
-
-
-def approx(class_, **scores):
-    return pytest.approx({"class": class_} | scores)
-
-
-def by_colour(pictures):
-    """An encoder of which a test can say what it gives: the mean colour, of length 1."""
-    means = [torch.tensor(p.resize((1, 1), Image.BOX).getpixel((0, 0))) for p in pictures]
-    return F.normalize(torch.stack(means).float(), dim=-1)
 
 
 def test_fidelity_is_the_mean_cosine_over_all_pairs():
@@ -89,21 +78,6 @@ def test_leakage_is_of_the_most_similar_photo_and_the_subject_of_all(tmp_path):
     assert rows[0]["DINO-subject"] == pytest.approx(expected)
     assert rows[1]["leakage"] is rows[1]["DINO-subject"] is None  # no mask was found
     assert means["leakage"] == pytest.approx(1)
-
-
-def test_validation_scores_subject_and_class_apart_and_names_the_best_step(tmp_path):
-    red, blue = Image.new("RGB", (4, 4), "red"), Image.new("RGB", (4, 4), "blue")
-    purple = Image.new("RGB", (4, 4), (255, 0, 255))
-    for name, image in (("a.png", red), ("b.png", blue)):
-        image.save(tmp_path / name)
-    validation = Validation(by_colour, sorted(tmp_path.iterdir()), [red, blue])
-    assert validation.best() is None
-    assert validation.add(0, [red], [red, blue]) == approx(subject=0.5, class_=1, score=0.75)
-    assert validation.add(20, [purple], [red, blue]) == approx(
-        subject=0.5**0.5, class_=1, score=(0.5**0.5 + 1) / 2
-    )
-    assert validation.add(40, [purple], [blue, red])["class"] == pytest.approx(0)
-    assert validation.best() == 20
 
 
 def test_the_command_writes_table_csv_json_and_sheet(folders, tmp_path, monkeypatch):
@@ -190,17 +164,3 @@ def test_bad_input_ends_in_one_line(argv, message, tmp_path, monkeypatch):
     (tmp_path / "p.txt").write_text("a dog\n")
     refused(call_main(evaluate.main, *argv), message)
     assert not (tmp_path / "out" / "scores").exists() or not list((tmp_path / "out").rglob("*.*"))
-
-
-def test_the_toy_encoder_tells_a_subject_from_others_of_its_class():
-    from weights.toy import world
-
-    encode, (one, other) = encoders.load_toy(), world.CLASSES["dog"][:2]
-
-    def scenes(instance, first_seed):
-        made = [world.scene(first_seed + k, "any", instance=instance) for k in range(4)]
-        return encode(Image.fromarray(scene.image) for scene in made)
-
-    photos = scenes(one, 100)
-    likeness = evaluate.fidelity(scenes(one, 200), photos).mean()
-    assert likeness > evaluate.fidelity(scenes(other, 200), photos).mean() + 0.05

@@ -101,19 +101,33 @@ FAULTS = {
         ),
         ("too few prompts", "if len(lines) != len(paths):", "if False:"),
     ),
-    ("extras/validation", "extras/evaluate"): (
-        ("the score is the class alone", "(likeness + prior) / 2", "prior"),
+    ("extras/validation", "extras/validation"): (
         (
-            "the class is compared with its seeds mixed",
-            "self.encode(class_) * self.base_class",
-            "self.encode(class_) * self.base_class.flip(0)",
+            "the best step by the subject alone",
+            "sum(self.scores[step].values())",
+            'self.scores[step]["subject"]',
         ),
         ("the best step is the worst", "return max(self.scores", "return min(self.scores"),
         (
             "class and subject are swapped",
-            "self.encode(subject), self.photos",
-            "self.encode(class_), self.photos",
+            "self.encode([subject]), self.photos",
+            "self.encode([class_]), self.photos",
         ),
+        (
+            "the class beside itself",
+            "self.encode([class_]), self.encode([base])",
+            "self.encode([class_]), self.encode([class_])",
+        ),
+        ("the base image is replaced", "if step == 0:", "if True:"),
+        ("scores of before are lost", 'if row.get("subject") is not None:', "if False:"),
+    ),
+    ("methods/outputs", "extras/validation"): (
+        (
+            "scores go to a row of their own",
+            'if not self.rows or self.rows[-1]["step"] != step:',
+            "if True:",
+        ),
+        ("rows that are computed again stay", 'if int(row["step"]) <= step and', "if"),
     ),
     ("extras/benchmark", "extras/benchmark"): (
         ("a dog is an object", 'LIVE = ("cat", "dog")', 'LIVE = ("cat",)'),
