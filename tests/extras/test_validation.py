@@ -31,8 +31,11 @@ def test_subject_and_class_are_scored_apart_and_the_best_step_has_both(paths, tm
     validation = Validation(by_colour, paths, tmp_path / "previews", Log(tmp_path, 0, SCORES))
     assert validation.best() is None
     assert validation.add(0, RED, RED) == pytest.approx({"subject": 0.5, "class": 1})
-    assert validation.add(20, PURPLE, RED) == pytest.approx({"subject": 0.5**0.5, "class": 1})
-    assert validation.add(40, PURPLE, BLUE) == pytest.approx({"subject": 0.5**0.5, "class": 0})
+    cosines = (255 + 60) / (255**2 + 60**2) ** 0.5
+    between = Image.new("RGB", (64, 64), (255, 0, 60))
+    assert validation.add(20, between, RED) == pytest.approx({"subject": cosines / 2, "class": 1})
+    half = 0.5**0.5
+    assert validation.add(40, PURPLE, PURPLE) == pytest.approx({"subject": half, "class": half})
     assert validation.best() == 20
 
 
