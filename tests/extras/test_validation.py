@@ -27,8 +27,14 @@ def rows(folder):
         return list(csv.DictReader(file))
 
 
+def begun(paths, folder, log):
+    validation = Validation(by_colour, paths, folder / "previews")
+    validation.begin(log)
+    return validation
+
+
 def test_subject_and_class_are_scored_apart_and_the_best_step_has_both(paths, tmp_path):
-    validation = Validation(by_colour, paths, tmp_path / "previews", Log(tmp_path, 0, SCORES))
+    validation = begun(paths, tmp_path, Log(tmp_path, 0, SCORES))
     assert validation.best() is None
     assert validation.add(0, RED, RED) == pytest.approx({"subject": 0.5, "class": 1})
     cosines = (255 + 60) / (255**2 + 60**2) ** 0.5
@@ -41,12 +47,12 @@ def test_subject_and_class_are_scored_apart_and_the_best_step_has_both(paths, tm
 
 def test_a_resumed_run_has_the_base_image_and_the_scores_of_before(paths, tmp_path):
     log = Log(tmp_path, 0, SCORES)
-    validation = Validation(by_colour, paths, tmp_path / "previews", log)
+    validation = begun(paths, tmp_path, log)
     validation.add(0, PURPLE, BLUE)
     for step in (1, 2, 3):
         log.add(step, float("nan") if step == 2 else 0.5, 1e-4, 1.0)
     validation.add(3, RED, BLUE)
-    again = Validation(by_colour, paths, tmp_path / "previews", Log(tmp_path, 2, SCORES))
+    again = begun(paths, tmp_path, Log(tmp_path, 2, SCORES))
     assert set(again.scores) == {0} and again.add(4, RED, BLUE)["class"] == pytest.approx(1)
     assert [row["step"] for row in rows(tmp_path)] == ["0", "1", "2", "4"]
     assert (tmp_path / "log.jsonl").read_text().count("null") == 3 + 2 + 3 + 3  # with the NaN
