@@ -107,12 +107,9 @@ def test_the_benchmark_trains_generates_scores_and_resumes(dataset, reference, m
         )
         assert call_main(evaluate.main, *argv).status == 130
     before = contents("out")
-    assert sorted(before) == [
-        "ball/lora.safetensors",
-        "ball/loss.png",
+    assert sorted(name for name in before if name.endswith("-0.png")) == [
         "ball/one/00-0.png",
         "ball/one/01-0.png",
-        "ball/settings.json",
     ]
 
     written = {name: Path("out", name).stat().st_mtime_ns for name in before}
