@@ -185,7 +185,6 @@ FAULTS = {
     ),
     ("methods/outputs", "cli/resume"): (
         ("a user's files are replaced", "if args.overwrite or not existing:", "if True:"),
-        ("rows of repeated steps stay in the log", "if int(row[0]) <= step and", "if"),
     ),
     ("methods/outputs", "cli/crash_points"): (
         (
