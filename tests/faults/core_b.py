@@ -178,11 +178,6 @@ FAULTS = {
             "not torch.is_grad_enabled() and factor",
             "False and factor",
         ),
-        (
-            "the input of a level stays in memory",
-            "            x = resnet_in_strips(layer, x)",
-            "            kept = x\n            x = resnet_in_strips(layer, x)",
-        ),
     ),
     ("blocks", "core/vae"): (
         ("the encoder pads left and top", "F.pad(x, (0, 1, 0, 1))", "F.pad(x, (1, 0, 1, 0))"),
@@ -192,7 +187,6 @@ FAULTS = {
             'F.pad(x, (0, 1, 0, 1), mode="replicate")',
         ),
         ("upsampling smooths", 'mode="nearest"', 'mode="bilinear"'),
-        ("activations are not in place", "inplace=not torch.is_grad_enabled()", "inplace=False"),
     ),
     ("blocks", "core/unet"): (
         ("the timestep without SiLU", "self.time_emb_proj(F.silu(emb))", "self.time_emb_proj(emb)"),
