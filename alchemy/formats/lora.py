@@ -227,7 +227,9 @@ def read_lora(
 
 def read_tensor(file, key: str) -> Tensor:
     tensor = file.get_tensor(key)
-    if not tensor.is_floating_point():
+    # diffusers writes integer alphas; integer weights would be quantized ones.
+    integer_alpha = key.endswith(".alpha") and tensor.dtype in (torch.int32, torch.int64)
+    if not tensor.is_floating_point() and not integer_alpha:
         raise ValueError(f"{shorten(key)} is {tensor.dtype}, not floating point")
     tensor = tensor.float()
     if not tensor.isfinite().all():

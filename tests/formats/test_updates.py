@@ -194,6 +194,17 @@ def test_alpha_pattern_holds_regular_expressions_as_in_peft(fresh, tmp_path, pat
     assert sdxl.unet.get_submodule(LINEAR).lora[name].alpha == expected
 
 
+@pytest.mark.parametrize("dtype", [torch.int32, torch.int64, torch.bfloat16])
+def test_an_alpha_of_any_real_dtype_is_read(fresh, tmp_path, dtype):  # noqa: F811
+    parts = {"lora_down.weight": random(2, 16), "lora_up.weight": random(16, 2)}
+    parts["alpha"] = torch.tensor(4, dtype=dtype)
+    stem, path = "lora_unet_" + LINEAR.replace(".", "_"), tmp_path / "a.safetensors"
+    save_file({f"{stem}.{part}": tensor for part, tensor in parts.items()}, path)
+    sdxl = fresh()
+    name = alchemy.load_lora(sdxl, path)
+    assert sdxl.unet.get_submodule(LINEAR).lora[name].alpha == 4
+
+
 def test_onetrainers_bundled_embeddings_become_tokens(fresh, tmp_path):  # noqa: F811
     path = write(tmp_path / "a.safetensors", LINEAR, {"diff": random(16, 16)})
     from safetensors.torch import load_file
