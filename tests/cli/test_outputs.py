@@ -117,7 +117,7 @@ def test_a_file_size_limit_is_met_the_same_way(tiny, tmp_path):
     limit = (20000, 20000)
     run = process(*argv, preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, limit))
     refused(run, "run/state.safetensors: could not be written", "File too large")
-    assert sorted(contents("run")) == ["settings.json"]
+    assert sorted(contents("run")) == ["log.csv", "settings.json"]
 
 
 def test_a_later_failure_leaves_the_existing_images(drawn, monkeypatch):
