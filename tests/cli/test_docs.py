@@ -5,6 +5,7 @@ import re
 import pytest
 
 from conftest import ROOT
+from helpers import flags
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 WALK = (ROOT / "alchemy" / "WALK.md").read_text(encoding="utf-8")
@@ -28,3 +29,7 @@ def test_every_relative_link_leads_to_a_file(document):
 
 def test_the_readme_has_at_most_150_lines():
     assert len(README.splitlines()) <= 150
+
+
+def test_the_table_of_flags_is_that_of_the_parsers():
+    assert flags.CLI_MD.read_text(encoding="utf-8") == flags.document()

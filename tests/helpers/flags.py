@@ -1,0 +1,54 @@
+"""Write alchemy/CLI.md, the table of all flags, from the parsers of the three scripts.
+
+python tests/helpers/flags.py
+"""
+
+import argparse
+import importlib
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[2]
+CLI_MD = ROOT / "alchemy" / "CLI.md"
+SCRIPTS = ("train", "sample", "insert")
+HEAD = """# Command line
+
+All flags of the three scripts, as `--help` prints them. Written by `python tests/helpers/flags.py`.
+"""
+
+
+def row(action: argparse.Action) -> str:
+    """One flag as a row of a Markdown table."""
+    names = ", ".join(f"`{name}`" for name in action.option_strings) or f"`{action.dest}`"
+    value = action.metavar or ("" if action.nargs == 0 else action.dest.upper())
+    if action.choices and not action.metavar:
+        value = " \\| ".join(map(str, action.choices))
+    text = (action.help or "").replace("%%", "%").replace("|", "\\|")
+    return f"| {names} | {value} | {text} |"
+
+
+def table(parser: argparse.ArgumentParser) -> str:
+    """The flags of a parser, a table for each of its groups."""
+    parts = []
+    for group in parser._action_groups:  # argparse has no public way to list them
+        actions = [a for a in group._group_actions if "--help" not in a.option_strings]
+        if not actions:
+            continue
+        title = {"options": "General", "positional arguments": "Arguments"}.get(group.title)
+        parts.append(f"\n### {title or group.title.capitalize()}\n")
+        parts.append("| flag | value | meaning |\n|---|---|---|")
+        parts += [row(action) for action in actions]
+    return "\n".join(parts)
+
+
+def document() -> str:
+    sys.path.insert(0, str(ROOT))
+    parts = [HEAD]
+    for script in SCRIPTS:
+        parser = importlib.import_module(script).parser()
+        parts.append(f"## {script}.py\n{table(parser)}\n")
+    return "\n".join(parts)
+
+
+if __name__ == "__main__":
+    CLI_MD.write_text(document(), encoding="utf-8")
