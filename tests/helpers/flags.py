@@ -23,6 +23,7 @@ def row(action: argparse.Action) -> str:
     value = action.metavar or ("" if action.nargs == 0 else action.dest.upper())
     if action.choices and not action.metavar:
         value = " \\| ".join(map(str, action.choices))
+    value = value.replace("|", "\\|") if action.metavar else value
     text = (action.help or "").replace("%%", "%").replace("|", "\\|")
     return f"| {names} | {value} | {text} |"
 
@@ -31,7 +32,7 @@ def table(parser: argparse.ArgumentParser) -> str:
     """The flags of a parser, a table for each of its groups."""
     parts = []
     for group in parser._action_groups:  # argparse has no public way to list them
-        actions = [a for a in group._group_actions if "--help" not in a.option_strings]
+        actions = [a for a in group._group_actions if a.help != argparse.SUPPRESS and a.dest != "help"]
         if not actions:
             continue
         title = {"options": "General", "positional arguments": "Arguments"}.get(group.title)
