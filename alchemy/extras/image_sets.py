@@ -63,7 +63,9 @@ def check_list(folder: Path, jobs: list[Job]) -> None:
         ) from None
     others = sorted(listed - {job.path.name for job in jobs})
     if others:
-        raise ValueError(f"{path} lists other images ({cli.quoted(others[0])}); name another folder")
+        raise ValueError(
+            f"{path} lists other images ({cli.quoted(others[0])}); name another folder"
+        )
 
 
 def write_list(folder: Path, jobs: list[Job]) -> Path:

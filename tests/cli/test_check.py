@@ -5,6 +5,8 @@ import json
 import numpy as np
 import pytest
 import torch
+from helpers.checkpoints import vocabulary_read_once  # noqa: F401
+from helpers.running import call, contents, good, photos, picture, quick, taught, tiny  # noqa: F401
 from PIL import Image
 
 import alchemy
@@ -12,8 +14,6 @@ from alchemy import dataset, images
 from alchemy.extras.inspect import preflight
 from alchemy.extras.inspect.sheets import LINE
 from alchemy.methods import masks
-from helpers.checkpoints import vocabulary_read_once  # noqa: F401
-from helpers.running import call, contents, good, photos, picture, quick, taught, tiny  # noqa: F401
 
 
 @pytest.fixture

@@ -5,15 +5,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors import safe_open
-from safetensors.torch import load_file, save_file
-
-import alchemy
-from alchemy import cli, lora
-from alchemy.formats import folder
-from alchemy.formats.__main__ import main as convert
-from alchemy.formats.embeddings import KEYS, load_embedding, DIFFUSERS_FILES
-from alchemy.formats.folder import save_checkpoint
 from helpers.checkpoints import (
     NETWORKS,
     SHIPPED,
@@ -28,8 +19,16 @@ from helpers.checkpoints import (
     write_weights,
 )
 from helpers.running import contents, tiny  # noqa: F401
-from helpers.spellings import adapter, adapters, ALPHA, fresh, pairs, RANK, SPELLINGS, written  # noqa: F401
+from helpers.spellings import ALPHA, RANK, SPELLINGS, adapter, adapters, fresh, pairs, written  # noqa: F401
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 
+import alchemy
+from alchemy import cli, lora
+from alchemy.formats import folder
+from alchemy.formats.__main__ import main as convert
+from alchemy.formats.embeddings import DIFFUSERS_FILES, KEYS, load_embedding
+from alchemy.formats.folder import save_checkpoint
 
 # LoRAs
 

@@ -7,12 +7,12 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from conftest import ROOT, deviation
 
 import alchemy
 from alchemy import samplers
 from alchemy.schedule import Schedule
 from alchemy.sdxl import Conditioning
-from conftest import ROOT, deviation
 
 TEXT = (ROOT / "README.md").read_text(encoding="utf-8")
 SECTION = re.search(r"^## Hack on the sampler\n.*?(?=^## )", TEXT, re.M | re.S)[0]

@@ -11,7 +11,6 @@ import pytest
 import torch
 import torch.nn.functional as F
 from helpers.checkpoints import vocabulary_read_once  # noqa: F401
-from helpers.training import model  # noqa: F401
 from helpers.pages import HOSTILE, cut_frames, page_data, random
 from helpers.running import (  # noqa: F401
     SCENE,
@@ -30,6 +29,7 @@ from helpers.running import (  # noqa: F401
     taught,
     tiny,
 )
+from helpers.training import model  # noqa: F401
 from PIL import Image
 from safetensors.torch import load_file
 

@@ -3,5 +3,4 @@
 (file in alchemy/, the test files to run): (what it is, the exact old text, the new text), ...
 """
 
-FAULTS = {
-}
+FAULTS = {}

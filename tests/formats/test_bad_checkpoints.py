@@ -8,10 +8,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import save
-
-import alchemy
-from alchemy.formats.tensors import open_safetensors
 from helpers import checkpoints as synthetic
 from helpers.checkpoints import (
     refused,
@@ -22,6 +18,10 @@ from helpers.checkpoints import (
     write_single,
     write_weights,
 )  # noqa: F401
+from safetensors.torch import save
+
+import alchemy
+from alchemy.formats.tensors import open_safetensors
 
 
 @pytest.fixture(scope="module")

@@ -10,9 +10,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from PIL import Image
-from safetensors.torch import load_file, save_file
-
 from helpers.checkpoints import UNET, vocabulary_read_once, write_folder, write_json  # noqa: F401
 from helpers.running import (
     call,
@@ -29,6 +26,8 @@ from helpers.running import (
     taught,  # noqa: F401
     tiny,
 )
+from PIL import Image
+from safetensors.torch import load_file, save_file
 
 # Photos and pictures
 

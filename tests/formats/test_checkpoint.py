@@ -6,10 +6,6 @@ from pathlib import Path
 
 import pytest
 import torch
-
-import alchemy
-from alchemy.formats import checkpoint, layout
-from alchemy.schedule import Schedule
 from helpers import checkpoints as synthetic
 from helpers.checkpoints import (
     CONFIGS,
@@ -25,6 +21,10 @@ from helpers.checkpoints import (
     write_single,
     write_weights,
 )
+
+import alchemy
+from alchemy.formats import checkpoint, layout
+from alchemy.schedule import Schedule
 
 SHARED = Path(__file__).resolve().parents[3] / "shared" / "reference"
 

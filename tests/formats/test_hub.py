@@ -9,10 +9,6 @@ import huggingface_hub as hub
 import huggingface_hub.errors  # noqa: F401 (as hub.denoising_loss)
 import pytest
 import torch
-
-import alchemy
-from alchemy.formats.folder import save_checkpoint
-from alchemy.formats.hub import find
 from helpers.checkpoints import (
     FILE,
     NETWORKS,
@@ -21,6 +17,10 @@ from helpers.checkpoints import (
     write_folder,
     write_single,
 )  # noqa: F401
+
+import alchemy
+from alchemy.formats.folder import save_checkpoint
+from alchemy.formats.hub import find
 
 ID, COMMIT = "org/tiny-xl", "0123456789abcdef0123456789abcdef01234567"
 TOKENIZERS = [
@@ -34,15 +34,38 @@ SETTINGS = [
     *(f"{n}/config.json" for n in NETWORKS),
     *TOKENIZERS,
 ]
-OTHERS = """
-    .gitattributes LICENSE.md README.md 01.png pipeline.png sd_xl_base_1.0.safetensors sd_xl_base_1.0_0.9vae.safetensors
-    sd_xl_offset_example-lora_1.0.safetensors unet/diffusion_flax_model.msgpack unet/model.onnx unet/model.onnx_data unet/openvino_model.bin
-    unet/openvino_model.xml text_encoder/flax_model.msgpack text_encoder/model.onnx text_encoder/openvino_model.bin
-    text_encoder_2/model.onnx_data text_encoder_2/openvino_model.xml vae/diffusion_flax_model.msgpack vae_1_0/config.json
-    vae_1_0/diffusion_pytorch_model.safetensors vae_decoder/config.json vae_decoder/model.onnx vae_encoder/config.json
-    vae_encoder/openvino_model.bin unet/diffusion_pytorch_model.bin text_encoder/pytorch_model.bin safety_checker/model.safetensors
-    unet/diffusion_pytorch_model.non_ema.safetensors unet/diffusion_pytorch_model.safetensors.index.json
-""".split()  # what stabilityai/stable-diffusion-xl-base-1.0 also holds, or its relatives do
+OTHERS = [
+    ".gitattributes",
+    "LICENSE.md",
+    "README.md",
+    "01.png",
+    "pipeline.png",
+    "sd_xl_base_1.0.safetensors",
+    "sd_xl_base_1.0_0.9vae.safetensors",
+    "sd_xl_offset_example-lora_1.0.safetensors",
+    "unet/diffusion_flax_model.msgpack",
+    "unet/model.onnx",
+    "unet/model.onnx_data",
+    "unet/openvino_model.bin",
+    "unet/openvino_model.xml",
+    "text_encoder/flax_model.msgpack",
+    "text_encoder/model.onnx",
+    "text_encoder/openvino_model.bin",
+    "text_encoder_2/model.onnx_data",
+    "text_encoder_2/openvino_model.xml",
+    "vae/diffusion_flax_model.msgpack",
+    "vae_1_0/config.json",
+    "vae_1_0/diffusion_pytorch_model.safetensors",
+    "vae_decoder/config.json",
+    "vae_decoder/model.onnx",
+    "vae_encoder/config.json",
+    "vae_encoder/openvino_model.bin",
+    "unet/diffusion_pytorch_model.bin",
+    "text_encoder/pytorch_model.bin",
+    "safety_checker/model.safetensors",
+    "unet/diffusion_pytorch_model.non_ema.safetensors",
+    "unet/diffusion_pytorch_model.safetensors.index.json",
+]  # what stabilityai/stable-diffusion-xl-base-1.0 also holds, or its relatives do
 
 
 def weight_names(variant="", networks=NETWORKS):

@@ -12,10 +12,10 @@ from urllib.parse import unquote, urlsplit
 
 import pytest
 import torch
-
-import alchemy
 from helpers.checkpoints import weights, write_folder
 from test_hub import COMMIT, ID, SETTINGS, weight_names
+
+import alchemy
 
 
 class Hub(BaseHTTPRequestHandler):

@@ -4,25 +4,25 @@ import json
 
 import pytest
 import torch
+from helpers.checkpoints import refused, vocabulary_read_once, write_json  # noqa: F401
+from helpers.running import tiny  # noqa: F401
+from helpers.spellings import (
+    ALPHA,
+    HEADER,
+    RANK,
+    SPELLINGS,
+    adapter,
+    adapters,
+    equal,
+    fresh,
+    pairs,
+    written,
+)  # noqa: F401
 from safetensors.torch import save_file
 
 import alchemy
 from alchemy import lora
 from alchemy.formats import layout
-from helpers.checkpoints import refused, vocabulary_read_once, write_json  # noqa: F401
-from helpers.running import tiny  # noqa: F401
-from helpers.spellings import (
-    adapter,
-    adapters,
-    ALPHA,
-    equal,
-    fresh,
-    HEADER,
-    pairs,
-    RANK,
-    SPELLINGS,
-    written,
-)  # noqa: F401
 
 # Reading
 

@@ -3,25 +3,24 @@
 from pathlib import Path
 
 import torch
+from helpers.checkpoints import refused, vocabulary_read_once  # noqa: F401
+from helpers.running import tiny  # noqa: F401
+from helpers.spellings import (
+    ALPHA,
+    RANK,
+    SPELLINGS,
+    adapter,
+    adapters,
+    equal,
+    fresh,
+    pairs,
+    written,
+)  # noqa: F401
 from safetensors import safe_open
 from safetensors.torch import load_file
 
 import alchemy
 from alchemy import lora
-from helpers.checkpoints import refused, vocabulary_read_once  # noqa: F401
-from helpers.running import tiny  # noqa: F401
-from helpers.spellings import (
-    adapter,
-    adapters,
-    ALPHA,
-    equal,
-    fresh,
-    pairs,
-    RANK,
-    SPELLINGS,
-    written,
-)  # noqa: F401
-
 
 # Writing
 

@@ -6,10 +6,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import save_file
-
-import alchemy
-from alchemy.formats.family import FAMILIES
 from helpers import checkpoints as synthetic
 from helpers.checkpoints import (
     NETWORKS,
@@ -21,6 +17,10 @@ from helpers.checkpoints import (
     write_json,
     write_single,
 )  # noqa: F401
+from safetensors.torch import save_file
+
+import alchemy
+from alchemy.formats.family import FAMILIES
 
 
 @pytest.fixture(scope="module")

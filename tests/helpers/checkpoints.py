@@ -14,7 +14,8 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from alchemy.formats.checkpoint import BUILD, CONFIGS as KINDS, Tokenizer
+from alchemy.formats.checkpoint import BUILD, Tokenizer
+from alchemy.formats.checkpoint import CONFIGS as KINDS
 
 SHIPPED = Path(__file__).resolve().parents[2] / "weights" / "mini"
 UNET = dict(

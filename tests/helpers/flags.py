@@ -32,7 +32,9 @@ def table(parser: argparse.ArgumentParser) -> str:
     """The flags of a parser, a table for each of its groups."""
     parts = []
     for group in parser._action_groups:  # argparse has no public way to list them
-        actions = [a for a in group._group_actions if a.help != argparse.SUPPRESS and a.dest != "help"]
+        actions = [
+            a for a in group._group_actions if a.help != argparse.SUPPRESS and a.dest != "help"
+        ]
         if not actions:
             continue
         title = {"options": "General", "positional arguments": "Arguments"}.get(group.title)

@@ -13,8 +13,8 @@ import torch
 from safetensors.torch import save_file
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
-from alchemy.formats.checkpoint import BASE, BUILD, CONFIGS  # noqa: E402
 from alchemy.formats import layout  # noqa: E402
+from alchemy.formats.checkpoint import BASE, BUILD, CONFIGS  # noqa: E402
 
 MINI = (
     Path(__file__).resolve().parents[2] / "weights" / "mini"

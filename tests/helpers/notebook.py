@@ -1,6 +1,6 @@
 """Run alchemy/walkthrough.ipynb cell by cell, without Jupyter.
 
-    python tests/helpers/notebook.py    run it and store the outputs in the file
+python tests/helpers/notebook.py    run it and store the outputs in the file
 """
 
 import ast

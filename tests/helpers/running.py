@@ -16,12 +16,12 @@ import torch
 from PIL import Image
 
 import alchemy
-from helpers import checkpoints
 import insert
 import sample
 import train
 from alchemy import cli
 from alchemy.sdxl import SDXL
+from helpers import checkpoints
 
 ROOT = Path(__file__).resolve().parents[2]
 MAIN = {"train.py": train.main, "sample.py": sample.main, "insert.py": insert.main}

@@ -7,7 +7,7 @@ import torch
 
 import alchemy
 from alchemy import lora
-from helpers.checkpoints import unet_modules, UNET
+from helpers.checkpoints import UNET, unet_modules
 
 RANK, ALPHA = 2, 3.0
 HEADER = {

@@ -9,9 +9,9 @@ diffusers = pytest.importorskip("diffusers")
 transformers = pytest.importorskip("transformers")
 
 import torch  # noqa: E402
+from helpers.checkpoints import CONFIGS, SCHEDULER, SHIPPED  # noqa: E402
 
 import alchemy  # noqa: E402
-from helpers.checkpoints import CONFIGS, SCHEDULER, SHIPPED  # noqa: E402
 
 PROMPT, SIZE, STEPS, GUIDANCE = (
     "a photo of a dog, 2 cats and a hat!",

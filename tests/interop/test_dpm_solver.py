@@ -6,10 +6,10 @@ diffusers = pytest.importorskip("diffusers")
 pytest.importorskip("transformers")
 
 import torch  # noqa: E402
-
-import alchemy  # noqa: E402
 from helpers.checkpoints import SCHEDULER  # noqa: E402
 from test_checkpoints import PROMPT, SIZE, agree, built, noise  # noqa: E402, F401
+
+import alchemy  # noqa: E402
 
 
 @torch.no_grad()

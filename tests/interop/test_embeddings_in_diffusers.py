@@ -7,12 +7,12 @@ pytest.importorskip("transformers")
 
 import torch  # noqa: E402
 from safetensors.torch import load_file, save_file  # noqa: E402
+from test_checkpoints import built, pipe, saved  # noqa: E402, F401
 
 import alchemy  # noqa: E402
 from alchemy.formats.__main__ import main as convert  # noqa: E402
 from alchemy.formats.embeddings import DIFFUSERS_FILES, load_embedding, save_embedding  # noqa: E402
 from alchemy.methods import textual_inversion as ti  # noqa: E402
-from test_checkpoints import built, pipe, saved  # noqa: E402, F401
 
 TOKEN = "<my-dog>"
 PROMPT = f"a photo of a {TOKEN} on the grass"

@@ -7,11 +7,11 @@ peft = pytest.importorskip("peft")
 
 import torch  # noqa: E402
 from safetensors.torch import load_file, save_file  # noqa: E402
+from test_checkpoints import built, pipe, saved  # noqa: E402, F401
 
 import alchemy  # noqa: E402
 from alchemy import lora  # noqa: E402
 from alchemy.formats.__main__ import main as convert  # noqa: E402
-from test_checkpoints import built, pipe, saved  # noqa: E402, F401
 
 RANK, ALPHA = 4, 6.0
 TARGETS = [*lora.ATTENTION]
@@ -58,7 +58,10 @@ def agree(a, b, base):
 @pytest.mark.parametrize("scale", [1.0, 0.6])
 def test_our_files_draw_the_same_there(ours, inputs, tmp_path, form, scale):
     alchemy.save_lora(
-        ours, tmp_path / "lora.safetensors", format=form, metadata={"prompt": "a photo of a sks dog"}
+        ours,
+        tmp_path / "lora.safetensors",
+        format=form,
+        metadata={"prompt": "a photo of a sks dog"},
     )
     pipe = built()
     base = output(pipe.unet, *inputs)
