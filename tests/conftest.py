@@ -1,6 +1,7 @@
-"""What the numeric tests share: the reference files, our networks with their weights, and how two tensors are compared.
+"""Fixtures of the numeric tests: reference files, networks with their weights, comparison.
 
-Every comparison goes through `close`; at its end pytest prints the largest deviation of each test file beside what was allowed.
+Every comparison goes through `close`; at the end pytest prints the largest deviation of each test
+file beside its tolerance.
 """
 
 import json
@@ -15,9 +16,12 @@ from safetensors import safe_open
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [
+    str(ROOT / "tests"),
     str(ROOT),
     *(str(ROOT / "tests" / part) for part in ("core", "cli", "extras", "formats", "bench")),
 ]
+from helpers.numbers import deviation  # noqa: E402
+
 # References and bit-equalities are the CPU's: on a machine with a GPU, hide it from the tests.
 os.environ.setdefault("CUDA_VISIBLE_DEVICES", "")
 torch.set_num_threads(1)  # the order of additions, and so the last bit, depends on it
@@ -65,13 +69,6 @@ def build(name, dtype=torch.float64):
     }
     net.load_state_dict(weights, strict=True, assign=True)
     return net.eval().requires_grad_(False)
-
-
-def deviation(ours, theirs):
-    """The larger of two ratios: ‖ours − theirs‖ / ‖theirs‖, and the largest difference by the largest element."""
-    ours, theirs = ours.double(), theirs.double()
-    off = ours - theirs
-    return max((off.norm() / theirs.norm()).item(), (off.abs().max() / theirs.abs().max()).item())
 
 
 def compare(ours, theirs, tol):

@@ -206,3 +206,25 @@ def log_peak(sdxl) -> None:
     if sdxl.device.type == "cuda":
         used = torch.cuda.max_memory_allocated(sdxl.device)
         cli.log(f"{used / GB:.2g} GB of GPU memory at most")
+
+
+def table() -> str:
+    """The estimates for SDXL at 1024 x 1024, batch 1, as a Markdown table in GB."""
+    training = Run((1024, 1024), torch.bfloat16, batch=2, method="lora")
+    rows = {
+        "generating an image": Run((1024, 1024), torch.bfloat16),
+        "LoRA of rank 16, with prior preservation": training,
+        "the same with `--checkpointing`": replace(training, checkpointing=True),
+        "... and `--prior-weight 0 --preview-every 0`": replace(
+            training, checkpointing=True, batch=1, previews=False
+        ),
+    }
+    lines = ["| GB, by estimate | bfloat16 | `--fp8-base` |", "|---|---:|---:|"]
+    for name, run in rows.items():
+        whole, fp8 = (max(estimate(r).values()) / GB for r in (run, replace(run, fp8=True)))
+        lines.append(f"| {name} | {whole:.1f} | {fp8:.1f} |")
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    print(table())

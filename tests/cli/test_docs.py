@@ -3,8 +3,8 @@
 import re
 
 import pytest
-from conftest import ROOT
 from helpers import flags
+from helpers.numbers import ROOT
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 WALK = (ROOT / "alchemy" / "WALK.md").read_text(encoding="utf-8")

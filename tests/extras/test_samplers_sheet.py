@@ -3,7 +3,7 @@
 import pytest
 import samplers_sheet
 import torch
-from conftest import ROOT
+from helpers.numbers import ROOT
 from samplers_sheet import ROWS
 
 import alchemy
