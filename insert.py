@@ -142,8 +142,8 @@ def insert(args, result: Path, folder: Path, page: Path | None) -> None:
     sdxl = cli.load(args)
     args.size = image.size[::-1] if image else args.size or sdxl.size
     if mask is not None and mask.shape != args.size:
-        height, width = mask.shape
-        raise ValueError(f"{args.mask} is {width}x{height}, not the image's size; resize it")
+        sizes = [f"{width}x{height}" for height, width in (mask.shape, args.size)]
+        raise ValueError(f"{args.mask} is {sizes[0]}, the image {sizes[1]}; resize the mask")
     memory.choose_memory_mode(args, sdxl)
     prompts = args.token and [args.prompt, args.token, args.negative_prompt]
     tokens = cli.apply_loras(sdxl, args.lora, args.embedding, prompts)

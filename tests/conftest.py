@@ -20,7 +20,7 @@ sys.path[:0] = [
     str(ROOT),
     *(str(ROOT / "tests" / part) for part in ("core", "cli", "extras", "formats", "bench")),
 ]
-from helpers.numbers import deviation  # noqa: E402
+from helpers.comparison import deviation  # noqa: E402
 
 # References and bit-equalities are the CPU's: on a machine with a GPU, hide it from the tests.
 os.environ.setdefault("CUDA_VISIBLE_DEVICES", "")

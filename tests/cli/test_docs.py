@@ -4,7 +4,7 @@ import re
 
 import pytest
 from helpers import flags
-from helpers.numbers import ROOT
+from helpers.comparison import ROOT
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 WALK = (ROOT / "alchemy" / "WALK.md").read_text(encoding="utf-8")

@@ -214,6 +214,8 @@ def test_config_takes_the_flags_of_a_file_and_given_flags_override_it(tmp_path):
                 ("size", [2**40, 2]),
                 ("seed", -3),
                 ("lora", "a"),
+                ("lora", {}),
+                ("embedding", "a"),
                 ("lora", [["a", None, 3]]),
                 ("prompt", 5),
                 ("merge", "yes"),

@@ -7,7 +7,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from helpers.numbers import ROOT, deviation
+from helpers.comparison import ROOT, deviation
 
 import alchemy
 from alchemy.schedule import Schedule

@@ -3,7 +3,7 @@
 import pytest
 import samplers_sheet
 import torch
-from helpers.numbers import ROOT
+from helpers.comparison import ROOT
 from samplers_sheet import ROWS
 
 import alchemy

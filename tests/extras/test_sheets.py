@@ -25,7 +25,7 @@ def pixels(picture):
 )
 def test_a_sheet_shows_small_pictures_enlarged_sharply_and_huge_ones_reduced(size, shown):
     picture = noise_picture(*size[::-1])
-    made = sheets.handy(picture)
+    made = sheets.fit_for_sheet(picture)
     assert made.size == shown
     if shown > size:
         factor = shown[0] // size[0]

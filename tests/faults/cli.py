@@ -18,7 +18,6 @@ FAULTS = {
         ("other tools' samplers give no hint", "hint = f", 'hint = "" and f'),
         ("a switch takes any JSON", "if type(value) is not bool:", "if False:"),
         ("a repeated flag takes any JSON", "if not isinstance(value, list):", "if False:"),
-        ("true is a number", "isinstance(value, (bool, dict))", "isinstance(value, dict)"),
         ("a text is a number", "if result != expected or", "if"),
         ("settings are not checked", "p.from_json(name, saved[name])", "saved[name]"),
         ("deep JSON is a fault", "(ValueError, RecursionError)", "ValueError"),

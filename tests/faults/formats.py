@@ -96,7 +96,7 @@ FAULTS = {
             "padding=0)\n        else",
         ),
     ),
-    ("formats/configs", "formats/fuzz"): (
+    ("formats/configs", "formats/fuzz_files"): (
         (
             "ranges are not checked",
             "return None if low <= value <= high else",
@@ -106,7 +106,7 @@ FAULTS = {
         ("heads need not divide", "if value % divisor:", "if False:"),
         ("widths need not match", "if unet.cross_attention_dim != width:", "if False:"),
     ),
-    ("formats/text", "formats/fuzz"): (
+    ("formats/text", "formats/fuzz_files"): (
         ("deep JSON is not caught", "except RecursionError:", "except KeyError:"),
         (
             "messages of any length",

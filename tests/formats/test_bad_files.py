@@ -95,7 +95,7 @@ def test_a_folder_that_is_missing_or_without_pictures_is_named(tiny, tmp_path):
     train = ("train.py", "--class-word", "dog", "--weights", tiny)
     refused(call(*train, "nowhere"), "nowhere", "no such folder")
     refused(call(*train, "empty/notes.txt"), "empty/notes.txt", "no such folder")
-    refused(call(*train, "empty"), "empty", "no pictures in it", ".jpg", "put 3 to 5 photos")
+    refused(call(*train, "empty"), "empty", "no images found", ".jpg", "check the path")
     assert nothing_written()
 
 
