@@ -279,7 +279,7 @@ class StopSignal:
 
 def train_lora(
     sdxl: SDXL,
-    photos: Iterable[str | Path],
+    photos: str | Path | Iterable[str | Path],
     class_word: str,
     token: str = "sks",
     *,
@@ -290,11 +290,15 @@ def train_lora(
 ) -> Iterator[tuple[int, float]]:
     """Train a LoRA on photos of one subject with prior preservation; yields (step, loss).
 
-    The LoRA is added to sdxl when the iteration begins; alchemy.save_lora writes it.
-    None as an option is the checkpoint's default. For all else, see train.py.
+    photos: a folder, or paths of images. The LoRA is added to sdxl when the iteration begins;
+    alchemy.save_lora writes it. None as an option is the checkpoint's default. For all
+    else, see train.py.
     """
+    from .methods.captions import find_photos
     from .methods.prior import teacher_batch
 
+    if isinstance(photos, (str, Path)):
+        photos, _ = find_photos(photos)
     defaults, size = sdxl.defaults, sdxl.size
     subject, class_prompt = f"a photo of a {token} {class_word}", f"a photo of a {class_word}"
     encoded = [encode_image(sdxl, path, size, subject) for path in photos]

@@ -4,6 +4,9 @@
 """
 
 FAULTS = {
+    ("attention", "core/segmentation core/attention"): (
+        ("the unconditional half is recorded", "slice(-1, None) if", "slice(0, 1) if"),
+    ),
     ("schedule", "core/schedule"): (
         ("β grows linearly, not its root", "first**0.5, last**0.5, count", "first, last, count"),
         (
@@ -225,7 +228,6 @@ FAULTS = {
         ),
     ),
     ("segmentation", "core/segmentation"): (
-        ("the unconditional half", "probabilities[-1].mean(0)", "probabilities[0].mean(0)"),
         ("one head for all", "probabilities[-1].mean(0)", "probabilities[-1][0]"),
         ("the window is ignored", "if self.in_window(t):", "if True:"),
         ("attention is recorded outside the window", " and self.in_window(step.t_prev)", ""),
