@@ -323,11 +323,6 @@ FAULTS = {
             "y = adapter.apply_to(y, x, self)",
             "y = adapter.apply_to(super().forward(x), x, self)",
         ),
-        (
-            "gradients are in the dtype of the copies",
-            "dtype=ctx.dtypes[n])",
-            "dtype=torch.bfloat16).float()",
-        ),
         ("the copies stay", "            adapter.cast = None", "            pass"),
         (
             "down and up of another adapter",
