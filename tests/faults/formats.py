@@ -97,11 +97,6 @@ FAULTS = {
         ),
     ),
     ("formats/configs", "formats/fuzz_files"): (
-        (
-            "ranges are not checked",
-            "return None if low <= value <= high else",
-            "return None if True else",
-        ),
         ("types are not checked", "if type(value) not in accepted:", "if False:"),
         ("heads need not divide", "if value % divisor:", "if False:"),
         ("widths need not match", "if unet.cross_attention_dim != width:", "if False:"),
