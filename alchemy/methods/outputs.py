@@ -100,13 +100,13 @@ def remove_unfinished(out: Path) -> None:
 
 def metadata_of(args: Namespace, prompt: str) -> dict:
     """What the trained file says of its training."""
-    facts = {"base": Path(args.weights).name, "steps": args.steps, "seed": args.seed}
-    facts["name"] = Path(args.out).name
+    metadata = {"base": Path(args.weights).name, "steps": args.steps, "seed": args.seed}
+    metadata["name"] = Path(args.out).name
     if not args.captions:
-        facts |= {"prompt": prompt, "token": args.token}
+        metadata |= {"prompt": prompt, "token": args.token}
     if args.class_word:
-        facts["class_word"] = args.class_word
-    return facts
+        metadata["class_word"] = args.class_word
+    return metadata
 
 
 def save_result(args: Namespace, sdxl, path: Path, metadata: dict) -> list[Path]:

@@ -6,6 +6,7 @@ import subprocess
 import sys
 
 import pytest
+import torch
 from helpers.running import MAIN, ROOT, SCENE, call, good, nothing_written, process, refused
 
 import insert
@@ -233,6 +234,8 @@ def test_a_file_of_flags_with_a_refused_value_is_named(tmp_path, text, words):
 
 def test_device_cuda_without_cuda_and_an_unknown_device_are_explained(tiny):
     refused(call("sample.py", "a dog", "--weights", tiny, "--device", "abacus"), "abacus")
+    if not torch.cuda.is_available():
+        refused(call("sample.py", "a dog", "--weights", tiny, "--device", "cuda"), "device is cuda")
 
 
 def test_a_process_ends_in_one_line_and_status_2_and_traceback_shows_a_fault():
