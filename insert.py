@@ -8,10 +8,10 @@ Stage 2: a masked Img2Img with the LoRA puts the subject there. Nothing changes 
     python insert.py "a photo of a dog in a park" --image park.jpg --mask mask.png --lora ...
 """
 
-import signal
+import _signal
 
-if __name__ == "__main__":
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C during the imports: no traceback
+if __name__ == "__main__":  # Ctrl-C during the imports, that of signal too: no traceback
+    _signal.signal(_signal.SIGINT, _signal.SIG_DFL)
 
 import re
 from functools import partial

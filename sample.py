@@ -8,10 +8,10 @@ python sample.py --prompts prompts.txt --count 10 --out out/set     a set with m
 torchrun --nproc-per-node 4 sample.py ...             several images, on several GPUs at once
 """
 
-import signal
+import _signal
 
-if __name__ == "__main__":
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C during the imports: no traceback
+if __name__ == "__main__":  # Ctrl-C during the imports, that of signal too: no traceback
+    _signal.signal(_signal.SIGINT, _signal.SIG_DFL)
 
 from functools import partial
 from pathlib import Path

@@ -6,10 +6,10 @@ python train.py                          the example subject, on the miniature t
 torchrun --nproc-per-node 4 train.py ...                 on several GPUs, --batch on each
 """
 
-import signal
+import _signal
 
-if __name__ == "__main__":
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C during the imports: no traceback
+if __name__ == "__main__":  # Ctrl-C during the imports, that of signal too: no traceback
+    _signal.signal(_signal.SIGINT, _signal.SIG_DFL)
 
 import sys
 import time

@@ -3,6 +3,7 @@
 import contextlib
 import errno
 import os
+import re
 import resource
 import signal
 import subprocess
@@ -243,14 +244,14 @@ def test_a_run_with_closed_stderr_writes_its_image(tiny):
     assert run.returncode == 0
 
 
-@pytest.mark.parametrize("delay", [0.1, 1.0])
+@pytest.mark.parametrize("delay", [0.02, 0.1, 1.0])
 def test_an_interrupt_at_any_time_gives_no_traceback(tiny, delay):
     run = start("sample.py", "a", "--weights", tiny, "--steps", 999)
     time.sleep(delay)
     run.send_signal(signal.SIGINT)
     _, err = run.communicate(timeout=120)
-    # Only Python itself, before the script's second line, may still show one.
-    assert "Traceback" not in err or "alchemy" not in err.replace(str(ROOT), ""), err
+    # Only Python itself, before the script's first statement, may still show one.
+    assert not re.search(r'(sample\.py", line [1-9]|/alchemy/\w+\.py")', err), err
     assert run.returncode in (1, 130, -signal.SIGINT)
     with contextlib.suppress(FileNotFoundError):
         assert contents("out") == {}
