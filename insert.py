@@ -186,6 +186,7 @@ def insert(args, result: Path, folder: Path, page: Path | None) -> None:
             crop=args.crop,
             negative_prompt=args.negative_prompt,
             progress=progress,
+            free_text_encoders=True,
             spacing=args.spacing,
             eta=args.eta,
             **options,

@@ -98,10 +98,8 @@ def generate(args: cli.argparse.Namespace, folder: Path, page: Path | None) -> N
     )
 
     # Fill in the checkpoint's defaults.
-    size, unconditional, options = pipeline.resolve_options(
-        sdxl, args.negative_prompt, args.size, cli.sampling_options(args)
-    )
-    args.size = size
+    options = pipeline.resolve_options(sdxl, **cli.sampling_options(args))
+    args.size = size = pipeline.resolve_size(sdxl, args.size)
     memory.choose_memory_mode(args, sdxl)
     strength = 1.0
     if start:
@@ -125,6 +123,7 @@ def generate(args: cli.argparse.Namespace, folder: Path, page: Path | None) -> N
 
     # Encode each prompt once, then free the text encoders: the UNet can use the memory.
     conditioning = {prompt: sdxl.encode_prompt([prompt], size) for prompt in prompts}
+    unconditional = sdxl.encode_prompt([args.negative_prompt], size)
     sdxl.free("text_encoders")
 
     follow = partial(cli.follow_steps, args, sdxl, total=len(timesteps))

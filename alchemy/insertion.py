@@ -8,9 +8,9 @@ The rest of the scene stays bit-identical.
 
 import re
 import secrets
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from os import PathLike
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -20,7 +20,7 @@ from torch import Tensor
 from . import images, lora, pipeline
 from .pipeline import Progress
 from .samplers import Sampler
-from .sdxl import SDXL
+from .sdxl import SDXL, Conditioning
 from .segmentation import (
     AttentionMaps,
     binarize,
@@ -64,41 +64,6 @@ class Box(NamedTuple):
     def crop(self, image: Image.Image) -> Image.Image:
         right, bottom = self.left + self.width, self.top + self.height
         return image.crop((self.left, self.top, right, bottom))
-
-    def resize(self, height: int, width: int) -> "Box":
-        """A box of another size with the same center."""
-        top = (2 * self.top + self.height - height) // 2
-        left = (2 * self.left + self.width - width) // 2
-        return Box(top, left, height, width)
-
-    def expand(self, factor: int, min_side: int) -> "Box":
-        """Both sides times factor, at least min_side."""
-        height, width = max(factor * self.height, min_side), max(factor * self.width, min_side)
-        return self.resize(height, width)
-
-    def limit_aspect_ratio(self, ratio: int) -> "Box":
-        """The shorter side grown until the longer one is at most ratio times as long."""
-        height, width = max(self.height, self.width // ratio), max(self.width, self.height // ratio)
-        return self.resize(height, width)
-
-    def fit_aspect(self, size: tuple[int, int], image_size: tuple[int, int]) -> "Box":
-        """The smallest box of the aspect ratio of size (H,W) that covers this one.
-
-        Where the image has no room for that, the largest that it has room for.
-        """
-        cover = max(self.height / size[0], self.width / size[1])
-        room = min(image_size[0] / size[0], image_size[1] / size[1])
-        scale = min(cover, room)
-        height, width = (round(side * scale) for side in size)
-        return self.resize(min(height, image_size[0]), min(width, image_size[1]))
-
-    def clamp(self, image_size: tuple[int, int]) -> "Box":
-        """Cut to the size (H,W) of an image and moved inside it."""
-        height, width = min(self.height, image_size[0]), min(self.width, image_size[1])
-        box = self.resize(height, width)
-        top = min(max(box.top, 0), image_size[0] - height)
-        left = min(max(box.left, 0), image_size[1] - width)
-        return Box(top, left, height, width)
 
 
 @dataclass(frozen=True)
@@ -170,25 +135,43 @@ def crop_box(sdxl: SDXL, mask: Tensor, crop: bool) -> tuple[Box, tuple[int, int]
     side, else the whole image. Its aspect ratio is that of the size, so that nothing is stretched.
     """
     subject = Box.around(mask)
-    region = Box(0, 0, *mask.shape)
+    rows, columns = height, width = mask.shape
     if crop:
-        min_side = sdxl.size[0] // 4  # a tiny mask is not enlarged without limit
-        region = subject.expand(2, min_side).clamp(mask.shape)
-        region = region.limit_aspect_ratio(2).clamp(mask.shape)
-    size = model_resolution(sdxl, region.size)
-    region = region.fit_aspect(size, mask.shape)
-    return subject.resize(*region.size).clamp(mask.shape), size
+        # Twice the mask, but a tiny one is not enlarged without limit; at most 2 : 1.
+        least = sdxl.size[0] // 4
+        height = min(max(2 * subject.height, least), rows)
+        width = min(max(2 * subject.width, least), columns)
+        height, width = max(height, width // 2), max(width, height // 2)
+    size = model_resolution(sdxl, (min(height, rows), min(width, columns)))
+
+    # The smallest part of this aspect ratio that covers it, or the largest in the image.
+    cover = max(min(height, rows) / size[0], min(width, columns) / size[1])
+    scale = min(cover, rows / size[0], columns / size[1])
+    height = min(round(size[0] * scale), rows)
+    width = min(round(size[1] * scale), columns)
+
+    # Centered on the mask, and moved into the image.
+    top = (2 * subject.top + subject.height - height) // 2
+    left = (2 * subject.left + subject.width - width) // 2
+    top = min(max(top, 0), rows - height)
+    left = min(max(left, 0), columns - width)
+    return Box(top, left, height, width), size
 
 
 def generate_scene(
     sdxl: SDXL,
     prompt: str,
     class_word: str,
+    encoded: tuple[Conditioning, Conditioning],
+    seed: int,
     size: tuple[int, int],
     progress: Progress | None = None,
-    **options,
+    **options: Any,
 ) -> tuple[Image.Image, Tensor]:
-    """Stage 1: the scene, and the soft mask of the class word from the attention of its steps."""
+    """Stage 1: the scene, and the soft mask of the class word from the attention of its steps.
+
+    encoded: the prompt and the negative prompt.
+    """
     f = sdxl.vae_scale_factor
     maps = AttentionMaps(
         sdxl.unet,
@@ -201,9 +184,42 @@ def generate_scene(
     def follow(steps):
         return maps.follow(progress(steps) if progress else steps)
 
-    scene = pipeline.text_to_image(sdxl, prompt, size=size, progress=follow, **options)
+    scene = pipeline.sample(sdxl, *encoded, seed, size, progress=follow, **options)
     warn_if_weak(class_word, maps, sdxl.defaults["scene_word_strength"])
     return scene, to_pixels(maps.heatmap(sdxl.defaults["walk_iterations"]), scene)
+
+
+def insert_subject(
+    sdxl: SDXL,
+    scene: Image.Image,
+    mask: Tensor,
+    encoded: tuple[Conditioning, Conditioning],
+    seed: int,
+    crop: bool | None = None,
+    fade_outwards: bool = True,
+    **options: Any,
+) -> Insertion:
+    """Stage 2: masked Img2Img in a part of the scene at the model's resolution, then composite.
+
+    encoded: the prompt with the token, and the negative prompt. options: those of pipeline.sample.
+    """
+    if crop is None:
+        crop = scene.width * scene.height > 1.5 * sdxl.size[0] * sdxl.size[1]
+    box, size = crop_box(sdxl, mask, crop)
+    part = box.crop(scene).resize(size[::-1], Image.LANCZOS)
+    part_mask = F.adaptive_max_pool2d(mask[box.slices][None], size)[0]
+    cond, uncond = (conditioning.at_size(size) for conditioning in encoded)
+    generated = pipeline.sample(
+        sdxl, cond, uncond, seed, size, image=part, mask=part_mask, **options
+    )
+
+    # Composite at the scene's own resolution.
+    fade = round(FADE_LATENTS * sdxl.vae_scale_factor * box.height / size[0])
+    weight = composite_weight(mask, box, fade if fade_outwards else None)
+    pasted = scene.copy()
+    pasted.paste(generated.resize(box.size[::-1], Image.LANCZOS), (box.left, box.top))
+    result = images.composite(scene, pasted, weight)
+    return Insertion(scene, mask, mask, weight, box, part, generated, result)
 
 
 @torch.no_grad()
@@ -228,6 +244,7 @@ def insert(
     guidance: float | None = None,
     eta: float | None = None,
     progress: Progress | None = None,
+    free_text_encoders: bool = False,
 ) -> Insertion:
     """Replace the class word's object in a scene by the subject that `token class_word` names.
 
@@ -241,62 +258,56 @@ def insert(
     crop: work on a part around the mask at the model's resolution; None: if the image is large.
     negative_prompt, sampler, spacing, steps, guidance, eta, progress: see alchemy.text_to_image.
         None is the checkpoint's default.
+    free_text_encoders: drop them from memory when the prompts are encoded. They are read again
+        when next used, without the adapters that a LoRA may have on them.
 
     Raises ValueError for a mask that is empty, of another size, or covers the whole image.
     """
     subject_prompt = with_token(prompt, class_word, token)
     seed = secrets.randbits(31) if seed is None else seed
-    if strength is None:
-        strength = sdxl.defaults["strength"]
-    size = (size, size) if isinstance(size, int) else size or sdxl.size
-    options = dict(sampler=sampler, spacing=spacing, steps=steps, guidance=guidance, eta=eta)
-    image = image if image is None else images.as_image(image)
-    if mask is not None:
-        mask = images.as_mask(mask, size if image is None else image.size[::-1])
+    if image is None:
+        image_size = size = pipeline.resolve_size(sdxl, size)
+    else:
+        image = images.as_image(image)
+        image_size = image.size[::-1]
+        size = model_resolution(sdxl, image_size)
+    mask = mask if mask is None else images.as_mask(mask, image_size)
+    options = pipeline.resolve_options(
+        sdxl, sampler=sampler, spacing=spacing, steps=steps, guidance=guidance, eta=eta
+    )
+    limits = pipeline.resolve_options(sdxl, threshold=threshold, dilate=dilate)
+
+    # Encode all prompts, those of stage 1 without the LoRA.
+    with lora.lora_scale(sdxl, 0):
+        plain = pipeline.encode_pair(sdxl, prompt, negative_prompt, size)
+    with_subject = pipeline.encode_pair(sdxl, subject_prompt, negative_prompt, size)
+    if free_text_encoders:
+        sdxl.free("text_encoders")
 
     # Stage 1: the scene and what may change, by the unmodified model.
-    given, soft = mask is not None, mask
-    scene_options = dict(negative_prompt=negative_prompt, progress=progress, **options)
+    soft = mask
+    scene_options = dict(seed=seed, size=size, progress=progress, **options)
     with lora.lora_scale(sdxl, 0):
-        if image is None and given:
-            image = pipeline.text_to_image(sdxl, prompt, size=size, seed=seed, **scene_options)
+        if image is None and mask is None:
+            image, soft = generate_scene(sdxl, prompt, class_word, plain, **scene_options)
         elif image is None:
-            image, soft = generate_scene(
-                sdxl, prompt, class_word, size=size, seed=seed, **scene_options
+            image = pipeline.sample(sdxl, *plain, **scene_options)
+        elif mask is None:
+            soft = segment(
+                sdxl, image, class_word, prompt=prompt, seed=seed, conditioning=plain[0]
             )
-        elif not given:
-            soft = segment(sdxl, image, class_word, prompt=prompt, seed=seed)
-    if not given:
-        mask = binarize(
-            soft,
-            sdxl.defaults["threshold"] if threshold is None else threshold,
-            sdxl.defaults["dilate"] if dilate is None else dilate,
-        )
 
-    # Stage 2: the subject, in a part of the scene at the model's resolution.
-    if crop is None:
-        crop = image.width * image.height > 1.5 * sdxl.size[0] * sdxl.size[1]
-    box, model_size = crop_box(sdxl, mask, crop)
-    part = box.crop(image).resize(model_size[::-1], Image.LANCZOS)
-    mask_part = F.adaptive_max_pool2d(mask[box.slices][None], model_size)[0]
-    _, unconditional, options = pipeline.resolve_options(sdxl, negative_prompt, model_size, options)
-    generated = pipeline.sample(
+    # Stage 2: the subject, with the LoRA.
+    insertion = insert_subject(
         sdxl,
-        sdxl.encode_prompt([subject_prompt], model_size),
-        unconditional,
+        image,
+        binarize(soft, **limits) if mask is None else mask,
+        with_subject,
         seed + 1,  # the scene's own noise would lead back to it
-        model_size,
-        image=part,
-        mask=mask_part,
-        strength=strength,
+        crop,
+        fade_outwards=mask is None,
         progress=progress,
+        strength=sdxl.defaults["strength"] if strength is None else strength,
         **options,
     )
-
-    # Composite into the scene at its own resolution.
-    fade = round(FADE_LATENTS * sdxl.vae_scale_factor * box.height / model_size[0])
-    feathered = composite_weight(mask, box, None if given else fade)
-    pasted = image.copy()
-    pasted.paste(generated.resize(box.size[::-1], Image.LANCZOS), (box.left, box.top))
-    result = images.composite(image, pasted, feathered)
-    return Insertion(image, soft, mask, feathered, box, part, generated, result)
+    return replace(insertion, soft=soft)

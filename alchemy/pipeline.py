@@ -3,6 +3,7 @@
 import secrets
 from collections.abc import Callable, Iterable
 from os import PathLike
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -17,9 +18,34 @@ from .sdxl import SDXL, Conditioning
 Progress = Callable[[Iterable[Step]], Iterable[Step]]  # e.g. tqdm
 
 
-def latent_mask(mask: Tensor, factor: int) -> Tensor:
-    """A pixel mask (H,W) in [0,1] to (1,1,H/f,W/f), by the maximum: no masked pixel is lost."""
-    return F.max_pool2d(mask[None, None], factor)
+def resolve_options(sdxl: SDXL, **options: Any) -> dict[str, Any]:
+    """The options with the checkpoint's defaults (defaults.py) in place of None.
+
+    An option that has no default there is left out.
+    """
+    chosen = {}
+    for name, value in options.items():
+        if value is None:
+            value = sdxl.defaults.get(name)
+        if value is not None:
+            chosen[name] = value
+    return chosen
+
+
+def resolve_size(sdxl: SDXL, size: int | tuple[int, int] | None) -> tuple[int, int]:
+    """A size as (H, W): one number is a square, None what the checkpoint was trained at."""
+    if size is None:
+        return sdxl.size
+    return (size, size) if isinstance(size, int) else tuple(size)
+
+
+def encode_pair(
+    sdxl: SDXL, prompt: str, negative_prompt: str | None, size: tuple[int, int]
+) -> tuple[Conditioning, Conditioning]:
+    """The conditioning of one prompt, and of the prompt that guidance leads away from."""
+    if not isinstance(prompt, str):
+        raise ValueError(f"the prompt is a {type(prompt).__name__}; give one string per call")
+    return sdxl.encode_prompt([prompt], size), sdxl.encode_prompt([negative_prompt], size)
 
 
 @torch.no_grad()
@@ -27,7 +53,7 @@ def sample(
     sdxl: SDXL,
     conditioning: Conditioning,
     unconditional: Conditioning | None,
-    seed: int,
+    seed: int | None,
     size: tuple[int, int],
     *,
     image: Image.Image | None = None,
@@ -35,10 +61,11 @@ def sample(
     strength: float = 1.0,
     hook: Hook | None = None,
     progress: Progress | None = None,
-    **options,
+    **options: Any,
 ) -> Image.Image:
     """One image of size (H, W) from its encoded prompt. options: those of denoise.
 
+    seed: determines the noise; None draws one.
     image: of that size, to start from (Img2Img).
     mask: (H,W) in [0,1]; where it is 0, the latents stay the image's.
     progress: wraps the iterator of Steps, as tqdm does.
@@ -47,7 +74,7 @@ def sample(
     check_size(size, f)
     if mask is not None and image is None:
         raise ValueError("a mask needs an image: it says what of the image may change")
-    rngs = generators([seed])
+    rngs = generators([secrets.randbits(31) if seed is None else seed])
     start = noise((1, 4, size[0] // f, size[1] // f), rngs).to(sdxl.device)
     latents = None
     if image is not None:
@@ -83,29 +110,9 @@ def check_size(size: tuple[int, int], factor: int) -> None:
         raise ValueError(f"size {width}x{height}: {problem}")
 
 
-def resolve_options(
-    sdxl: SDXL,
-    negative_prompt: str | None,
-    size: int | tuple[int, int] | None,
-    options: dict,
-) -> tuple[tuple[int, int], Conditioning, dict]:
-    """Replace None by the checkpoint's defaults: size (H, W), the encoded negative prompt, options.
-
-    A size of one number is a square; a negative prompt of None is encoded as zeros.
-    """
-    if size is None:
-        size = sdxl.size
-    if isinstance(size, int):
-        size = (size, size)
-    chosen = {name: sdxl.defaults[name] for name in ("sampler", "steps", "guidance")}
-    chosen |= {name: value for name, value in options.items() if value is not None}
-    return tuple(size), sdxl.encode_prompt([negative_prompt], size), chosen
-
-
-def check_prompt(prompt: str) -> None:
-    """Raise ValueError for a list of prompts, which would be one image of its first."""
-    if not isinstance(prompt, str):
-        raise ValueError(f"the prompt is a {type(prompt).__name__}; give one string per call")
+def latent_mask(mask: Tensor, factor: int) -> Tensor:
+    """A pixel mask (H,W) in [0,1] to (1,1,H/f,W/f), by the maximum: no masked pixel is lost."""
+    return F.max_pool2d(mask[None, None], factor)
 
 
 def text_to_image(
@@ -134,15 +141,12 @@ def text_to_image(
 
     Raises ValueError for a size that is not a multiple of the VAE's factor, or wrong options.
     """
-    check_prompt(prompt)
-    options = dict(sampler=sampler, spacing=spacing, steps=steps, guidance=guidance, eta=eta)
-    size, unconditional, options = resolve_options(sdxl, negative_prompt, size, options)
-    check_size(size, sdxl.vae_scale_factor)
-    conditioning = sdxl.encode_prompt([prompt], size)
-    seed = secrets.randbits(31) if seed is None else seed
-    return sample(
-        sdxl, conditioning, unconditional, seed, size, hook=hook, progress=progress, **options
+    size = resolve_size(sdxl, size)
+    cond, uncond = encode_pair(sdxl, prompt, negative_prompt, size)
+    options = resolve_options(
+        sdxl, sampler=sampler, spacing=spacing, steps=steps, guidance=guidance, eta=eta
     )
+    return sample(sdxl, cond, uncond, seed, size, hook=hook, progress=progress, **options)
 
 
 def image_to_image(
@@ -170,24 +174,23 @@ def image_to_image(
         Where it is 0 the result is bit-identical to the image.
     seed, negative_prompt, sampler, spacing, steps, guidance, eta, progress: see text_to_image.
     """
-    check_prompt(prompt)
     image = images.as_image(image)
     if mask is not None:
         mask = images.as_mask(mask, image.size[::-1])
     image, mask = fit_to_latents(image, mask, sdxl.vae_scale_factor)
-    options = dict(sampler=sampler, spacing=spacing, steps=steps, guidance=guidance, eta=eta)
-    size, unconditional, options = resolve_options(sdxl, negative_prompt, image.size[::-1], options)
-    generated = sample(
+    size = image.size[::-1]
+    cond, uncond = encode_pair(sdxl, prompt, negative_prompt, size)
+    options = resolve_options(
         sdxl,
-        sdxl.encode_prompt([prompt], size),
-        unconditional,
-        secrets.randbits(31) if seed is None else seed,
-        size,
-        image=image,
-        mask=mask,
-        strength=sdxl.defaults["strength"] if strength is None else strength,
-        progress=progress,
-        **options,
+        strength=strength,
+        sampler=sampler,
+        spacing=spacing,
+        steps=steps,
+        guidance=guidance,
+        eta=eta,
+    )
+    generated = sample(
+        sdxl, cond, uncond, seed, size, image=image, mask=mask, progress=progress, **options
     )
     return generated if mask is None else images.composite(image, generated, mask)
 

@@ -1,8 +1,8 @@
 """A checkpoint in use: its networks, loaded on first use, and prompts to conditioning."""
 
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -26,10 +26,29 @@ class Conditioning:
         return self.context, self.pooled, self.time_ids
 
     @staticmethod
-    def cat(several: Iterable["Conditioning"]) -> "Conditioning":
+    def cat(several: Sequence["Conditioning"]) -> "Conditioning":
         """The batches of several, one after the other."""
-        columns = zip(*(c.parts() for c in several), strict=True)
-        return Conditioning(*(torch.cat(parts) for parts in columns))
+        return Conditioning(
+            torch.cat([each.context for each in several]),
+            torch.cat([each.pooled for each in several]),
+            torch.cat([each.time_ids for each in several]),
+        )
+
+    def at_size(
+        self,
+        size: tuple[int, int],
+        original: tuple[int, int] | None = None,
+        crop: tuple[int, int] = (0, 0),
+    ) -> "Conditioning":
+        """The same prompts for an image of another size (H, W).
+
+        original: (H, W) of the image that it is cropped from (None: size); crop: top and left of
+        that crop. All in pixels.
+        """
+        # Height before width, original before crop before target; bfloat16 would round them.
+        time_ids = torch.tensor([[*(original or size), *crop, *size]], dtype=torch.float32)
+        time_ids = to_device(time_ids, self.context.device).expand(len(self.context), -1)
+        return replace(self, time_ids=time_ids)
 
 
 def to_device(x: Tensor, device: torch.device | str) -> Tensor:
@@ -134,21 +153,13 @@ class SDXL:
         return side, side
 
     def encode_prompt(
-        self,
-        prompts: Sequence[str | None],
-        size: tuple[int, int] | None = None,
-        *,
-        original: tuple[int, int] | None = None,
-        crop: tuple[int, int] = (0, 0),
+        self, prompts: Sequence[str | None], size: tuple[int, int] | None = None
     ) -> Conditioning:
-        """Prompts to Conditioning, on the device.
+        """B prompts to Conditioning, on the device, for images of size (H, W) in pixels.
 
         None as a prompt is zeros, as SDXL base was trained and released; "" is encoded.
-        size: (H, W) of the image to generate. original: (H, W) of the image that it is cropped
-        from (None: size); crop: top and left of that crop. All in pixels.
         A prompt longer than 75 tokens is cut, with a warning that quotes the words left out.
         """
-        size = size or self.size
         for prompt in prompts:
             rest = self.tokenizers[0].truncated_text(prompt or "")
             if rest:
@@ -168,9 +179,6 @@ class SDXL:
         keep = [prompt is not None or not self.zeros_for_none for prompt in prompts]
         keep = to_device(torch.tensor(keep), self.device)
         context = torch.cat([first, second], dim=-1) * keep[:, None, None]  # (B, 77, 768 + 1280)
-        pooled = pooled * keep[:, None]
-
-        # Height before width, original before crop before target; bfloat16 would round them.
-        time_ids = torch.tensor([[*(original or size), *crop, *size]], dtype=torch.float32)
-        time_ids = to_device(time_ids, self.device).expand(len(prompts), -1)
-        return Conditioning(context, pooled, time_ids)
+        no_size = torch.zeros(len(prompts), 6)
+        conditioning = Conditioning(context, pooled * keep[:, None], no_size)
+        return conditioning.at_size(size or self.size)

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from . import attention, images, sampling
 from .sampling import Step
-from .sdxl import SDXL
+from .sdxl import SDXL, Conditioning
 
 # Self-attention is N x N numbers: it is recorded at the finest level of at most so many positions
 # (of SDXL at 1024 x 1024, the level of 32 x 32).
@@ -226,6 +226,7 @@ def segment(
     seed: int = 0,
     noise_level: float | None = None,
     walk_iterations: int | None = None,
+    conditioning: Conditioning | None = None,
 ) -> Tensor:
     """The soft mask (H,W) in [0,1] of the object that a word names in an image of any size.
 
@@ -233,6 +234,7 @@ def segment(
     prompt: a description of the image with the word in it; None is "a photo of a WORD".
     noise_level: how far to noise, as a share of the timesteps.
     walk_iterations: see AttentionMaps.heatmap. None is the checkpoint's default for both.
+    conditioning: the prompt, where it is encoded already; at model_resolution of the image.
     """
     image = images.as_image(image)
     prompt = prompt or f"a photo of a {word}"
@@ -249,9 +251,10 @@ def segment(
     t = torch.tensor([int(noise_level * (len(sdxl.schedule.alpha_bar) - 1))])
     x_t = sdxl.schedule.add_noise(x_0, sampling.noise(x_0.shape, [seed]).to(x_0), t)
 
+    conditioning = conditioning or sdxl.encode_prompt([prompt], size)
     maps = AttentionMaps(sdxl.unet, positions, x_0.shape[-2:])
     with maps.record():
-        sdxl.unet(x_t, t.to(sdxl.device), *sdxl.encode_prompt([prompt], size).parts())
+        sdxl.unet(x_t, t.to(sdxl.device), *conditioning.parts())
     maps.accumulate(int(t))
     warn_if_weak(word, maps, sdxl.defaults["image_word_strength"])
     return to_pixels(maps.heatmap(walk_iterations), image)

@@ -107,7 +107,9 @@ def test_a_long_prompt_is_cut_with_a_warning_that_quotes_the_rest(tiny):
     ],
 )
 def test_time_ids_are_original_crop_target_height_first_float32(sdxl, size, options, expected):
-    made = sdxl.encode_prompt(["1", "2"], size, **options)
+    made = sdxl.encode_prompt(["1", "2"], size)
+    if options:
+        made = made.at_size(size, **options)
     assert made.time_ids.tolist() == [expected] * 2  # bfloat16 would round 833 to 832
     assert made.time_ids.dtype == torch.float32
 

@@ -292,8 +292,8 @@ def test_recorded_attention_is_the_same_with_cached_keys(network, inputs):
 def test_cached_steps_give_the_same_image_and_cast_adapters_once(tiny, dtype):
     sdxl = alchemy.load(tiny, "cpu", dtype)
     random_lora(sdxl.unet)
-    size, unconditional, options = pipeline.resolve_options(sdxl, None, None, {"steps": 4})
-    cond = sdxl.encode_prompt(["a dog"], size)
+    size, options = sdxl.size, {"steps": 4}
+    cond, unconditional = pipeline.encode_pair(sdxl, "a dog", None, size)
     expected = pipeline.sample(sdxl, cond, unconditional, 3, size, **options)
     calls, cast = counted(sdxl.unet), []
 

@@ -219,7 +219,11 @@ FAULTS = {
     ),
     ("pipeline", "core/insertion"): (
         ("a list is a prompt", "if not isinstance(prompt, str):", "if False:"),
-        ("a seed of None is 0", "    seed = secrets.randbits(31) if seed", "    seed = 0 if seed"),
+        (
+            "a seed of None is 0",
+            "generators([secrets.randbits(31) if seed",
+            "generators([0 if seed",
+        ),
         ("any size is accepted", "if min(size) < factor or height % factor or", "if False and"),
         (
             "no composite by the mask",
@@ -252,41 +256,47 @@ FAULTS = {
     ("insertion", "core/insertion core/segmentation"): (
         (
             "the LoRA generates the scene",
-            "with lora.lora_scale(sdxl, 0):",
-            "with lora.lora_scale(sdxl, 1):",
+            "with lora.lora_scale(sdxl, 0):\n        if image",
+            "with lora.lora_scale(sdxl, 1):\n        if image",
         ),
         (
+            "the LoRA encodes the scene's prompt",
+            "with lora.lora_scale(sdxl, 0):\n        plain",
+            "with lora.lora_scale(sdxl, 1):\n        plain",
+        ),
+        ("the text encoders stay", '        sdxl.free("text_encoders")', "        pass"),
+        (
             "stage 2 has the class word alone",
-            "sdxl.encode_prompt([subject_prompt], model_size)",
-            "sdxl.encode_prompt([prompt], model_size)",
+            "encode_pair(sdxl, subject_prompt,",
+            "encode_pair(sdxl, prompt,",
         ),
         ("stage 2 has the scene's noise", "seed + 1,", "seed,"),
         (
             "composite by the hard mask",
-            "images.composite(image, pasted, feathered)",
-            "images.composite(image, pasted, mask)",
+            "images.composite(scene, pasted, weight)",
+            "images.composite(scene, pasted, mask)",
         ),
-        ("a found mask fades within", "None if given else fade", "None"),
-        ("a given mask fades beyond", "None if given else fade", "fade"),
+        ("a found mask fades within", "fade if fade_outwards else None", "None"),
+        ("a given mask fades beyond", "fade if fade_outwards else None", "fade"),
         ("a found mask fades by another width", "FADE_LATENTS = 2", "FADE_LATENTS = 3"),
         (
             "an unknown word is no warning",
             '    warn_if_weak(class_word, maps, sdxl.defaults["scene_word_strength"])\n',
             "",
         ),
-        ("no composite", "images.composite(image, pasted, feathered)", "pasted"),
+        ("no composite", "images.composite(scene, pasted, weight)", "pasted"),
         (
             "top and left swapped",
             "(self.left, self.top, right, bottom)",
             "(self.top, self.left, right, bottom)",
         ),
-        ("the box is not moved inside", "min(max(box.top, 0), image_size[0] - height)", "box.top"),
+        ("the box is not moved inside", "min(max(top, 0), rows - height)", "top"),
         (
             "the feather goes beyond the mask",
             "return torch.minimum((x * peak).to(mask), mask)",
             "return (x * peak).to(mask)",
         ),
-        ("the box has another aspect ratio", "scale = min(cover, room)", "scale = room"),
+        ("the box has another aspect ratio", "min(cover, rows / size[0], ", "min(rows / size[0], "),
         (
             "the token replaces the class word",
             "{token} {prompt[found.start() :]}",

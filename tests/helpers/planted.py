@@ -115,11 +115,11 @@ class UNet(nn.Module):
                 lora=self.taught.lora["default"].scale,
             )
         )
+        x_0 = self.draw(int(context[-1, 0, 0]), x_t[-1:])
         for module in self.modules():
             if isinstance(module, PlantedAttention):
                 module(t, len(x_t))
         ab = self.schedule.alpha_bar_at(t)
-        x_0 = self.draw(int(context[-1, 0, 0]), x_t[-1:])
         return (x_t - ab**0.5 * x_0) / (1 - ab) ** 0.5
 
 
@@ -141,7 +141,7 @@ class Planted:
     vae_scale_factor, device = FACTOR, torch.device("cpu")
 
     def __init__(self, pictures, where=None, size=(64, 64), cross=None, own=None, **chosen):
-        self.pictures, self.where, self.size, self.latent_size = pictures, where or {}, size, None
+        self.pictures, self.where, self.size = pictures, where or {}, size
         self.defaults = defaults.column("mini") | {"steps": 8, "size": size[0]} | chosen
         self.tokenizers, self.vae, self.schedule, self.prompts = (
             (tokenizer(), tokenizer()),
@@ -174,9 +174,8 @@ class Planted:
 
     def drawn(self, index, x_t):
         """x_0 (1,4,h,w) of the prompt: the picture of the longest phrase in it."""
-        picture = self.pictures[
-            max((p for p in self.pictures if p in self.prompts[index]), key=len)
-        ]
+        self.prompt, self.latent_size = self.prompts[index], tuple(x_t.shape[-2:])
+        picture = self.pictures[max((p for p in self.pictures if p in self.prompt), key=len)]
         size = tuple(FACTOR * side for side in x_t.shape[-2:])
         if picture is None:
             return self.vae.seen
@@ -201,7 +200,7 @@ class Planted:
 
     def look_at_words(self, name, t, batch):
         """The prompt's row looks at each phrase from its blob, with 0.3 there and 0.1 elsewhere; the other row the other way round."""
-        shape, prompt = self.level(name), self.prompts[-1]
+        shape, prompt = self.level(name), self.prompt
         p = torch.zeros(batch, HEADS, shape[0] * shape[1], 77)
         for phrase in self.where:
             for places in tokenizer().find(prompt, phrase):

@@ -49,8 +49,10 @@ def inspect(
     full: write all arrays too, as safetensors. The rest: see alchemy.text_to_image.
     Returns the image and the paths written, index.html last.
     """
-    options = dict(sampler=sampler, spacing=spacing, steps=steps, guidance=guidance, eta=eta)
-    size, _, options = pipeline.resolve_options(sdxl, negative_prompt, size, options)
+    size = pipeline.resolve_size(sdxl, size)
+    options = pipeline.resolve_options(
+        sdxl, sampler=sampler, spacing=spacing, steps=steps, guidance=guidance, eta=eta
+    )
     timesteps = samplers.find_sampler(options["sampler"]).timesteps(
         sdxl.schedule, options["steps"], spacing
     )
