@@ -156,7 +156,7 @@ def score_subject(args: argparse.Namespace, subject: str, dino: Encoder, clip: C
         folder = Path(args.out) / subject / f"{stage}-scores"
         folder.mkdir(exist_ok=True)
         evaluate.write_scores(rows, summary, paths, folder)
-        failed = [path for path in paths if not png.facts_of(path)["inserted"]]
+        failed = [path for path in paths if not png.read_metadata(path)["inserted"]]
         row = {"subject": subject, "stages": stage, "images": len(rows), "failed": len(failed)}
         found.append(row | {name: summary[name] for name in FIGURES})
     return found

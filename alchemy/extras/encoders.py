@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from .. import images
 from ..clip import TextConfig, TextEncoder
 from ..formats.checkpoint import VOCABULARY, skip_init
-from ..formats.configs import check_config
-from ..formats.hub import config_of, find, weight_files
+from ..formats.configs import check_config, read_config
+from ..formats.hub import find, weight_files
 from ..formats.layout import EXTRAS
 from ..formats.tensors import names_in
 from ..tokenizer import Tokenizer
@@ -166,15 +166,12 @@ def locate(source: str, kinds: tuple) -> tuple[dict, list[Path]]:
         raise ValueError(
             f"{source}: a file; give its folder, with config.json and model.safetensors"
         )
-    config = config_of(folder, "config.json")
+    config = read_config(folder / "config.json")
     if config.get("model_type") not in kinds:
         found = config.get("model_type")
         raise ValueError(f"{folder}/config.json: model_type is {found!r}, expected {kinds[0]!r}")
-    for half in ("vision_config", "text_config"):
-        file = "text_encoder/config.json" if half == "text_config" else "vision"
-        check_config(folder / "config.json", file, config.get(half, {}))
-    if kinds == ("vit",):
-        check_config(folder / "config.json", "vision", config)
+    for part in (config, config.get("vision_config", {}), config.get("text_config", {})):
+        check_config(folder / "config.json", part)
     try:
         return config, weight_files(folder, "", half=False)
     except ValueError as error:

@@ -156,7 +156,7 @@ def find_prompts(paths: list[Path], file: str | None, token: str) -> dict[str, s
     else:
         for path in paths:
             with contextlib.suppress(ValueError):
-                prompts[path.name] = png.facts_of(path).get("prompt")
+                prompts[path.name] = png.read_metadata(path).get("prompt")
     word = re.compile(rf"(?<!\w){re.escape(token)}(?!\w)")
     return {name: " ".join(word.sub(" ", text).split()) for name, text in prompts.items() if text}
 

@@ -109,7 +109,7 @@ def read_like(path: str, p: cli.Parser, args: argparse.Namespace) -> dict:
     Weights, LoRAs, embeddings and the start image that it names have to be given as flags, unless
     they are the defaults: an image from elsewhere must not decide what is opened or downloaded.
     """
-    metadata = png.facts_of(path)
+    metadata = png.read_metadata(path)
     if not isinstance(metadata, dict) or metadata.get("script") != "sample.py":
         raise ValueError(f"--like {path}: not an image by sample.py")
     values = {}

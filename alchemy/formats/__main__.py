@@ -1,17 +1,24 @@
 """Convert a LoRA or an embedding to the names of another tool, or merge a LoRA into a checkpoint.
 
 python -m alchemy.formats found.safetensors dog.safetensors --to kohya
-python -m alchemy.formats out/dog/lora.safetensors dog.safetensors --to diffusers --weights weights/mini
-python -m alchemy.formats dog.safetensors dog-sdxl.safetensors --merge --weights sd_xl_base_1.0.safetensors
+python -m alchemy.formats out/dog/lora.safetensors dog.safetensors --to peft --weights weights/mini
+python -m alchemy.formats dog.safetensors dog-sdxl.safetensors --merge --weights SDXL.safetensors
 python -m alchemy.formats my-dog.safetensors my-dog/ --to diffusers
-"""  # noqa: E501  command lines
+"""
 
 import argparse
+import re
 from pathlib import Path
 
 from .. import cli
-from .embeddings import is_embedding, read_embedding, write_embedding
-from .lora import BUNDLE, FORMATS, METADATA, load_lora, networks_in, read_lora, write_lora
+from .embeddings import (
+    METADATA,
+    bundled_embeddings,
+    is_embedding,
+    read_embedding,
+    write_embedding,
+)
+from .lora import FORMATS, load_lora, networks_in, read_lora, write_lora
 from .tensors import open_safetensors
 
 NEEDS = {  # a flag: the flag without which it has no effect
@@ -81,8 +88,6 @@ def convert(args: argparse.Namespace) -> list[Path]:
     from .checkpoint import BASE, CONFIGS, build_on_meta
 
     file = open_safetensors(args.source)
-    if any(key.startswith(BUNDLE) for key in file.keys()):  # noqa: SIM118
-        cli.log("the embeddings bundled with this LoRA are left out")
     configs = {name: CONFIGS[name].from_config(BASE[name]) for name in CONFIGS}
     if args.weights:
         options = {"config": args.config, "revision": args.revision}
@@ -91,29 +96,52 @@ def convert(args: argparse.Namespace) -> list[Path]:
     networks = {name: build_on_meta(name, configs[name]) for name in networks_in(file.keys())}
     adapters = read_lora(args.source, networks, args.weights or "SDXL base")
     metadata = own_metadata(file.metadata() or {})
+    embeddings = plan_embeddings(args)
     write_lora(args.target, adapters, configs["unet"], args.to, metadata)
     if args.to != "kohya":
         cli.log(f"A1111 and kohya's tools ignore a file in the names of {args.to}; for them: kohya")
-    return [Path(args.target)]
+    return [Path(args.target), *write_embeddings(embeddings)]
+
+
+def plan_embeddings(args: argparse.Namespace) -> dict[Path, tuple[str, list]]:
+    """{file or folder beside OUT: (token, rows)} of the embeddings that a LoRA is bundled with.
+
+    Raises ValueError if there is such a file.
+    """
+    suffix = "" if args.to in ("diffusers", "peft") else ".safetensors"
+    planned = {}
+    for token, rows in bundled_embeddings(args.source).items():
+        name = re.sub(r"[^-\w]", "", token)  # <my-dog>: my-dog
+        path = Path(args.target).with_name(f"{Path(args.target).stem}-{name}{suffix}")
+        if path.exists() or path in planned:
+            raise ValueError(f"{path} exists already; the bundled embedding {token!r} goes there")
+        planned[path] = token, rows
+    return planned
+
+
+def write_embeddings(planned: dict[Path, tuple[str, list]]) -> list[Path]:
+    written = []
+    for path, (token, rows) in planned.items():
+        written += write_embedding(path, token, rows, "kohya" if path.suffix else "diffusers")
+        cli.log(f"{path}: an embedding that was bundled with the LoRA; its token is {token!r}")
+    return written
 
 
 def merge(args: argparse.Namespace) -> list[Path]:
     """Write the checkpoint with the LoRA in its weights; return what was written."""
     import alchemy
 
-    from .folder import save_checkpoint
-    from .single_file import save_single_file
+    from .saving import save_checkpoint
 
-    open_safetensors(args.source)  # an error here comes before gigabytes are read
+    embeddings = plan_embeddings(args)  # an error here comes before gigabytes are read
     scale = 1.0 if args.scale is None else args.scale
     dtype = args.dtype or "float16"
     options = {"config": args.config, "revision": args.revision}
     sdxl = alchemy.load(args.weights, "cpu", dtype, **options)
     load_lora(sdxl, args.source, scale, embeddings=False)
     metadata = {"alchemy.merged": Path(args.source).name, "alchemy.scale": scale}
-    if Path(args.target).suffix == ".safetensors":
-        return [save_single_file(sdxl, args.target, metadata)]
-    return save_checkpoint(sdxl, args.target, metadata)
+    written = save_checkpoint(sdxl, args.target, metadata)
+    return [*written, *write_embeddings(embeddings)]
 
 
 def main(argv: list[str] | None = None) -> None:

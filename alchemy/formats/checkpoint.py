@@ -22,9 +22,9 @@ from ..tokenizer import Tokenizer
 from ..unet import UNet, UNetConfig
 from ..vae import VAE, VAEConfig
 from . import layout
-from .configs import check_config, check_sizes
+from .configs import check_config, check_sizes, read_config, without_nulls
 from .family import check_family, check_folder
-from .hub import config_of, find, weight_files
+from .hub import find, weight_files
 from .tensors import first_names, names_in
 
 VOCABULARY = Path(__file__).resolve().parents[2] / "weights" / "mini"
@@ -51,6 +51,8 @@ OPEN_CLIP_BIG_G = {
 }
 BASE = {"unet": {}, "vae": {}, "text_encoder": {}, "text_encoder_2": OPEN_CLIP_BIG_G}
 SCHEDULER = "scheduler/scheduler_config.json"
+INDEX = "model_index.json"
+JSON_FILES = (*(f"{name}/config.json" for name in BUILD), SCHEDULER, INDEX)
 
 
 @dataclass(frozen=True)
@@ -104,8 +106,7 @@ def load(
     """
     device, dtype = choose_device(device, dtype)
     half = dtype.itemsize == 2
-    networks = [name for name in BUILD if name != "vae" or not vae]
-    root = find(source, networks, half, revision)
+    root = find(source, [name for name in BUILD if name != "vae" or not vae], half, revision)
     if config and root.is_dir():
         raise ValueError(
             f"{root}: a folder has its own configurations; those of {config} are for a single file"
@@ -118,50 +119,38 @@ def load(
     folder = root if root.is_dir() else None
     if config:
         folder = find(config)
-    json_files = read_json_files(folder, roots["vae"])
+    paths = {name: (folder or root) / name for name in JSON_FILES}
+    for own in (roots["vae"] / "config.json", roots["vae"] / "vae/config.json"):
+        if own.is_file():
+            paths["vae/config.json"] = own
+    json_files = {name: read_config(path) for name, path in paths.items()}
     if folder:
-        pipeline = json_files["model_index.json"].get("_class_name")
-        check_folder(folder, {name: json_files[f"{name}/config.json"] for name in BUILD}, pipeline)
+        check_folder(folder, json_files)
     if root.is_file():
         tensors = names_in([root])
         check_family(root, tensors)
         json_files[SCHEDULER] |= marked_schedule(tensors)
-    checked = {}
-    for file, content in json_files.items():
-        own_vae = vae and file == "vae/config.json"
-        place = roots["vae"] if own_vae else folder or root
-        checked[file] = check_config(place / file, file, content)
+    for name, path in paths.items():
+        check_config(path, json_files[name])
     configs = {}
     for name, kind in CONFIGS.items():
-        configs[name] = kind.from_config(checked[f"{name}/config.json"] or BASE[name])
+        configs[name] = kind.from_config(json_files[f"{name}/config.json"] or BASE[name])
     check_sizes(source, configs)
 
-    # The files of each network. A single file has no vocabulary: it is the same in all of SDXL.
-    files = {}
-    for name, place in roots.items():
-        files[name] = [place] if place.is_file() else weight_files(place, name, half)
-    own_vocabulary = folder is not None and (folder / "tokenizer").is_dir()
-    vocabulary = folder if own_vocabulary else VOCABULARY
-    tokenizers = [Tokenizer.from_folder(vocabulary / n) for n in ("tokenizer", "tokenizer_2")]
+    # A single file has no vocabulary: it is the same in all of SDXL.
+    has_vocabulary = folder is not None and (folder / "tokenizer").is_dir()
+    vocabulary = folder if has_vocabulary else VOCABULARY
+    files = {name: weight_files(place, name, half) for name, place in roots.items()}
     return SDXL(
         str(source),
         Reader(device, configs, files, json_files, vocabulary),
         configs,
-        tuple(tokenizers),
-        Schedule.from_config(checked[SCHEDULER]),
+        tuple(Tokenizer.from_folder(vocabulary / n) for n in ("tokenizer", "tokenizer_2")),
+        Schedule.from_config(without_nulls(json_files[SCHEDULER])),
         device,
         dtype,
-        zeros_for_none=checked["model_index.json"].get("force_zeros_for_empty_prompt", True),
+        zeros_for_none=json_files[INDEX].get("force_zeros_for_empty_prompt") is not False,
     )
-
-
-def read_json_files(folder: Path | None, vae: Path) -> dict[str, dict]:
-    """{path in the Hub layout: its JSON object}; a VAE of its own may have config.json on top."""
-    names = [f"{name}/config.json" for name in BUILD] + [SCHEDULER, "model_index.json"]
-    files = {name: config_of(folder, name) for name in names}
-    own = config_of(vae, "vae/config.json", "config.json") if vae.is_dir() else {}
-    files["vae/config.json"] = own or files["vae/config.json"]
-    return files
 
 
 def marked_schedule(tensors: dict) -> dict:
@@ -283,13 +272,10 @@ def choose_device(
 
     Raises ValueError for a device that is not there and a dtype that is not known.
     """
-    name = str(device)
+    name, chosen = str(device), str(dtype).removeprefix("torch.")
     if name == "auto":
-        if torch.cuda.is_available():
-            name = "cuda"
-        else:
-            name = "mps" if torch.backends.mps.is_available() else "cpu"
-    if not is_available(name):
+        name = next(kind for kind in ("cuda", "mps", "cpu") if is_available(kind))
+    elif not is_available(name):
         reason = f"device is {name}, and torch sees none here; use --device cpu"
         if name.startswith("cuda") and torch.version.cuda is None:
             reason = (
@@ -297,14 +283,15 @@ def choose_device(
                 "install the build for your card from pytorch.org, or use --device cpu"
             )
         raise ValueError(reason)
+    if chosen == "auto" and name == "cpu":
+        chosen = "float32"
+    elif chosen == "auto":
+        # Emulated bfloat16 is slower than float16.
+        emulated = name.startswith("cuda") and not torch.cuda.is_bf16_supported(
+            including_emulation=False
+        )
+        chosen = "float16" if emulated else "bfloat16"
     known = ("float32", "bfloat16", "float16", "float64")
-    chosen = str(dtype).removeprefix("torch.")
-    if chosen == "auto":
-        chosen = "bfloat16"
-        if name.startswith("cuda") and not torch.cuda.is_bf16_supported(including_emulation=False):
-            chosen = "float16"
-        if name == "cpu":
-            chosen = "float32"
     if chosen not in known:
         raise ValueError(f"dtype is {dtype}; known are auto, {', '.join(known)}")
     return torch.device(name), getattr(torch, chosen)
@@ -313,9 +300,6 @@ def choose_device(
 def is_available(device: str) -> bool:
     """Whether torch has this device: cpu, mps, cuda, or cuda:N."""
     kind, _, index = device.partition(":")
-    if kind == "cuda":
-        count = torch.cuda.device_count() if torch.cuda.is_available() else 0
-        return count > 0 and (not index or index in map(str, range(count)))
-    if kind == "mps":
-        return torch.backends.mps.is_available()
-    return kind == "cpu" and not index
+    if kind == "cuda" and torch.cuda.is_available():
+        return not index or index in map(str, range(torch.cuda.device_count()))
+    return device == "cpu" or (device == "mps" and torch.backends.mps.is_available())

@@ -1,26 +1,31 @@
 """Files of Textual Inversion embeddings.
 
 kohya, A1111 and ComfyUI have one file with clip_l (n,768) and clip_g (n,1280); diffusers has two
-files in a folder, each with the rows of one text encoder under the token.
+files in a folder, each with the rows of one text encoder under the token. OneTrainer can bundle
+embeddings with a LoRA, as bundle_emb.TOKEN.clip_l and bundle_emb.TOKEN.clip_g.
 """
 
 from pathlib import Path
 
-import torch
+from safetensors import safe_open
 from torch import Tensor
 
 from ..files import save_tensors
 from ..methods.textual_inversion import add_word, tables
-from .tensors import EMBEDDING as KEYS
-from .tensors import first_names, open_safetensors
+from ..sdxl import SDXL
+from .tensors import first_names, open_safetensors, read_tensor
+from .text import shorten
 
+KEYS = ("clip_l", "clip_g")
 DIFFUSERS_FILES = ("learned_embeds.safetensors", "learned_embeds_2.safetensors")
+BUNDLE = "bundle_emb."
 FORMATS = ("kohya", "diffusers")
-TOKEN = "alchemy.token"  # in the header
+METADATA = "alchemy."  # the prefix of our own keys in a header
+TOKEN = METADATA + "token"
 
 
 def save_embedding(
-    sdxl, path: str | Path, token: str, format: str = "kohya", metadata: dict | None = None
+    sdxl: SDXL, path: str | Path, token: str, format: str = "kohya", metadata: dict | None = None
 ) -> list[Path]:
     """Write the rows of a token of sdxl; see write_embedding."""
     rows = []
@@ -40,24 +45,25 @@ def write_embedding(
 
     format: "kohya", one .safetensors file, or "diffusers", a folder with two.
     """
+    path = Path(path)
     if format not in FORMATS:
         raise ValueError(f"format of an embedding is {format!r}; known are {', '.join(FORMATS)}")
-    path = Path(path)
     if format == "kohya" and path.suffix != ".safetensors":
         raise ValueError(f"{path}: an embedding is a file whose name ends in .safetensors")
     if format == "diffusers" and path.suffix == ".safetensors":
         raise ValueError(f"{path}: for diffusers, an embedding is a folder of two files")
-    header = {f"alchemy.{key}": value for key, value in (metadata or {}).items()}
+    header = {METADATA + key: value for key, value in (metadata or {}).items()}
     header |= {TOKEN: token, "format": "pt"}
     if format == "kohya":
-        path.parent.mkdir(parents=True, exist_ok=True)
-        save_tensors(dict(zip(KEYS, rows, strict=True)), path, header)
-        return [path]
-    path.mkdir(parents=True, exist_ok=True)
-    paths = [path / name for name in DIFFUSERS_FILES]
-    for file, tensor in zip(paths, rows, strict=True):
-        save_tensors({token: tensor}, file, header)
-    return paths
+        contents = {path: dict(zip(KEYS, rows, strict=True))}
+    else:
+        contents = {}
+        for name, tensor in zip(DIFFUSERS_FILES, rows, strict=True):
+            contents[path / name] = {token: tensor}
+    for file, tensors in contents.items():
+        file.parent.mkdir(parents=True, exist_ok=True)
+        save_tensors(tensors, file, header)
+    return list(contents)
 
 
 def is_embedding(path: str | Path) -> bool:
@@ -78,59 +84,76 @@ def read_embedding(path: str | Path) -> tuple[str, list[Tensor], dict[str, str]]
             f"{path}: neither an embedding, which has {' and '.join(DIFFUSERS_FILES)}, "
             "nor a LoRA file"
         )
-    rows, names = [], []
-    files = [open_safetensors(file) for file in paths]
-    for file in files:
-        keys = sorted(file.keys(), reverse=True)  # clip_l before clip_g
-        names += keys
-        if len(names) <= 2:
-            rows += [file.get_tensor(key) for key in keys]
-    expected = len(set(names)) == 1 if path.is_dir() else names == [*KEYS]
-    if not expected or len(rows) != 2:
-        if any("lora" in name for name in names[:3]):
-            raise ValueError(f"{path}: no SDXL embedding, but a LoRA: give it as --lora")
+    sources = []
+    for file in map(open_safetensors, paths):
+        sources += [(file, key) for key in sorted(file.keys(), reverse=True)]  # clip_l first
+    names = [key for _, key in sources]
+    expected = names == [*KEYS]
+    if path.is_dir():
+        expected = len(names) == 2 and len(set(names)) == 1
+    if not expected and any("lora" in name for name in names[:3]):
+        raise ValueError(f"{path}: no SDXL embedding, but a LoRA: give it as --lora")
+    if not expected:
         raise ValueError(
             f"{path}: no SDXL embedding: it has {first_names(names) or 'nothing'} instead of "
             f"{' and '.join(KEYS)}; of diffusers' two files, give the folder"
         )
-    header = files[0].metadata() or {}
+    try:
+        rows = read_rows(sources)
+    except ValueError as error:
+        raise ValueError(f"{path}: no SDXL embedding: {error}") from None
+    header = sources[0][0].metadata() or {}
     token = header.get(TOKEN) or (names[0] if path.is_dir() else path.stem)
-    return token, check_rows(path, rows), header
+    return token, rows, header
 
 
-def check_rows(path: Path, rows: list[Tensor]) -> list[Tensor]:
-    """The two tensors as float32 rows (n, D). Raises ValueError for anything else."""
-    shapes = [tuple(tensor.shape) for tensor in rows]
-    problem = ValueError(
-        f"{path}: no SDXL embedding: {shapes[0]} and {shapes[1]} are not as many rows of finite "
-        "numbers for either text encoder"
-    )
-    checked = []
-    for tensor in rows:
-        if tensor.ndim not in (1, 2) or not tensor.numel() or not tensor.is_floating_point():
-            raise problem
-        tensor = tensor.float()
-        if not torch.isfinite(tensor).all():
-            raise problem
-        checked.append(tensor[None] if tensor.ndim == 1 else tensor)
-    if len(checked[0]) != len(checked[1]):
-        raise problem
-    return checked
+def read_rows(sources: list[tuple[safe_open, str]]) -> list[Tensor]:
+    """The tensors (file, key) of both encoders as float32 rows (n, D), of one n."""
+    rows = []
+    for file, key in sources:
+        tensor = read_tensor(file, key)
+        if tensor.ndim not in (1, 2) or not tensor.numel():
+            raise ValueError(
+                f"{shorten(key)} has shape {tuple(tensor.shape)}, not (vectors, width)"
+            )
+        rows.append(tensor[None] if tensor.ndim == 1 else tensor)
+    if len(rows[0]) != len(rows[1]):
+        shapes = [tuple(tensor.shape) for tensor in rows]
+        raise ValueError(f"{shapes[0]} and {shapes[1]} are not as many vectors")
+    return rows
 
 
-def load_embedding(sdxl, path: str | Path, token: str | None = None) -> str:
+def load_embedding(sdxl: SDXL, path: str | Path, token: str | None = None) -> str:
     """Add the embedding in a file, or in diffusers' folder, to sdxl; return its token.
 
     token: to use instead of the file's. Raises ValueError if it is not an embedding, was made for
     other text encoders, or the token exists already.
     """
-    own_token, rows, header = read_embedding(path)
+    file_token, rows, header = read_embedding(path)
     try:
-        add_word(sdxl, token or own_token, rows)
+        add_word(sdxl, token or file_token, rows)
     except ValueError as error:
         named_by_file = not (token or Path(path).is_dir() or TOKEN in header)
         advice = ""
         if named_by_file and "choose" in str(error):
             advice = "; the file's name is its token, rename it"
         raise ValueError(f"{path}: {error}{advice}") from None
-    return token or own_token
+    return token or file_token
+
+
+def bundled_embeddings(path: str | Path) -> dict[str, list[Tensor]]:
+    """{token: [clip_l's rows (n,D), clip_g's (n,D)]} of the embeddings bundled with a LoRA."""
+    file = open_safetensors(path)
+    keys = [key for key in file.keys() if key.startswith(BUNDLE)]  # noqa: SIM118
+    found = {}
+    try:
+        for token in dict.fromkeys(key.removeprefix(BUNDLE).rpartition(".")[0] for key in keys):
+            parts = [f"{BUNDLE}{token}.{part}" for part in KEYS]
+            if not {*parts} <= {*keys}:
+                raise ValueError(f"{BUNDLE}{shorten(token)} lacks clip_l or clip_g")
+            found[token] = read_rows([(file, part) for part in parts])
+        if len(keys) != len(KEYS) * len(found):
+            raise ValueError(f"only bundled clip_l and clip_g are read, not {first_names(keys)}")
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
+    return found

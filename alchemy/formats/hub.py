@@ -4,7 +4,7 @@ import re
 from collections.abc import Iterable
 from pathlib import Path
 
-from .text import read_json_object, shorten
+from .text import shorten
 
 EXPLANATIONS = {  # of the client's errors, by the name of their class
     "GatedRepoError": "gated: accept its terms on huggingface.co and log in with hf auth login",
@@ -100,7 +100,12 @@ def choose_weights(names: list[str], half: bool) -> list[str]:
 
 
 def weight_files(root: Path, name: str, half: bool) -> list[Path]:
-    """The weight files of one network. Raises ValueError if none is there or a shard is missing."""
+    """The weight files of one network: root itself if it is a file, else those in root/name.
+
+    Raises ValueError if none is there or a shard is missing.
+    """
+    if root.is_file():
+        return [root]
     folder = root / name if (root / name).is_dir() else root
     chosen = choose_weights([path.name for path in folder.iterdir()], half)
     if not chosen:
@@ -112,16 +117,8 @@ def weight_files(root: Path, name: str, half: bool) -> list[Path]:
     if shards:
         count = int(shards[1])
         every = [re.sub(r"\d{5}-of", f"{i + 1:05d}-of", chosen[0]) for i in range(count)]
-        missing = [file for file in every if file not in chosen]
+        missing = sorted({*every} - {*chosen})
         if missing:
             first = ", ".join(missing[:3])
             raise ValueError(f"{folder}: {len(missing)} of {count} shards are missing: {first}")
     return [folder / file for file in chosen]
-
-
-def config_of(folder: Path | None, *names: str) -> dict:
-    """The JSON object of the first of these files that exists; {} if none does, or no folder."""
-    for name in names if folder else ():
-        if (folder / name).is_file():
-            return read_json_object(folder / name)
-    return {}

@@ -14,9 +14,10 @@ Written by default are kohya's names with `.alpha`, which every tool reads.
 """
 
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from itertools import count
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -24,65 +25,73 @@ from torch import Tensor, nn
 from .. import lora
 from ..files import save_tensors
 from ..methods.textual_inversion import add_word
+from ..sdxl import SDXL
+from ..unet import UNetConfig
 from . import layout
-from .hub import config_of
-from .tensors import EMBEDDING, first_names, open_safetensors
+from .configs import read_config
+from .embeddings import BUNDLE, KEYS, METADATA, bundled_embeddings
+from .tensors import first_names, open_safetensors, read_tensor
 from .text import parse_json_object, shorten
-from .updates import PARTS, FullAdapter, build_adapter
+from .updates import FullAdapter, build_adapter, split_key
 
-METADATA = "alchemy."  # the prefix of our own keys in the header
 FORMATS = ("kohya", "diffusers", "peft")
 KOHYA = {"unet": "lora_unet_", "text_encoder": "lora_te1_", "text_encoder_2": "lora_te2_"}
-# Prefixes of dotted names: diffusers', ComfyUI's, OneTrainer's.
-TEXT_PREFIXES = {
-    "text_encoder": ("text_encoder.", "text_encoders.clip_l.transformer.", "clip_l."),
-    "text_encoder_2": ("text_encoder_2.", "text_encoders.clip_g.transformer.", "clip_g."),
-}
 PEFT = "base_model.model."
+# What the dotted names of a network begin with: diffusers, ComfyUI, OneTrainer, peft.
+PREFIXES = {
+    "unet": ("", "unet.", "diffusion_model.", layout.PREFIX["unet"], PEFT, PEFT + "unet."),
+    "text_encoder": (
+        "text_encoder.",
+        "text_encoders.clip_l.transformer.",
+        "clip_l.",
+        PEFT + "text_encoder.",
+    ),
+    "text_encoder_2": (
+        "text_encoder_2.",
+        "text_encoders.clip_g.transformer.",
+        "clip_g.",
+        PEFT + "text_encoder_2.",
+    ),
+}
 PEFT_CONFIG = "lora_adapter_metadata"  # in the header, where diffusers writes peft's configuration
-BUNDLE = "bundle_emb."  # OneTrainer's embeddings inside a LoRA file
-# What is named and refused, by a part of a key.
+# What is named and refused, by a pattern in a key.
 UNSUPPORTED = {
-    ".dora_scale": "a DoRA",
-    ".lora_magnitude_vector": "a DoRA",
-    ".oft_": "an OFT",
-    ".boft_": "a BOFT",
-    ".ia3_l": "an IA3",
-    ".on_input": "an IA3",
-    ".diff_b": "a full update with biases",
-    ".w_norm": "an update of norm layers",
-    ".b_norm": "an update of norm layers",
-    ".a1.weight": "a GLoRA",
+    r"\.dora_scale|\.lora_magnitude_vector": "a DoRA",
+    r"\.b?oft_": "an OFT",
+    r"\.ia3_l|\.on_input": "an IA3",
+    r"\.diff_b": "a full update with biases",
+    r"\.[wb]_norm": "an update of norm layers",
+    r"\.a1\.weight": "a GLoRA",
 }
 MAX_PATTERNS = 2000  # in alpha_pattern; SDXL has about 800 layers
 MAX_QUANTIFIERS = 3  # in one of its regular expressions, so that matching stays fast
 
 
-def kohya_name(network: str, name: str, config) -> str:
+# Names
+
+
+def kohya_name(network: str, name: str, config: UNetConfig) -> str:
     """kohya's name of a layer: the single file's, with underscores for dots."""
     inner = layout.single_file_name("unet", name, config) if network == "unet" else name
     return KOHYA[network] + inner.replace(".", "_")
 
 
-def names_of_unet_layer(name: str, config) -> list[str]:
-    original = layout.single_file_name("unet", name, config)
-    names = [PEFT + name, PEFT + "unet." + name]
-    for inner in {name, original}:
-        names += [inner, "unet." + inner]
-        names += [prefix + inner.replace(".", "_") for prefix in ("lora_unet_", "lycoris_")]
-    names += ["diffusion_model." + original, layout.PREFIX["unet"] + original]
-    # diffusers before 0.22 kept LoRA in attention processors.
-    old = re.sub(r"\.(to_[qkv]|to_out)(\.0)?$", r".processor.\1_lora", name)
-    return [*names, old, "unet." + old]
-
-
-def names_of_text_layer(network: str, name: str) -> list[str]:
-    names = []
-    # transformers 5 omits "text_model." in encoder 1.
-    for inner in {name, name.removeprefix("text_model.")}:
-        names += [prefix + inner for prefix in TEXT_PREFIXES[network]]
-        names += [PEFT + network + "." + inner, KOHYA[network] + inner.replace(".", "_")]
-    return names
+def key_names(network: str, name: str, config: UNetConfig) -> Iterator[str]:
+    """Every name that a file may give a layer."""
+    underscored = [KOHYA[network]]
+    if network == "unet":
+        underscored.append("lycoris_")
+        # diffusers before 0.22 kept LoRA in attention processors.
+        old = re.sub(r"\.(to_[qkv]|to_out)(\.0)?$", r".processor.\1_lora", name)
+        inner_names = {name, layout.single_file_name("unet", name, config), old}
+    else:
+        # transformers 5 omits "text_model." in encoder 1.
+        inner_names = {name, name.removeprefix("text_model.")}
+    for inner in inner_names:
+        for prefix in PREFIXES[network]:
+            yield prefix + inner
+        for prefix in underscored:
+            yield prefix + inner.replace(".", "_")
 
 
 def known_key_names(networks: dict[str, nn.Module]) -> dict[str, str]:
@@ -90,25 +99,25 @@ def known_key_names(networks: dict[str, nn.Module]) -> dict[str, str]:
     table = {}
     for network, model in networks.items():
         for name in lora.layers(model):
-            if network == "unet":
-                names = names_of_unet_layer(name, model.config)
-            else:
-                names = names_of_text_layer(network, name)
+            names = key_names(network, name, model.config)
             table |= dict.fromkeys(names, f"{network}.{name}")
     return table
 
 
 def networks_in(keys: Iterable[str]) -> list[str]:
     """The networks that a file's keys belong to; keys of no text encoder are the UNet's."""
-    prefixes = {}
-    for network, dotted in TEXT_PREFIXES.items():
-        prefixes[network] = (*dotted, KOHYA[network], f"{PEFT}{network}.")
     found = set()
     for key in keys:
-        owners = [network for network, starts in prefixes.items() if key.startswith(starts)]
+        owner = "unet"
+        for network in ("text_encoder", "text_encoder_2"):
+            if key.startswith((*PREFIXES[network], KOHYA[network])):
+                owner = network
         if not key.startswith(BUNDLE):
-            found |= {*owners} or {"unet"}
+            found.add(owner)
     return [network for network in KOHYA if network in found] or ["unet"]
+
+
+# Alpha
 
 
 def alpha_from_metadata(metadata: dict[str, str], path: Path) -> Callable[[str, int], float]:
@@ -126,18 +135,22 @@ def alpha_from_metadata(metadata: dict[str, str], path: Path) -> Callable[[str, 
         except ValueError as error:
             raise ValueError(f"{PEFT_CONFIG} in its header: {shorten(error)}") from None
     elif path.name == "adapter_model.safetensors":
-        config = config_of(path.parent, "adapter_config.json")
-    patterns = {network: compile_patterns(config, network) for network in KOHYA}
+        config = read_config(path.with_name("adapter_config.json"))
+
+    def setting(network: str, name: str) -> Any:
+        return config.get(f"{network}.{name}", config.get(name))
+
+    patterns = {name: compile_patterns(setting(name, "alpha_pattern") or {}) for name in KOHYA}
 
     def alpha(layer: str, rank: int) -> float:
         network, _, name = layer.partition(".")
-        value = config.get(f"{network}.lora_alpha", config.get("lora_alpha"))
+        value = setting(network, "lora_alpha")
         for pattern, pattern_alpha in patterns[network]:
             if pattern.match(name) or pattern.match(name.removeprefix("text_model.")):
                 value = pattern_alpha
                 break
         value = rank if value is None else value
-        rslora = config.get(f"{network}.use_rslora", config.get("use_rslora"))
+        rslora = setting(network, "use_rslora")
         known = type(value) in (int, float) and abs(value) < 1e30  # False for NaN
         if not known or rslora not in (None, False, True):
             raise ValueError(
@@ -149,9 +162,8 @@ def alpha_from_metadata(metadata: dict[str, str], path: Path) -> Callable[[str, 
     return alpha
 
 
-def compile_patterns(config: dict, network: str) -> list[tuple[re.Pattern, object]]:
-    """A network's alpha_pattern; patterns that could take very long to match are refused."""
-    table = config.get(f"{network}.alpha_pattern", config.get("alpha_pattern")) or {}
+def compile_patterns(table: object) -> list[tuple[re.Pattern, object]]:
+    """An alpha_pattern; patterns that could take very long to match are refused."""
     if not isinstance(table, dict) or len(table) > MAX_PATTERNS:
         raise ValueError(f"{PEFT_CONFIG} has an alpha_pattern that is no object or too large")
     patterns = []
@@ -166,22 +178,20 @@ def compile_patterns(config: dict, network: str) -> list[tuple[re.Pattern, objec
     return patterns
 
 
+# Reading
+
+
 def split_keys(
     keys: Iterable[str], table: dict[str, str]
 ) -> tuple[dict[str, dict[str, str]], list[str]]:
     """({layer: {part: key}}, keys that match no layer). Raises ValueError for a part twice."""
     layers, rest = {}, []
     for key in sorted(keys):
-        match = None
-        for ending, part in PARTS.items():
-            layer = table.get(key.removesuffix(ending)) if key.endswith(ending) else None
-            if layer:
-                match = layer, part
-                break
-        if match is None:
+        name, part = split_key(key) or (None, None)
+        if name not in table:
             rest.append(key)
             continue
-        layer, part = match
+        layer = table[name]
         if part in layers.setdefault(layer, {}):
             raise ValueError(f"{layer} is in the file twice, as {shorten(key)} and another key")
         layers[layer][part] = key
@@ -198,12 +208,12 @@ def read_lora(
     """
     file = open_safetensors(path)
     keys = [key for key in file.keys() if not key.startswith(BUNDLE)]  # noqa: SIM118
-    if set(keys) == set(EMBEDDING):
+    if set(keys) == set(KEYS):
         raise ValueError(
             f"{path}: an embedding, not a LoRA: sample.py and insert.py take it as --embedding"
         )
-    for mark, kind in UNSUPPORTED.items():
-        found = [key for key in keys if mark in key]
+    for pattern, kind in UNSUPPORTED.items():
+        found = [key for key in keys if re.search(pattern, key)]
         if found:
             raise ValueError(f"{path}: {kind} ({first_names(found, 1)}), which is not supported")
     try:
@@ -225,20 +235,8 @@ def read_lora(
         raise ValueError(f"{path}: {error}") from None
 
 
-def read_tensor(file, key: str) -> Tensor:
-    tensor = file.get_tensor(key)
-    # diffusers writes integer alphas; integer weights would be quantized ones.
-    integer_alpha = key.endswith(".alpha") and tensor.dtype in (torch.int32, torch.int64)
-    if not tensor.is_floating_point() and not integer_alpha:
-        raise ValueError(f"{shorten(key)} is {tensor.dtype}, not floating point")
-    tensor = tensor.float()
-    if not tensor.isfinite().all():
-        raise ValueError(f"{shorten(key)} has values that are not finite; the file is damaged")
-    return tensor
-
-
 def load_lora(
-    sdxl,
+    sdxl: SDXL,
     path: str | Path,
     scale: float = 1.0,
     name: str | None = None,
@@ -257,11 +255,8 @@ def load_lora(
     layers = lora.layers(sdxl)
     if any(layer.base_weight is not None for layer in layers.values()):
         raise ValueError(f"{path}: adapters are merged; unmerge before another one is added")
-    try:
-        for token, rows in bundled_embeddings(file).items() if embeddings else ():
-            add_word(sdxl, token, rows)
-    except ValueError as error:
-        raise ValueError(f"{path}: {error}") from None
+    for token, rows in bundled_embeddings(path).items() if embeddings else ():
+        add_word(sdxl, token, rows)
     if name is None:
         taken = {name for layer in layers.values() for name in layer.lora}
         name = next(number for number in map(str, count()) if number not in taken)
@@ -271,25 +266,11 @@ def load_lora(
     return name
 
 
-def bundled_embeddings(file) -> dict[str, list[Tensor]]:
-    """{token: [clip_l's rows (n,768), clip_g's (n,1280)]} of bundle_emb.TOKEN.clip_l and clip_g."""
-    found = {}
-    for key in sorted(key for key in file.keys() if key.startswith(BUNDLE)):  # noqa: SIM118
-        token, _, part = key.removeprefix(BUNDLE).rpartition(".")
-        if part not in EMBEDDING:
-            raise ValueError(f"{shorten(key)}: only bundled clip_l and clip_g are read")
-        rows = read_tensor(file, key)
-        if rows.ndim not in (1, 2) or not rows.numel():
-            raise ValueError(f"{shorten(key)} has shape {tuple(rows.shape)}, not rows of vectors")
-        found.setdefault(token, {})[part] = rows[None] if rows.ndim == 1 else rows
-    for token, parts in found.items():
-        if len(parts) != len(EMBEDDING):
-            raise ValueError(f"{BUNDLE}{shorten(token)} lacks clip_l or clip_g")
-    return {token: [parts[part] for part in EMBEDDING] for token, parts in found.items()}
+# Writing
 
 
 def save_lora(
-    sdxl,
+    sdxl: SDXL,
     path: str | Path,
     name: str = "default",
     format: str = "kohya",
@@ -313,7 +294,7 @@ def save_lora(
 def write_lora(
     path: str | Path,
     adapters: dict[str, lora.Adapter],
-    config,
+    config: UNetConfig,
     format: str = "kohya",
     metadata: dict | None = None,
 ) -> None:
@@ -342,7 +323,9 @@ def write_lora(
     save_tensors(tensors, path, header)
 
 
-def named_tensors(layer: str, adapter: lora.Adapter, config, format: str) -> dict[str, Tensor]:
+def named_tensors(
+    layer: str, adapter: lora.Adapter, config: UNetConfig, format: str
+) -> dict[str, Tensor]:
     """The tensors of one layer's adapter under the names of a format."""
     network, _, name = layer.partition(".")
     if format == "kohya":

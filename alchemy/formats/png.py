@@ -64,7 +64,7 @@ def check(path: str | Path, expected: dict) -> None:
 
     expected: some of its metadata.
     """
-    found = facts_of(path)
+    found = read_metadata(path)
     for name, value in json.loads(json.dumps(expected)).items():
         if found.get(name) != value:
             theirs, ours = shorten(repr(found.get(name))), shorten(repr(value))
@@ -74,7 +74,7 @@ def check(path: str | Path, expected: dict) -> None:
             )
 
 
-def facts_of(path: str | Path) -> dict:
+def read_metadata(path: str | Path) -> dict:
     """The metadata in a PNG's text chunk "alchemy". Raises ValueError if it has none."""
     images.read(path)
     with Image.open(path) as image:

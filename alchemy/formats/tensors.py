@@ -3,11 +3,12 @@
 from collections.abc import Iterable
 from pathlib import Path
 
+import torch
 from safetensors import SafetensorError, safe_open
+from torch import Tensor
 
 from .text import shorten
 
-EMBEDDING = ("clip_l", "clip_g")  # the tensors of an SDXL embedding
 PICKLES = (".ckpt", ".pt", ".pth", ".bin", ".pkl")
 
 
@@ -50,3 +51,16 @@ def is_pickle(path: Path) -> bool:
         start = file.read(2)
     plain = start[:1] == b"\x80" and start[1:] < b"\x06"  # the protocol's number, 2 to 5
     return path.suffix in PICKLES or start == b"PK" or plain
+
+
+def read_tensor(file: safe_open, key: str) -> Tensor:
+    """A tensor of a LoRA or an embedding as float32. Raises ValueError for numbers it cannot be."""
+    tensor = file.get_tensor(key)
+    # diffusers writes integer alphas; integer weights would be quantized ones.
+    integer_alpha = key.endswith(".alpha") and tensor.dtype in (torch.int32, torch.int64)
+    if not tensor.is_floating_point() and not integer_alpha:
+        raise ValueError(f"{shorten(key)} is {tensor.dtype}, not floating point")
+    tensor = tensor.float()
+    if not tensor.isfinite().all():
+        raise ValueError(f"{shorten(key)} has values that are not finite; the file is damaged")
+    return tensor

@@ -115,9 +115,8 @@ def save_result(args: Namespace, sdxl, path: Path, metadata: dict) -> list[Path]
 
     from .. import lora
     from ..formats.embeddings import save_embedding
-    from ..formats.folder import save_checkpoint
     from ..formats.lora import save_lora
-    from ..formats.single_file import save_single_file
+    from ..formats.saving import save_checkpoint
 
     if args.method == "lora":
         metadata = metadata | {"targets": list(lora.ATTENTION)}
@@ -130,8 +129,6 @@ def save_result(args: Namespace, sdxl, path: Path, metadata: dict) -> list[Path]
     header = {f"alchemy.{key}": value for key, value in metadata.items()}
     # bfloat16 would round away most of small steps.
     dtype = torch.float16 if sdxl.dtype.itemsize == 2 else None
-    if args.single_file:
-        return [save_single_file(sdxl, path, header, dtype)]
     return save_checkpoint(sdxl, path, header, dtype)
 
 

@@ -182,7 +182,7 @@ def test_seed_minus_1_draws_a_seed_and_reports_it(tiny):
     seeds = set()
     for _ in range(2):
         run = good(call("sample.py", "a dog", "--weights", tiny, "--seed", -1, "--steps", 1))
-        seed = png.facts_of(run.wrote[0])["seed"]
+        seed = png.read_metadata(run.wrote[0])["seed"]
         assert f"seed {seed}\n" in run.err
         seeds.add(seed)
     assert len(seeds) == 2

@@ -7,7 +7,7 @@ from helpers.running import call, contents, good, pixels, refused, same
 from safetensors.torch import load_file, save_file
 
 from alchemy import pipeline
-from alchemy.formats.png import facts_of
+from alchemy.formats.png import read_metadata
 from alchemy.methods import captions
 
 PROMPTS = ["a photo of a sks dog", "a sks dog at night, “painted”"]
@@ -31,7 +31,7 @@ def test_a_set_has_metadata_that_training_reads_and_each_image_is_that_of_its_se
     pairs = [(Path("set") / name, PROMPTS[k // 2]) for k, name in enumerate(NAMES)]
     assert captions.read("set") == pairs
     for k, (path, prompt) in enumerate(pairs):
-        assert (facts_of(path)["prompt"], facts_of(path)["seed"]) == (prompt, 5 + k)
+        assert (read_metadata(path)["prompt"], read_metadata(path)["seed"]) == (prompt, 5 + k)
     files = ["--weights", tiny, "--lora", lora_file]
     good(call("sample.py", PROMPTS[1], *files, "--seed", 8, "--out", "alone.png"))
     good(call("sample.py", "--like", "set/00003.png", *files, "--out", "like.png"))

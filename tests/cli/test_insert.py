@@ -57,7 +57,7 @@ def test_every_intermediate_is_written_and_the_background_is_unchanged(insert):
     expected = {"seed": 2, "strength": 0.5, "sampler": "euler", "steps": 8, "token": "sks"}
     expected |= {"first_timestep": 376, "prompt": SCENE, "size": [32, 32]}
     assert expected.items() <= metadata.items() and len(metadata["box"]) == 4
-    assert png.facts_of("out/insert/result.png") == metadata
+    assert png.read_metadata("out/insert/result.png") == metadata
 
     outside = image("feathered") == 0
     assert (image("scene") == image("result"))[outside].all()

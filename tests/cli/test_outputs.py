@@ -27,7 +27,7 @@ from helpers.running import (
 from PIL import Image
 
 from alchemy import cli, files, pipeline
-from alchemy.formats.png import facts_of
+from alchemy.formats.png import read_metadata
 
 # Refused before the work
 
@@ -148,7 +148,7 @@ def test_two_runs_of_sample_at_once_lose_no_image(tiny):
     reported = [line.split("/")[1] for out, _ in outputs for line in out.splitlines()]
     assert len(set(reported)) == 12 and sorted(contents("out")) == sorted(reported)
     for name in reported:
-        assert facts_of(f"out/{name}")["seed"] == int(name[:4])
+        assert read_metadata(f"out/{name}")["seed"] == int(name[:4])
 
 
 def test_files_created_at_once_take_different_names(tmp_path, monkeypatch):

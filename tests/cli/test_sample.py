@@ -62,7 +62,7 @@ def test_an_image_carries_its_settings_and_like_makes_it_again(pictures, tiny, l
     scaled = ["--lora", f"{lora_file}:0.5", "--lora", f"{lora_file}:0.25"]
     first = pictures(PROMPT, *flags, *scaled, "--image", "start.png")
 
-    metadata = png.facts_of("out/samples/0004.png")
+    metadata = png.read_metadata("out/samples/0004.png")
     expected = {"prompt": PROMPT, "seed": 4, "size": [28, 36], "negative_prompt": "é “ugly”"}
     expected |= {"lora": [[str(lora_file), 0.5], [str(lora_file), 0.25]], "weights": str(tiny)}
     assert expected.items() <= metadata.items() and metadata["count"] == 1
@@ -71,7 +71,7 @@ def test_an_image_carries_its_settings_and_like_makes_it_again(pictures, tiny, l
     like = ["sample.py", "--like", "out/samples/0004.png", *files]
     run = good(call(*like, "--lora", lora_file, "--lora", lora_file, "--out", "again.png"))
     assert same(pixels("again.png"), first[1]) and [p.name for p in run.wrote] == ["again.png"]
-    again = png.facts_of("again.png")
+    again = png.read_metadata("again.png")
     assert {k for k in again if again[k] != metadata[k]} == set()
     run = good(call(*like, *scaled, "--seed", 3))
     assert same(pixels(run.wrote[0]), first[0])
@@ -82,7 +82,7 @@ def test_flags_override_those_of_like(pictures, tiny, lora_file):
     like = ["sample.py", "--like", "out/samples/0000.png", "--weights", tiny, "--lora"]
     for flags in ([lora_file, "--seed", 1], [f"{lora_file}:0"], [lora_file, "a photo of a car"]):
         assert not same(pixels(good(call(*like, *flags)).wrote[0]), image), flags
-    metadata = png.facts_of(good(call(*like, f"{lora_file}:0.5")).wrote[0])
+    metadata = png.read_metadata(good(call(*like, f"{lora_file}:0.5")).wrote[0])
     assert metadata["lora"] == [[str(lora_file), 0.5]]
 
 
@@ -132,7 +132,7 @@ def test_like_takes_nothing_but_the_settings_of_the_image(tmp_path):
 
 def test_defaults_are_the_same_as_given_and_are_written(pictures):
     (image,) = pictures(PROMPT)
-    metadata = png.facts_of("out/samples/0000.png")
+    metadata = png.read_metadata("out/samples/0000.png")
     assert [metadata[k] for k in ("sampler", "steps", "guidance")] == ["euler", STEPS, 5.0]
     flags = ["--sampler", "euler", "--steps", STEPS, "--guidance", 5, "--size", 32]
     assert same(pictures(PROMPT, *flags)[0], image)

@@ -31,7 +31,7 @@ def test_class_images_are_the_models_own_and_are_not_generated_twice(tiny, tmp_p
     sdxl = alchemy.load(tiny, "cpu")
     paths = generate(sdxl, "a photo of a dog", tmp_path, 2)
     assert [path.name for path in paths] == ["0000.png", "0001.png"]
-    assert png.facts_of(paths[1])["seed"] == prior.FIRST_SEED + 1
+    assert png.read_metadata(paths[1])["seed"] == prior.FIRST_SEED + 1
     alone = alchemy.text_to_image(sdxl, "a photo of a dog", seed=prior.FIRST_SEED + 1)
     assert alone.tobytes() == alchemy.images.read(paths[1]).tobytes()
     before = times(paths)

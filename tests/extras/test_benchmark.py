@@ -11,7 +11,7 @@ from helpers.vision import save_clip, save_dino
 
 from alchemy import insertion
 from alchemy.extras import benchmark, evaluate
-from alchemy.formats.png import facts_of
+from alchemy.formats.png import read_metadata
 
 TABLE = """Classes
 
@@ -115,7 +115,7 @@ def test_the_benchmark_trains_generates_scores_and_resumes(dataset, reference, m
     written = {name: Path("out", name).stat().st_mtime_ns for name in before}
     run = good(call_main(evaluate.main, *argv))
     assert {name: Path("out", name).stat().st_mtime_ns for name in before} == written
-    assert facts_of("out/rex/two/01-0.png")["prompt"] == "a sks dog wearing a red hat"
+    assert read_metadata("out/rex/two/01-0.png")["prompt"] == "a sks dog wearing a red hat"
     rows = json.loads(Path("out/benchmark.json").read_text())
     assert [(row["subject"], row["images"]) for row in rows[:6]] == [
         ("ball", 2),

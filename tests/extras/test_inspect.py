@@ -285,7 +285,7 @@ def test_sample_writes_one_page_per_image_in_a_folder_of_its_own(drawn, tmp_path
     assert sorted(contents("page")) == ["index.html", "steps.png"]
     good(drawn("--out", "b.png"))
     assert same(pixels("a.png"), pixels("b.png"))
-    assert png.facts_of("a.png") == png.facts_of("b.png")
+    assert png.read_metadata("a.png") == png.read_metadata("b.png")
     before = contents("page")
     good(drawn("--inspect", "page", "--inspect-full", "--count", 2))
     names = ("index.html", "steps.png", "steps.safetensors")

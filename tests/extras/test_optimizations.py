@@ -14,7 +14,7 @@ import alchemy
 import alchemy.formats.checkpoint
 from alchemy import attention, lora, pipeline
 from alchemy.extras import fp8, optimizations
-from alchemy.formats.folder import save_checkpoint
+from alchemy.formats.saving import save_checkpoint
 
 
 @pytest.fixture

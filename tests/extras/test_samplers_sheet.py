@@ -45,4 +45,4 @@ def test_the_sheet_in_the_repository_names_its_settings():
     path = ROOT / "alchemy" / "samplers.png"
     expected = {"prompt": samplers_sheet.PROMPT, "seed": samplers_sheet.SEED}
     expected |= {"steps": samplers_sheet.STEPS, "weights": "weights/mini"}
-    assert path.stat().st_size < 300_000 and png.facts_of(path) == expected
+    assert path.stat().st_size < 300_000 and png.read_metadata(path) == expected

@@ -18,11 +18,10 @@ FAULTS = {
         ("text_projection written as it is", "tensor = tensor.T\n", "pass\n"),
         ("the VAE's attention written as matrices", "tensor = tensor[:, :, None, None]", "pass"),
     ),
-    ("formats/single_file", "formats/single_file"): (
+    ("formats/saving", "formats/single_file"): (
         ("v-prediction is not marked", 'tensors["v_pred"] = torch.zeros(0)', "pass"),
         ("zero terminal SNR is not marked", 'tensors["ztsnr"] = torch.zeros(0)', "pass"),
-        ("a LoRA is written beside its weight", "        merge_for_good(network)\n", ""),
-        ("an existing file is replaced", "if path.exists():", "if False:"),
+        ("an existing file is replaced", "if path.is_file() or (", "if ("),
     ),
     ("formats/lora", "formats/lora_files formats/lora_writing"): (
         (
@@ -37,20 +36,19 @@ FAULTS = {
         ),
         (
             "transformers 5's names are unknown",
-            'for inner in {name, name.removeprefix("text_model.")}:',
-            "for inner in {name}:",
+            'inner_names = {name, name.removeprefix("text_model.")}',
+            "inner_names = {name}",
         ),
         (
             "peft's alpha beside the file is not read",
             'elif path.name == "adapter_model.safetensors":',
             "elif False:",
         ),
-        ("NaN is loaded", "if not tensor.isfinite().all():", "if False:"),
-        ("ComfyUI's names are unknown", 'names += ["diffusion_model." + original, ', "names += ["),
+        ("ComfyUI's names are unknown", '"diffusion_model.", ', ""),
         ("rank-stabilized alpha is plain", "(rank**0.5 if rslora else 1.0)", "1.0"),
     ),
     ("formats/lora", "formats/updates"): (
-        ("a DoRA is a LoRA", '    ".dora_scale": "a DoRA",\n', ""),
+        ("a DoRA is a LoRA", r"\.dora_scale|", ""),
         ("alpha_pattern matches any end", r'rf"(.*\.)?({key})$"', r'rf"(.*)?({key})$"'),
         ("alpha_pattern matches a beginning", r'({key})$")', r'({key})")'),
         (
@@ -58,28 +56,27 @@ FAULTS = {
             "                value = pattern_alpha\n                break\n",
             "                value = pattern_alpha\n",
         ),
-        (
-            "bundled embeddings swapped",
-            "[parts[part] for part in EMBEDDING]",
-            "[parts[part] for part in EMBEDDING[::-1]]",
-        ),
     ),
     ("formats/updates", "formats/updates"): (
         (
             "LoHa adds its factors",
-            "return factors[0] * factors[1], len",
-            "return factors[0] + factors[1], len",
+            "return w1 * w2, rank",
+            "return w1 + w2, rank",
         ),
-        ("LoHa without alpha over rank", "else alpha / rank\n", "else alpha\n"),
+        (
+            "LoHa without alpha over rank",
+            "rank is None else alpha / rank\n",
+            "rank is None else alpha\n",
+        ),
         (
             "LoKr's factors swapped",
-            "torch.kron(w1, w2.contiguous())",
-            "torch.kron(w2.contiguous(), w1)",
+            "torch.kron(w1, w2)",
+            "torch.kron(w2, w1)",
         ),
         (
             "LoKr's alpha by the first factor",
-            "        rank = len(b)  # of the second",
-            "        rank = rank or len(b)  # of the second",
+            '("lokr_w2_b", "lokr_w1_b")',
+            '("lokr_w1_b", "lokr_w2_b")',
         ),
         ("whole LoKr scaled by alpha", "if alpha is None or rank is None", "if alpha is None"),
         (
@@ -98,7 +95,7 @@ FAULTS = {
     ),
     ("formats/configs", "formats/fuzz_files"): (
         ("types are not checked", "if type(value) not in accepted:", "if False:"),
-        ("heads need not divide", "if value % divisor:", "if False:"),
+        ("heads need not divide", "if channels % heads:", "if False:"),
     ),
     ("formats/text", "formats/fuzz_files"): (
         ("deep JSON is not caught", "except RecursionError:", "except KeyError:"),
@@ -120,19 +117,25 @@ FAULTS = {
         ("zero terminal SNR is not read", 'if "ztsnr" in tensors:', "if False:"),
         (
             "a VAE's own configuration is not read",
-            'own or files["vae/config.json"]',
-            'files["vae/config.json"]',
+            'for own in (roots["vae"] / "config.json", roots["vae"] / "vae/config.json"):',
+            "for own in ():",
         ),
     ),
     ("formats/embeddings", "cli/converting"): (
         (
             "the two encoders' rows swapped",
-            "dict(zip(KEYS, rows, strict=True))",
-            "dict(zip(KEYS, rows[::-1], strict=True))",
+            "{path: dict(zip(KEYS, rows, strict=True))}",
+            "{path: dict(zip(KEYS, rows[::-1], strict=True))}",
         ),
         ("clip_g is read as clip_l", "sorted(file.keys(), reverse=True)", "sorted(file.keys())"),
     ),
-    ("formats/folder", "cli/converting"): (
+    ("formats/embeddings", "formats/updates"): (
+        ("bundled embeddings swapped", "for part in KEYS]", "for part in KEYS[::-1]]"),
+    ),
+    ("formats/tensors", "formats/lora_files"): (
+        ("NaN is loaded", "if not tensor.isfinite().all():", "if False:"),
+    ),
+    ("formats/saving", "cli/converting"): (
         ("base weights are kept after merging", "        layer.base_weight = None\n", ""),
         ("a LoRA is written beside its weight", "        layer.merge()\n", ""),
     ),

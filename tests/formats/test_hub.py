@@ -19,8 +19,8 @@ from helpers.checkpoints import (
 )  # noqa: F401
 
 import alchemy
-from alchemy.formats.folder import save_checkpoint
 from alchemy.formats.hub import find
+from alchemy.formats.saving import save_checkpoint
 
 ID, COMMIT = "org/tiny-xl", "0123456789abcdef0123456789abcdef01234567"
 TOKENIZERS = [

@@ -275,9 +275,9 @@ def test_half_a_pair_a_layer_twice_and_an_alpha_of_many_are_refused(fresh, pairs
     stem, down, up = SPELLINGS["kohya, diffusers' blocks"]
     whole = written(one, stem, down, up)
     for spoiled, word in (
-        ({k: t for k, t in whole.items() if not k.endswith(up)}, "not the other part"),
+        ({k: t for k, t in whole.items() if not k.endswith(up)}, "not one update"),
         (whole | written(one, *SPELLINGS["diffusers"]), name),
-        (whole | {stem(name) + ".alpha": torch.ones(2)}, "alpha of 2 values"),
+        (whole | {stem(name) + ".alpha": torch.ones(2)}, "alpha (2,)"),
         ({}, "empty"),
     ):
         save_file(spoiled, path)

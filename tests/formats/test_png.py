@@ -8,7 +8,7 @@ from helpers.planted import noise_picture
 from PIL import Image, PngImagePlugin
 
 from alchemy import images
-from alchemy.formats.png import a1111_parameters, facts_of, save
+from alchemy.formats.png import a1111_parameters, read_metadata, save
 
 
 def pixels(picture):
@@ -27,7 +27,7 @@ FACTS = {
 def test_facts_return_from_a_png_with_the_pixels_to_the_bit(tmp_path):
     picture = noise_picture(20, 30)
     save(picture, tmp_path / "a.png", FACTS)
-    assert facts_of(tmp_path / "a.png") == FACTS and pixels(
+    assert read_metadata(tmp_path / "a.png") == FACTS and pixels(
         images.read(tmp_path / "a.png")
     ) == pixels(picture)
     assert [p.name for p in tmp_path.iterdir()] == ["a.png"]
@@ -41,9 +41,9 @@ def test_a_picture_without_facts_is_an_error_that_names_it(tmp_path):
         options = {"pnginfo": info} if name == "other.png" else {}
         noise_picture(4, 4).save(tmp_path / name, **options)
         with pytest.raises(ValueError, match=f"{name}: has no facts of how it was made"):
-            facts_of(tmp_path / name)
+            read_metadata(tmp_path / name)
     with pytest.raises(ValueError, match="none.png: no such file"):
-        facts_of(tmp_path / "none.png")
+        read_metadata(tmp_path / "none.png")
     assert json.loads(json.dumps(FACTS)) == FACTS
 
 
@@ -67,7 +67,7 @@ def test_the_parameters_chunk_is_as_a1111_writes_it(tmp_path):
     save(noise_picture(4, 4), tmp_path / "a.png", metadata)
     with Image.open(tmp_path / "a.png") as image:
         assert image.info["parameters"] == text
-    assert facts_of(tmp_path / "a.png") == metadata
+    assert read_metadata(tmp_path / "a.png") == metadata
     save(noise_picture(4, 4), tmp_path / "b.png", {"prompt": "a sheet"})
     with Image.open(tmp_path / "b.png") as image:
         assert "parameters" not in image.info

@@ -20,7 +20,7 @@ import alchemy
 from alchemy import lora
 from alchemy.formats import layout
 from alchemy.formats.checkpoint import BUILD, CONFIGS, build_on_meta
-from alchemy.formats.single_file import POSITION_IDS, save_single_file
+from alchemy.formats.saving import POSITION_IDS, save_checkpoint
 
 MANIFEST = Path(__file__).resolve().parents[3] / "shared" / "reference" / "sdxl_base_manifest.json"
 
@@ -31,9 +31,9 @@ def folder(tmp_path_factory):
 
 
 def test_the_file_holds_the_original_layout_and_loads_bit_equal(folder, tmp_path):
-    path = save_single_file(alchemy.load(folder, "cpu"), tmp_path / "a.safetensors", {"note": "x"})
+    [path] = save_checkpoint(alchemy.load(folder, "cpu"), tmp_path / "a.safetensors", {"note": "x"})
     stored, expected = load_file(path), synthetic.single_tensors()
-    position_ids = stored.pop(layout.PREFIX["text_encoder"] + POSITION_IDS)
+    position_ids = stored.pop(POSITION_IDS)
     assert torch.equal(position_ids, torch.arange(77)[None])
     assert stored.keys() == expected.keys()
     assert all(torch.equal(stored[key], tensor) for key, tensor in expected.items())
@@ -48,7 +48,7 @@ def test_the_full_size_file_has_the_official_names_and_shapes():
         stored |= layout.to_single_file(name, network.state_dict(), network.config)
     ours = {key: list(tensor.shape) for key, tensor in stored.items()}
     theirs = dict(manifest["single_file_layout"])
-    assert theirs.pop(layout.PREFIX["text_encoder"] + POSITION_IDS) == [1, 77]
+    assert theirs.pop(POSITION_IDS) == [1, 77]
     del theirs["conditioner.embedders.1.model.logit_scale"]  # of training CLIP; nothing here has it
     assert ours == theirs
 
@@ -60,7 +60,7 @@ def test_loras_are_merged_and_nothing_is_kept_beside(folder, tmp_path):
         adapter.up.data += 0.1
     lora.merge(sdxl)
     expected = {key: p.clone() for key, p in sdxl.unet.state_dict().items() if ".lora." not in key}
-    path = save_single_file(sdxl, tmp_path / "a.safetensors")
+    [path] = save_checkpoint(sdxl, tmp_path / "a.safetensors")
     synthetic.same(alchemy.load(path, "cpu", config=folder).unet, expected)
     assert not lora.adapters(sdxl)
 
@@ -73,7 +73,7 @@ def test_the_schedule_is_marked_by_v_pred_and_ztsnr(folder, tmp_path, prediction
     sdxl.schedule = replace(sdxl.schedule, prediction=prediction)
     if zero:
         sdxl.schedule = sdxl.schedule.zero_terminal_snr()
-    path = save_single_file(sdxl, tmp_path / "a.safetensors")
+    [path] = save_checkpoint(sdxl, tmp_path / "a.safetensors")
     schedule = alchemy.load(path, "cpu", config=folder).schedule
     assert schedule.prediction == prediction
     assert torch.equal(schedule.alpha_bar, sdxl.schedule.alpha_bar)
@@ -81,12 +81,11 @@ def test_the_schedule_is_marked_by_v_pred_and_ztsnr(folder, tmp_path, prediction
 
 def test_dtype_is_that_asked_for_and_an_existing_file_is_kept(folder, tmp_path):
     sdxl, path = alchemy.load(folder, "cpu"), tmp_path / "a.safetensors"
-    save_single_file(sdxl, path, dtype=torch.float16)
+    save_checkpoint(sdxl, path, dtype=torch.float16)
     weights = [t for key, t in load_file(path).items() if not key.endswith(POSITION_IDS)]
     assert {t.dtype for t in weights} == {torch.float16}
     before = path.read_bytes()
-    refused(lambda: save_single_file(sdxl, path), path, "exists already")
-    refused(lambda: save_single_file(sdxl, tmp_path / "a"), ".safetensors")
+    refused(lambda: save_checkpoint(sdxl, path), path, "exists already")
     assert path.read_bytes() == before and [p.name for p in tmp_path.iterdir()] == ["a.safetensors"]
 
 
