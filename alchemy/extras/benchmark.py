@@ -1,10 +1,10 @@
-"""The DreamBooth benchmark (Ruiz et al. 2023, sections 4.1 and 4.2): evaluate --benchmark FOLDER.
+"""The DreamBooth benchmark (Ruiz et al. 2023, section 4.1): evaluate --benchmark FOLDER.
 
 FOLDER is the `dataset` folder of github.com/google/dreambooth, or a part of it: a folder of photos
 per subject and prompts_and_classes.txt. Each subject is trained; for each of its 25 prompts and 4
 seeds, one image is generated in one stage (text to image) and one in two (Image-Alchemy); both sets
 are scored. A scene in which the class was not found is scored as it is, and counted as failed. A
-training run that was stopped is resumed, and an image that is there is kept. With torchrun, each
+training run that was stopped is resumed, and an image that exists is kept. With torchrun, each
 rank takes its share of the subjects.
 """
 
@@ -14,7 +14,6 @@ import re
 import shlex
 import subprocess
 import sys
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -29,17 +28,22 @@ from ..formats import png
 from ..formats.checkpoint import choose_device
 from ..formats.text import read_text
 from ..methods.captions import find_photos
+from ..sdxl import SDXL
 from . import distributed, evaluate
 from .encoders import Clip, Encoder, load_clip, load_dino
 
+STAGES = ("one", "two")
 FIGURES = ("DINO", "CLIP-I", "CLIP-T")
-PUBLISHED = (  # DINO, CLIP-I, CLIP-T
-    ("Image-Alchemy on SDXL (arXiv 2505.10743, abstract)", 0.789, None, None),
-    ("DreamBooth on Stable Diffusion (arXiv 2208.12242, table 1)", 0.668, 0.803, 0.305),
-    ("DreamBooth on Imagen (arXiv 2208.12242, table 1)", 0.696, 0.812, 0.306),
+COLUMNS = ("subject", "stages", "images", "failed", *FIGURES, "source")
+PAPERS = ("arXiv 2505.10743, abstract", "arXiv 2208.12242, table 1")
+PUBLISHED = (  # subject, DINO, CLIP-I, CLIP-T, source
+    ("Image-Alchemy on SDXL", 0.789, None, None, PAPERS[0]),
+    ("DreamBooth on Stable Diffusion", 0.668, 0.803, 0.305, PAPERS[1]),
+    ("DreamBooth on Imagen", 0.696, 0.812, 0.306, PAPERS[1]),
 )
 TORCHRUN = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
 LIVE = ("cat", "dog")  # classes with the prompts of live subjects; all others are objects
+SAME = ("weights", "vae", "model_config", "revision", "dtype", "token", "train", "steps", "size")
 
 
 def read_benchmark(folder: Path) -> tuple[dict[str, str], dict[bool, list[str]]]:
@@ -61,29 +65,52 @@ def read_benchmark(folder: Path) -> tuple[dict[str, str], dict[bool, list[str]]]
     return classes, prompts
 
 
+def check_settings(args: argparse.Namespace, out: Path) -> None:
+    """Write settings.json; where it exists, raise ValueError if its settings are others."""
+    path = out / "settings.json"
+    if not path.exists():
+        if not distributed.rank():
+            save_json(cli.settings(args), path)
+        return
+    saved = cli.read_settings(path, evaluate.parser())
+    for name in SAME:
+        if saved.get(name) != getattr(args, name):
+            raise ValueError(
+                f"{path}: this benchmark was begun with --{name.replace('_', '-')} "
+                f"{saved.get(name)}; continue with that, or name another --out"
+            )
+
+
 @dataclass(frozen=True)
 class Job:
     """An image of the benchmark."""
 
-    stage: str  # "one" or "two"
+    stage: str  # one of STAGES
     scene: str  # the prompt with the class word alone
     prompt: str  # with the token before it
     seed: int
     path: Path
 
+    def metadata(self) -> dict[str, str | int]:
+        """What identifies the image when it exists already."""
+        return {"prompt": self.prompt, "seed": self.seed, "stages": self.stage}
 
-def jobs(out: Path, prompts: list[str], token: str, class_word: str, seeds: int) -> Iterator[Job]:
-    for stage in ("one", "two"):
+
+def list_jobs(out: Path, prompts: list[str], token: str, class_word: str, seeds: int) -> list[Job]:
+    """All images of a subject; out: its folder."""
+    jobs = []
+    for stage in STAGES:
         for number, template in enumerate(prompts):
             scene = " ".join(template.format("", class_word).split())
             prompt = template.format(token, class_word)
             for seed in range(seeds):
                 path = out / stage / f"{number:02d}-{seed}.png"
-                yield Job(stage, scene, prompt, seed, path)
+                jobs.append(Job(stage, scene, prompt, seed, path))
+    return jobs
 
 
 def train_subject(args: argparse.Namespace, photos: Path, class_word: str, out: Path) -> None:
-    """Run train.py in a process of its own, unless its LoRA is there."""
+    """Run train.py in a process of its own, unless its LoRA exists."""
     if (out / "lora.safetensors").exists():
         return
     command = [sys.executable, str(cli.ROOT / "train.py"), str(photos), "--out", str(out)]
@@ -106,7 +133,7 @@ def train_subject(args: argparse.Namespace, photos: Path, class_word: str, out: 
 
 
 def generate(
-    sdxl: object, job: Job, args: argparse.Namespace, class_word: str
+    sdxl: SDXL, job: Job, args: argparse.Namespace, class_word: str
 ) -> tuple[Image.Image, bool]:
     """The image of a job, the subject's LoRA being on sdxl, and whether the subject is in it."""
     options = {"seed": job.seed, "size": args.size, "steps": args.steps}
@@ -120,19 +147,14 @@ def generate(
             return pipeline.text_to_image(sdxl, job.scene, **options), False
 
 
-def facts_of(job: Job, args: argparse.Namespace) -> dict:
-    """The metadata of an image, by which a later run knows it."""
-    return {"prompt": job.prompt, "seed": job.seed, "stages": job.stage, "steps": args.steps}
-
-
-def run_subject(args: argparse.Namespace, subject: str, class_word: str, prompts: list) -> None:
-    """Train the subject and generate what is missing of its images."""
+def run_subject(args: argparse.Namespace, subject: str, class_word: str, jobs: list[Job]) -> None:
+    """Train the subject and generate the images of it that do not exist yet."""
     out = Path(args.out) / subject
     train_subject(args, Path(args.benchmark) / subject, class_word, out)
     missing = []
-    for job in jobs(out, prompts, args.token, class_word, args.seeds):
+    for job in jobs:
         if job.path.exists():
-            png.check(job.path, facts_of(job, args))
+            png.check(job.path, job.metadata())
         else:
             missing.append(job)
     if not missing:
@@ -142,55 +164,66 @@ def run_subject(args: argparse.Namespace, subject: str, class_word: str, prompts
     for job in cli.progress(missing, len(missing), subject):
         job.path.parent.mkdir(parents=True, exist_ok=True)
         image, inserted = generate(sdxl, job, args, class_word)
-        png.save(image, job.path, facts_of(job, args) | {"inserted": inserted})
+        png.save(image, job.path, job.metadata() | {"inserted": inserted})
 
 
-def score_subject(args: argparse.Namespace, subject: str, dino: Encoder, clip: Clip) -> list[dict]:
+def score_subject(
+    args: argparse.Namespace, subject: str, jobs: list[Job], dino: Encoder, clip: Clip
+) -> list[dict]:
     """The mean figures of the subject's images in one stage and in two."""
     photos, _ = find_photos(Path(args.benchmark) / subject)
-    found = []
-    for stage in ("one", "two"):
-        paths, _ = find_photos(Path(args.out) / subject / stage)
-        prompts = evaluate.find_prompts(paths, None, args.token)
-        rows, summary = evaluate.score(paths, photos, dino, clip, prompts)
+    rows = []
+    for stage in STAGES:
+        chosen = [job for job in jobs if job.stage == stage]
+        paths = [job.path for job in chosen]
+        prompts = {job.path.name: job.scene for job in chosen}
+        scores, summary = evaluate.score(paths, photos, dino, clip, prompts)
         folder = Path(args.out) / subject / f"{stage}-scores"
         folder.mkdir(exist_ok=True)
-        evaluate.write_scores(rows, summary, paths, folder)
+        evaluate.write_scores(scores, summary, paths, photos, folder, cli.settings(args))
         failed = [path for path in paths if not png.read_metadata(path)["inserted"]]
-        row = {"subject": subject, "stages": stage, "images": len(rows), "failed": len(failed)}
-        found.append(row | {name: summary[name] for name in FIGURES})
-    return found
+        row = {"subject": subject, "stages": stage, "images": len(paths), "failed": len(failed)}
+        rows.append(row | {name: summary[name] for name in FIGURES})
+    return rows
 
 
 def run(args: argparse.Namespace) -> None:
     """All of the benchmark; ends in a table beside the published figures."""
     classes, prompts = read_benchmark(Path(args.benchmark))
+    jobs = {}
+    for subject, word in sorted(classes.items()):
+        templates = prompts[word in LIVE]
+        folder = Path(args.out) / subject
+        jobs[subject] = list_jobs(folder, templates, args.token, word, args.seeds)
     device, _ = choose_device(args.device, args.dtype)
     dino, clip = load_dino(args.dino, device), load_clip(args.clip, device)
     with cli.output_folder(args.out) as out:
-        for subject in sorted(classes)[distributed.rank_slice()]:
-            word = classes[subject]
-            run_subject(args, subject, word, prompts[word in LIVE])
+        check_settings(args, out)
+        for subject in list(jobs)[distributed.rank_slice()]:
+            run_subject(args, subject, classes[subject], jobs[subject])
         distributed.barrier()
         if distributed.rank():
             return
         rows = []
-        for subject in cli.progress(sorted(classes), len(classes), "scoring"):
-            rows += score_subject(args, subject, dino, clip)
+        for subject in cli.progress(jobs, len(jobs), "scoring"):
+            rows += score_subject(args, subject, jobs[subject], dino, clip)
         rows += summarize(rows)
-        print(evaluate.format_table(rows, ("subject", "stages", "images", "failed", *FIGURES)))
+        print(evaluate.format_table(rows, COLUMNS))
         save_json(rows, out / "benchmark.json")
         cli.log_written(out / "benchmark.json")
 
 
 def summarize(rows: list[dict]) -> list[dict]:
     """The means over all subjects, and the published figures."""
-    found = []
-    for stage in ("one", "two"):
+    added = []
+    for stage in STAGES:
         chosen = [row for row in rows if row["stages"] == stage]
-        total = {name: sum(row[name] for row in chosen) for name in ("images", "failed")}
-        total |= {name: evaluate.mean(row[name] for row in chosen) for name in FIGURES}
-        found.append({"subject": "all", "stages": stage} | total)
-    for name, *figures in PUBLISHED:
-        found.append({"subject": name} | dict(zip(FIGURES, figures, strict=True)))
-    return found
+        total = {"subject": "all", "stages": stage}
+        for name in ("images", "failed"):
+            total[name] = sum(row[name] for row in chosen)
+        for name in FIGURES:
+            total[name] = evaluate.mean([row[name] for row in chosen])
+        added.append(total)
+    for values in PUBLISHED:
+        added.append(dict(zip(("subject", *FIGURES, "source"), values, strict=True)))
+    return added

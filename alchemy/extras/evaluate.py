@@ -11,13 +11,14 @@ CLIP-T        mean cosine of an image's and its prompt's CLIP embeddings; --toke
 DINO-subject  DINO of the subject's region alone, on the mean colour (--mask)
 leakage       DINO of the backgrounds, the subject painted over; of the photos, the most similar
               one counts (--mask)
-DIV           mean of 1 - cosine over the pairs of generated images of one prompt
+DIV           mean of 1 - cosine of DINO features over the pairs of images of one prompt
 PRES          mean cosine of all class images and photos; high where the class is lost (--prior)
 DIV-prior     DIV of the class images (--prior)
 
 DINO, CLIP-I and CLIP-T are DreamBooth's (Ruiz et al. 2023, section 4.1), PRES and DIV those of its
 section 4.3, with one difference: the paper's DIV is by LPIPS, a network that is not implemented
-here. DIV is by DINO features instead, and does not compare with the paper's values.
+here. DIV is by DINO features instead: higher is more diverse, as in the paper, but the values do
+not compare with the paper's.
 """
 
 import argparse
@@ -26,9 +27,9 @@ import csv
 import io
 import math
 import re
+from collections.abc import Iterable
 from itertools import combinations, starmap
 from pathlib import Path
-from typing import Iterable
 
 from PIL import Image, ImageOps
 from torch import Tensor
@@ -41,11 +42,15 @@ from ..formats.text import read_text
 from ..methods import captions
 from ..methods.captions import find_photos
 from ..methods.masks import mask_of
+from ..sdxl import SDXL
 from .encoders import CLIP, DINO, Clip, Encoder, load_clip, load_dino
 from .inspect import sheets
 
 MEAN_COLOUR = (124, 116, 104)  # ImageNet's: 0 after DINO's normalisation
 COLUMNS = ("DINO", "CLIP-I", "CLIP-T", "DINO-subject", "leakage")
+# Flags of one of the two kinds of run alone: the benchmark, and two folders.
+BENCHMARK_FLAGS = ("train", "steps", "size", "seeds")
+FOLDER_FLAGS = ("generated", "photos", "prompts", "mask", "photo_mask", "class_word", "prior")
 
 
 # The figures.
@@ -56,7 +61,7 @@ def fidelity(generated: Tensor, photos: Tensor) -> Tensor:
     return (generated @ photos.T).mean(1)
 
 
-def diversity(features: Tensor, prompts: list) -> float:
+def diversity(features: Tensor, prompts: list[str | None]) -> float | None:
     """The mean of 1 - cosine over all pairs of images (N, D) that have the same prompt."""
     distances = []
     for i, j in combinations(range(len(prompts)), 2):
@@ -66,9 +71,9 @@ def diversity(features: Tensor, prompts: list) -> float:
 
 
 def mean(values: Iterable[float | None]) -> float | None:
-    """The mean of the values that are there, or None."""
+    """The mean of the values that are not None, to 6 digits, or None."""
     known = [value for value in values if value is not None]
-    return sum(known) / len(known) if known else None
+    return round(sum(known) / len(known), 6) if known else None
 
 
 def subject_only(image: Image.Image, mask: Image.Image) -> Image.Image:
@@ -102,26 +107,26 @@ def score(
     """
     rows = []
     for path in paths:
-        rows.append({"image": path.name, "prompt": (prompts or {}).get(path.name)})
-        rows[-1] |= dict.fromkeys(COLUMNS)
+        row = {"image": path.name, "prompt": (prompts or {}).get(path.name)}
+        rows.append(row | dict.fromkeys(COLUMNS))
 
-    def put(column: str, chosen: list[int], values: Tensor) -> None:
+    def fill(column: str, chosen: list[int], values: Tensor) -> None:
         for k, value in zip(chosen, values.tolist(), strict=True):
-            rows[k][column] = value
+            rows[k][column] = round(value, 6)
 
     # The whole image.
     everything = list(range(len(paths)))
     features = dino(map(images.read, paths))
-    put("DINO", everything, fidelity(features, dino(map(images.read, photos))))
+    fill("DINO", everything, fidelity(features, dino(map(images.read, photos))))
     if clip:
         embeddings = clip.images(map(images.read, paths))
-        put("CLIP-I", everything, fidelity(embeddings, clip.images(map(images.read, photos))))
+        fill("CLIP-I", everything, fidelity(embeddings, clip.images(map(images.read, photos))))
         chosen = [k for k in everything if rows[k]["prompt"]]
         if chosen:
             texts = clip.texts([rows[k]["prompt"] for k in chosen])
-            put("CLIP-T", chosen, (embeddings[chosen] * texts).sum(1))
+            fill("CLIP-T", chosen, (embeddings[chosen] * texts).sum(1))
 
-    # Subject and background. A background comes from one photo: the most similar one tells.
+    # Subject and background. A background is copied from one photo: the most similar one counts.
     chosen = [k for k in everything if masks and paths[k].name in masks]
     known = [photo for photo in photos if photo_masks and photo.name in photo_masks]
     if chosen and known:
@@ -129,12 +134,14 @@ def score(
         photos_masked = [(images.read(photo), photo_masks[photo.name]) for photo in known]
         ours = dino(starmap(subject_only, masked))
         theirs = dino(starmap(subject_only, photos_masked))
-        put("DINO-subject", chosen, fidelity(ours, theirs))
+        fill("DINO-subject", chosen, fidelity(ours, theirs))
         ours = dino(starmap(background_only, masked))
         theirs = dino(starmap(background_only, photos_masked))
-        put("leakage", chosen, (ours @ theirs.T).amax(1))
+        fill("leakage", chosen, (ours @ theirs.T).amax(1))
 
-    summary = {column: mean(row[column] for row in rows) for column in COLUMNS}
+    summary = {}
+    for column in COLUMNS:
+        summary[column] = mean(row[column] for row in rows)
     return rows, summary | {"DIV": diversity(features, [row["prompt"] for row in rows])}
 
 
@@ -161,7 +168,9 @@ def find_prompts(paths: list[Path], file: str | None, token: str) -> dict[str, s
     return {name: " ".join(word.sub(" ", text).split()) for name, text in prompts.items() if text}
 
 
-def find_masks(paths: list[Path], how: str, sdxl: object, word: str | None) -> dict:
+def find_masks(
+    paths: list[Path], how: str, sdxl: SDXL | None, word: str | None
+) -> dict[str, Image.Image]:
     """{image name: mask} of the images in which there is a subject."""
     masks = {}
     for path in cli.progress(paths, len(paths), "masks"):
@@ -172,124 +181,147 @@ def find_masks(paths: list[Path], how: str, sdxl: object, word: str | None) -> d
     return masks
 
 
+def shown(value: object) -> str:
+    """A cell of a table."""
+    if isinstance(value, float):
+        return f"{value:.3f}"
+    return "-" if value is None else str(value)
+
+
 def format_table(rows: list[dict], columns: Iterable[str]) -> str:
-    """Rows as aligned text: the first column left, figures with three digits."""
-    cells = [list(columns)]
-    for row in rows:
-        values = [row.get(column) for column in columns]
-        cells.append(
-            [f"{v:.3f}" if isinstance(v, float) else str("-" if v is None else v) for v in values]
-        )
-    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
-    lines = []
-    for first, *others in cells:
-        figures = [cell.rjust(width) for cell, width in zip(others, widths[1:], strict=True)]
-        lines.append("  ".join([first.ljust(widths[0]), *figures]))
-    return "\n".join(lines)
+    """Rows as aligned text: words on the left, figures with three digits on the right."""
+    padded = []
+    for column in columns:
+        values = [row.get(column) for row in rows]
+        cells = [column, *map(shown, values)]
+        width = max(map(len, cells))
+        is_text = any(isinstance(value, str) for value in values)
+        padded.append([cell.ljust(width) if is_text else cell.rjust(width) for cell in cells])
+    return "\n".join("  ".join(line).rstrip() for line in zip(*padded, strict=True))
 
 
-def write_scores(rows: list[dict], summary: dict, paths: list[Path], folder: Path) -> list[Path]:
-    """scores.csv, scores.json and scores.png: 60 images at most, the most alike by DINO first."""
-    written = [folder / f"scores.{kind}" for kind in ("csv", "json", "png")]
+def write_scores(
+    rows: list[dict], summary: dict, paths: list[Path], photos: list[Path], out: Path, about: dict
+) -> list[Path]:
+    """Write scores.csv and .json, means included, and scores.png; returns the paths.
+
+    about: the settings, for the JSON file. The sheet shows some photos, then at most 60 images,
+    the most alike by DINO first.
+    """
+    written = [out / f"scores.{kind}" for kind in ("csv", "json", "png")]
     text = io.StringIO()
-    table = csv.DictWriter(text, list(rows[0]), lineterminator="\n")
+    table = csv.DictWriter(text, ["image", "prompt", *summary], lineterminator="\n")
     table.writeheader()
-    table.writerows(rows)
+    table.writerows([*rows, {"image": "mean"} | summary])
     replace(written[0], lambda new: new.write_text(text.getvalue(), encoding="utf-8"))
-    save_json({"mean": summary, "images": rows}, written[1])
+    save_json({"settings": about, "mean": summary, "images": rows}, written[1])
+
     ordered = sorted(zip(rows, paths, strict=True), key=lambda pair: -pair[0]["DINO"])
     cells = []
     for row, path in ordered[:: math.ceil(len(ordered) / 60)]:
-        image = ImageOps.contain(images.read(path), (256, 256))
-        cells.append((f"{row['DINO']:.3f} {path.name}", image))
-    grid = [cells[k : k + 6] for k in range(0, len(cells), 6)]
+        cells.append((f"{row['DINO']:.3f} {path.name}", thumbnail(path)))
+    grid = [[(f"photo {path.name}", thumbnail(path)) for path in photos[:6]]]
+    grid += [cells[k : k + 6] for k in range(0, len(cells), 6)]
     png.save(sheets.sheet(grid, least=128), written[2], summary)
     return written
 
 
+def thumbnail(path: Path) -> Image.Image:
+    return ImageOps.contain(images.read(path), (256, 256))
+
+
 def parser() -> cli.Parser:
     p = cli.parser(__doc__)
-    p.add_argument("generated", nargs="?", metavar="GENERATED", help="folder of generated images")
-    p.add_argument("photos", nargs="?", metavar="PHOTOS", help="folder of photos of the subject")
-    p.add_argument(
-        "--prompts",
-        metavar="FILE",
-        help="a prompt per line, in the order of the images' names (default: metadata.jsonl of the "
-        "folder, or the text chunks of its PNG files)",
-    )
-    p.add_argument(
-        "--mask",
-        metavar="segment|FOLDER",
-        help="also score subject and background: masks from --class-word and --weights, or from a "
-        "folder, of the images' names",
-    )
-    p.add_argument("--photo-mask", metavar="segment|FOLDER", help="of the photos (default: --mask)")
-    p.add_argument("--class-word", metavar="WORD", help="what the subject is, for --mask segment")
-    p.add_argument("--token", default="sks", metavar="WORD", help="of the subject (default: sks)")
-    p.add_argument("--prior", metavar="FOLDER", help="images of the class, for PRES and DIV")
-    p.add_argument("--out", default="out/scores", metavar="FOLDER", help="(default: out/scores)")
-    g = p.add_argument_group("benchmark")
-    g.add_argument("--benchmark", metavar="FOLDER", help="train and score every subject of it")
-    g.add_argument(
-        "--train",
-        default="",
-        metavar="FLAGS",
-        help="of train.py, as one text, such as '--steps 800'",
-    )
-    g.add_argument("--steps", type=cli.COUNT, metavar="N", help="denoising steps of its images")
-    g.add_argument("--size", type=cli.size, metavar="N|WxH", help="pixels (default: checkpoint's)")
-    g.add_argument("--seeds", type=cli.COUNT, default=4, metavar="N", help="(default: 4)")
-    g = p.add_argument_group("encoders")
-    g.add_argument("--dino", default=DINO, metavar="PATH|ID", help=f"(default: {DINO})")
-    g.add_argument("--clip", default=CLIP, metavar="PATH|ID", help=f"(default: {CLIP})")
+    p.prog = "python -m alchemy.extras.evaluate"
+    add = p.add_argument
+    add("generated", nargs="?", metavar="GENERATED", help="folder of generated images")
+    add("photos", nargs="?", metavar="PHOTOS", help="folder of photos of the subject")
+    text = "a prompt per line, in the order of the images' names (default: metadata.jsonl of the "
+    text += "folder, or the text chunks of its PNG files)"
+    add("--prompts", metavar="FILE", help=text)
+    text = "also score subject and background: masks from --class-word and --weights, or from a "
+    text += "folder, of the images' names"
+    add("--mask", metavar="segment|FOLDER", help=text)
+    add("--photo-mask", metavar="segment|FOLDER", help="of the photos (default: --mask)")
+    add("--class-word", metavar="WORD", help="what the subject is, for --mask segment")
+    add("--token", default="sks", metavar="WORD", help="of the subject (default: sks)")
+    add("--prior", metavar="FOLDER", help="images of the class, for PRES and DIV")
+    add("--out", default="out/scores", metavar="FOLDER", help="(default: out/scores)")
+    add = p.add_argument_group("benchmark").add_argument
+    add("--benchmark", metavar="FOLDER", help="train and score every subject of it")
+    text = "of train.py, as one text, such as '--steps 800'"
+    add("--train", default="", metavar="FLAGS", help=text)
+    add("--steps", type=cli.COUNT, metavar="N", help="denoising steps of its images")
+    add("--size", type=cli.size, metavar="N|WxH", help="pixels (default: checkpoint's)")
+    add("--seeds", type=cli.COUNT, default=4, metavar="N", help="per prompt (default: 4)")
+    add = p.add_argument_group("encoders").add_argument
+    add("--dino", default=DINO, metavar="PATH|ID", help=f"(default: {DINO})")
+    add("--clip", default=CLIP, metavar="PATH|ID", help=f"(default: {CLIP})")
     cli.add_checkpoint(p)
     return p
 
 
+def check_flags(args: argparse.Namespace, p: cli.Parser) -> None:
+    """Raise ValueError for flags that do not apply, or that others need."""
+    for name in FOLDER_FLAGS if args.benchmark else BENCHMARK_FLAGS:
+        if getattr(args, name) != p.get_default(name):
+            flag = name.upper() if name in FOLDER_FLAGS[:2] else f"--{name.replace('_', '-')}"
+            reason = "has no effect with" if args.benchmark else "goes with"
+            raise ValueError(f"{flag} {reason} --benchmark")
+    if args.benchmark:
+        return
+    if not args.generated or not args.photos:
+        raise ValueError("two folders are needed: the generated images and the photos")
+    if Path(args.out).resolve() == Path(args.generated).resolve():
+        raise ValueError("--out is the folder of the generated images; name another")
+    if args.photo_mask and not args.mask:
+        raise ValueError("--photo-mask goes with --mask")
+    if "segment" in (args.mask, args.photo_mask) and not args.class_word:
+        raise ValueError("--mask segment needs --class-word, the word to look for")
+
+
 def score_folders(
-    args: argparse.Namespace, how: dict, paths: list[Path], photos: list[Path], prompts: dict
+    args: argparse.Namespace, paths: list[Path], photos: list[Path], prompts: dict[str, str]
 ) -> tuple[list[dict], dict]:
-    """What `score` gives, with masks from the flags, and PRES and DIV-prior of --prior."""
+    """What `score` returns, with masks from the flags, and PRES and DIV-prior of --prior."""
     # Load the encoders, and the checkpoint if it has to find the subject.
     device, _ = choose_device(args.device, args.dtype)
     dino, clip = load_dino(args.dino, device), load_clip(args.clip, device)
     masks = photo_masks = None
     if args.mask:
-        sdxl = cli.load(args) if "segment" in how.values() else None
-        masks = find_masks(paths, how["generated"], sdxl, args.class_word)
-        photo_masks = find_masks(photos, how["photos"], sdxl, args.class_word)
+        photo_mask = args.photo_mask or args.mask
+        sdxl = cli.load(args) if "segment" in (args.mask, photo_mask) else None
+        masks = find_masks(paths, args.mask, sdxl, args.class_word)
+        photo_masks = find_masks(photos, photo_mask, sdxl, args.class_word)
 
     rows, summary = score(paths, photos, dino, clip, prompts, masks, photo_masks)
     if args.prior:
         prior, _ = find_photos(args.prior)
-        of_prompt = find_prompts(prior, None, args.token)
+        prior_prompts = find_prompts(prior, None, args.token)
         features = dino(map(images.read, prior))
-        summary["PRES"] = float(fidelity(features, dino(map(images.read, photos))).mean())
-        summary["DIV-prior"] = diversity(features, [of_prompt.get(path.name) for path in prior])
+        summary["PRES"] = mean(fidelity(features, dino(map(images.read, photos))).tolist())
+        summary["DIV-prior"] = diversity(features, [prior_prompts.get(path.name) for path in prior])
     return rows, summary
 
 
 def main(argv: list[str] | None = None) -> None:
-    args = cli.parse(parser(), argv)
+    p = parser()
+    args = cli.parse(p, argv)
+    check_flags(args, p)
     if args.benchmark:
         from . import benchmark
 
         return benchmark.run(args)
-    if not args.generated or not args.photos:
-        raise ValueError("two folders are needed: the generated images and the photos")
-    if Path(args.out).resolve() == Path(args.generated).resolve():
-        raise ValueError("--out is the folder of the generated images; name another")
-    how = {"generated": args.mask, "photos": args.photo_mask or args.mask}
-    if "segment" in how.values() and not args.class_word:
-        raise ValueError("--mask segment needs --class-word, the word to look for")
     paths, _ = find_photos(args.generated)
     photos, _ = find_photos(args.photos)
     prompts = find_prompts(paths, args.prompts, args.token)
-    with cli.output_folder(args.out) as folder:
-        rows, summary = score_folders(args, how, paths, photos, prompts)
+    if not prompts:
+        cli.log("no prompt is known, so CLIP-T and DIV are left out; --prompts FILE gives them")
+    with cli.output_folder(args.out) as out:
+        rows, summary = score_folders(args, paths, photos, prompts)
         columns = [name for name in summary if summary[name] is not None]
         print(format_table([*rows, {"image": "mean", **summary}], ["image", *columns]))
-        cli.log_written(*write_scores(rows, summary, paths, folder))
+        cli.log_written(*write_scores(rows, summary, paths, photos, out, cli.settings(args)))
 
 
 if __name__ == "__main__":

@@ -11,8 +11,10 @@ from .. import cli, images
 from ..formats import png
 from ..methods.captions import find_photos
 from ..methods.outputs import SCORES, Log
+from ..sdxl import SDXL
 from .encoders import DINO, load_dino, load_toy
 from .evaluate import fidelity
+from .inspect.sheets import INK
 
 COLOURS = {"subject": (40, 110, 180), "class": (60, 140, 70)}
 
@@ -20,7 +22,7 @@ COLOURS = {"subject": (40, 110, 180), "class": (60, 140, 70)}
 Encode = Callable[[Iterable[Image.Image]], Tensor]
 
 
-def choose_encoder(sdxl, source: str | None) -> Encode:
+def choose_encoder(sdxl: SDXL, source: str | None) -> Encode:
     """DINO; for the miniature, unless a source is given, its toy classifier, which is offline."""
     if source is None and sdxl.size[0] < 512:
         cli.log("validation: by the features of the miniature's toy classifier, not DINO")
@@ -44,7 +46,7 @@ class Validation:
         self.scores = {}
 
     @classmethod
-    def create(cls, args: argparse.Namespace, sdxl, out: Path) -> "Validation":
+    def create(cls, args: argparse.Namespace, sdxl: SDXL, out: Path) -> "Validation":
         photos, _ = find_photos(args.photos)
         return cls(choose_encoder(sdxl, args.dino), photos, out / "previews")
 
@@ -62,8 +64,8 @@ class Validation:
             png.save(class_, self.base_class, {})
         base = images.read(self.base_class)
         scores = {
-            "subject": float(fidelity(self.encode([subject]), self.photos)),
-            "class": float(fidelity(self.encode([class_]), self.encode([base]))),
+            "subject": round(float(fidelity(self.encode([subject]), self.photos)), 6),
+            "class": round(float(fidelity(self.encode([class_]), self.encode([base]))), 6),
         }
         self.scores[step] = scores
         self.log.add_scores(step, scores)
@@ -71,8 +73,12 @@ class Validation:
         return scores
 
     def best(self) -> int | None:
-        """The step with the highest mean of both scores, the earliest of equal ones."""
-        return max(self.scores, key=lambda step: sum(self.scores[step].values()), default=None)
+        """The step with the highest mean of both scores, the earliest of equal ones, or None.
+
+        Step 0 does not count: there, the class is itself and nothing is trained.
+        """
+        trained = [step for step in self.scores if step]
+        return max(trained, key=lambda step: sum(self.scores[step].values()), default=None)
 
     def log_best(self) -> None:
         step = self.best()
@@ -90,6 +96,8 @@ class Validation:
         """Draw the scores, from 0 to 1 over the whole height, into the loss curve of `steps`."""
         draw = ImageDraw.Draw(curve)
         left, right, top, bottom = 52, curve.width - 10, 16, curve.height - 24  # sheets.curve
+        draw.text((right + 3, top - 6), "1", INK)
+        draw.text((right + 3, bottom - 6), "0", INK)
         for name in SCORES:
             points = []
             for step, scores in sorted(self.scores.items()):

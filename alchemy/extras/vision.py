@@ -1,9 +1,8 @@
-"""The two vision transformers that likeness is measured with: DINO ViT-S/16 and CLIP ViT-B/32.
+"""The vision transformers of likeness, DINO ViT-S/16 and CLIP ViT-B/32 (Dosovitskiy et al. 2021).
 
-Both are one class (Dosovitskiy et al. 2021): patches and a CLS token through the layers of CLIP's
-text encoder, without the causal mask. CLIP (Radford et al. 2021) adds a LayerNorm before the layers
-and a projection after them; DINO (Caron et al. 2021) has a bias in its patch embedding and the
-exact GELU. Module attributes carry the tensor names of CLIP's file; `dino_name` gives DINO's.
+Patches and a CLS token go through the layers of CLIP's text encoder, without the causal mask. CLIP
+(Radford et al. 2021) adds a LayerNorm before and a projection after them; DINO (Caron et al. 2021)
+has a bias in its patch embedding. Module attributes are CLIP's tensor names; see `dino_name`.
 """
 
 from dataclasses import dataclass, fields
@@ -58,14 +57,11 @@ class VisionConfig:
         if config.get("model_type") == "vit":
             config = config | {"projection_dim": None}
         elif "vision_config" in config:
-            # The projection of the whole model; the half's own value is a default that is not used.
+            # The whole model's projection; the half's own value is not used.
             config = config["vision_config"] | {"projection_dim": config.get("projection_dim", 512)}
         chosen = {field.name: config[field.name] for field in fields(cls) if field.name in config}
         if chosen.get("hidden_act", cls.hidden_act) not in ACTIVATIONS:
-            known = ", ".join(ACTIVATIONS)
-            raise ValueError(
-                f"config.json: hidden_act is {chosen['hidden_act']!r}; known are {known}"
-            )
+            raise ValueError(f"config.json: hidden_act is not one of {', '.join(ACTIVATIONS)}")
         return cls(**chosen)
 
 
@@ -95,15 +91,12 @@ class Embeddings(nn.Module):
 
 
 class VisionTransformer(nn.Module):
-    """Normalised pixels (B, 3, H, W) to features: CLS (B, D), or image embedding (B, P) of CLIP.
-
-    H and W are multiples of the patch size.
-    """
+    """Normalised pixels (B, 3, H, W) to DINO's CLS token (B, D) or CLIP's embedding (B, P)."""
 
     def __init__(self, config: VisionConfig = VisionConfig()):
         super().__init__()
         self.config = config
-        norm = dict(normalized_shape=config.hidden_size, eps=config.layer_norm_eps)
+        norm = {"normalized_shape": config.hidden_size, "eps": config.layer_norm_eps}
         model = self.vision_model = nn.Module()
         model.embeddings = Embeddings(config)
         if config.projection_dim:
@@ -113,9 +106,8 @@ class VisionTransformer(nn.Module):
         model.encoder.layers = nn.ModuleList(layers)
         model.post_layernorm = nn.LayerNorm(**norm)
         if config.projection_dim:
-            self.visual_projection = nn.Linear(
-                config.hidden_size, config.projection_dim, bias=False
-            )
+            size = config.hidden_size, config.projection_dim
+            self.visual_projection = nn.Linear(*size, bias=False)
 
     def forward(self, pixels: Tensor) -> Tensor:
         model = self.vision_model

@@ -7,6 +7,7 @@ Some captions are dropped, so that the model stays usable with guidance.
 
 import json
 import math
+import os
 import re
 from collections.abc import Sequence
 from dataclasses import replace
@@ -15,7 +16,7 @@ from pathlib import Path
 
 import torch
 
-from .. import dataset, images
+from .. import cli, dataset, images
 from ..dataset import GetBatch, TrainingImage
 from ..formats.text import read_text
 from ..sdxl import SDXL
@@ -72,8 +73,9 @@ def read(folder: str | Path) -> list[Example]:
 def read_caption(path: Path) -> str:
     """The text beside an image, .txt or .caption, without line breaks; "" where there is none."""
     for suffix in (".txt", ".caption"):
-        if path.with_suffix(suffix).exists():
-            return " ".join(read_text(path.with_suffix(suffix)).split())
+        beside = path.with_suffix(suffix)
+        if os.path.isfile(beside):  # Path.is_file raises for a name that is too long
+            return " ".join(read_text(beside).split())
     return ""
 
 
@@ -115,10 +117,10 @@ def read_row(folder: Path, where: str, line: str) -> Example:
         raise ValueError(f"{where}: not like {expected}") from None
     if not isinstance(caption, str):
         raise ValueError(f"{where}: its text is not a string")
-    if Path(name).is_absolute() or ".." in Path(name).parts:
-        raise ValueError(f"{where}: {name} is outside the folder; link the image into it")
-    if not path.is_file():
-        raise ValueError(f"{where}: {path.name}: no such file")
+    if Path(name).anchor or ".." in Path(name).parts:
+        raise ValueError(f"{where}: {cli.quoted(name)} is outside the folder; put a link into it")
+    if not os.path.isfile(path):
+        raise ValueError(f"{where}: {path.name[:80]}: no such file")
     if not caption.strip():
         raise ValueError(
             f"{where}: the text of {path.name} is empty; write one, or take the line out"

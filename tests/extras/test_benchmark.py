@@ -65,9 +65,8 @@ def test_the_published_file_has_25_prompts_of_each_kind():
 
 
 def test_each_prompt_has_its_seeds_in_both_stages_with_and_without_the_token():
-    jobs = list(
-        benchmark.jobs(Path("out"), ["a {0} {1} in snow", "a red {0} {1}"], "sks", "dog", 4)
-    )
+    templates = ["a {0} {1} in snow", "a red {0} {1}"]
+    jobs = benchmark.list_jobs(Path("out"), templates, "sks", "dog", 4)
     assert len({job.path for job in jobs}) == 2 * 2 * 4
     last = jobs[-1]
     assert (last.stage, last.seed, last.path) == ("two", 3, Path("out/two/01-3.png"))
@@ -81,7 +80,7 @@ def test_a_scene_without_the_class_stays_as_the_base_model_draws_it(monkeypatch)
     monkeypatch.setattr(insertion, "insert", insert)
     monkeypatch.setattr(benchmark.pipeline, "text_to_image", lambda sdxl, prompt, **_: prompt)
     args, model = SimpleNamespace(size=None, steps=3, token="sks"), torch.nn.Module()
-    one, two = benchmark.jobs(Path("out"), ["a red {0} {1}"], "sks", "dog", 1)
+    one, two = benchmark.list_jobs(Path("out"), ["a red {0} {1}"], "sks", "dog", 1)
     assert benchmark.generate(model, one, args, "dog") == ("a red sks dog", True)
     assert benchmark.generate(model, two, args, "dog") == ("a red dog", False)
 
@@ -101,10 +100,11 @@ def test_the_benchmark_trains_generates_scores_and_resumes(dataset, reference, m
     argv += ["--train", "--steps 1 --batch 1 --rank 2 --preview-every 0"]
 
     # Stopped at an image, as Ctrl-C would: what is there stays.
+    def interrupt(*args, **kwargs):
+        raise KeyboardInterrupt
+
     with monkeypatch.context() as patch:
-        patch.setattr(
-            insertion, "insert", lambda *args, **kwargs: (_ for _ in ()).throw(KeyboardInterrupt)
-        )
+        patch.setattr(insertion, "insert", interrupt)
         assert call_main(evaluate.main, *argv).status == 130
     before = contents("out")
     assert sorted(name for name in before if name.endswith("-0.png")) == [
@@ -130,5 +130,8 @@ def test_the_benchmark_trains_generates_scores_and_resumes(dataset, reference, m
         for name in benchmark.FIGURES:
             both = (rows[stage][name] + rows[2 + stage][name]) / 2
             assert rows[4 + stage][name] == pytest.approx(both)
-    assert "0.668" in run.out and "Image-Alchemy on SDXL" in run.out
-    refused(call_main(evaluate.main, *argv, "--steps", 2), "made with other settings (steps 3")
+    assert "0.668   0.803   0.305  arXiv 2208.12242, table 1" in run.out
+    refused(call_main(evaluate.main, *argv, "--steps", 2), "begun with --steps 3")
+    refused(call_main(evaluate.main, *argv, "--train", "--steps 2"), "begun with --train")
+    Path("out/rex/one/00-0.png").rename("out/rex/one/01-0.png")
+    refused(call_main(evaluate.main, *argv), "01-0.png", "made with other settings (prompt")

@@ -51,6 +51,7 @@ def test_kohyas_folders_give_repeats_and_prompts(tmp_path):
         ('{"file_name": "none.png", "text": "a dog"}', ["line 2", "none.png: no such file"]),
         ('{"file_name": "../a/1.png", "text": "a dog"}', ["line 2", "outside the folder"]),
         ('{"file_name": "/1.png", "text": "a dog"}', ["line 2", "outside the folder"]),
+        ('{"file_name": "%s.png", "text": "a dog"}' % ("a" * 999), ["line 2", "aa: no such file"]),
         ('{"file_name": "0.png", "text": 3}', ["line 2", "not a string"]),
     ],
 )
@@ -74,6 +75,12 @@ def test_a_caption_file_that_is_not_utf_8_is_named(tmp_path, table):
     name = "metadata.jsonl" if table else "2.txt"
     (folder / name).write_bytes("k\xe4se".encode("latin-1"))
     refused(lambda: captions.read(folder), folder / name, "UTF-8", "byte 1")
+
+
+def test_an_image_whose_name_is_as_long_as_can_be_needs_no_caption_of_its_own(tmp_path):
+    folder = photos(tmp_path / "1_dog", 1)
+    path = (folder / "0.png").rename(folder / ("a" * 251 + ".png"))
+    assert captions.read(tmp_path) == [(path, "dog")]
 
 
 def test_images_without_a_caption_are_named(tmp_path):

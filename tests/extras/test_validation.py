@@ -43,6 +43,8 @@ def test_subject_and_class_are_scored_apart_and_the_best_step_has_both(paths, tm
     half = 0.5**0.5
     assert validation.add(40, PURPLE, PURPLE) == pytest.approx({"subject": half, "class": half})
     assert validation.best() == 20
+    del validation.scores[20], validation.scores[40]
+    assert validation.best() is None  # step 0 is no result
 
 
 def test_a_resumed_run_has_the_base_image_and_the_scores_of_before(paths, tmp_path):
@@ -53,7 +55,7 @@ def test_a_resumed_run_has_the_base_image_and_the_scores_of_before(paths, tmp_pa
         log.add(step, float("nan") if step == 2 else 0.5, 1e-4, 1.0)
     validation.add(3, RED, BLUE)
     again = begun(paths, tmp_path, Log(tmp_path, 2, SCORES))
-    assert set(again.scores) == {0} and again.add(4, RED, BLUE)["class"] == pytest.approx(1)
+    assert set(again.scores) == {0} and again.add(4, RED, BLUE)["class"] == 1
     assert [row["step"] for row in rows(tmp_path)] == ["0", "1", "2", "4"]
     assert (tmp_path / "log.jsonl").read_text().count("null") == 3 + 2 + 3 + 3  # with the NaN
 

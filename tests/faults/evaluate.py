@@ -91,8 +91,8 @@ FAULTS = {
         ("preprocessing cuts the subject", "* 256 / 224)", ")"),
         (
             "PRES is of one class image",
-            'summary["PRES"] = float(fidelity(features,',
-            'summary["PRES"] = float(fidelity(features[:1],',
+            'summary["PRES"] = mean(fidelity(features,',
+            'summary["PRES"] = mean(fidelity(features[:1],',
         ),
         (
             "scores go among the images",
@@ -107,7 +107,8 @@ FAULTS = {
             "sum(self.scores[step].values())",
             'self.scores[step]["subject"]',
         ),
-        ("the best step is the worst", "return max(self.scores", "return min(self.scores"),
+        ("the best step is the worst", "return max(trained", "return min(trained"),
+        ("step 0 is the best", "for step in self.scores if step]", "for step in self.scores]"),
         (
             "class and subject are swapped",
             "self.encode([subject]), self.photos",
@@ -136,7 +137,13 @@ FAULTS = {
             'template.format("", class_word)',
             "template.format(token, class_word)",
         ),
-        ("images of other settings are kept", "png.check(job.path, facts_of(job, args))", "pass"),
+        ("images of other settings are kept", "png.check(job.path, job.metadata())", "pass"),
+        (
+            "a benchmark goes on with other settings",
+            "if saved.get(name) != getattr(args, name):",
+            "if False:",
+        ),
+        ("scores of images that were not asked for", "if job.stage == stage]", "]"),
         ("what is there is generated again", "if job.path.exists():", "if False:"),
         ("subjects without a folder", "if (folder / name).is_dir()", "if True"),
         (
