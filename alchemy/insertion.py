@@ -293,9 +293,7 @@ def insert(
         elif image is None:
             image = pipeline.sample(sdxl, *plain, **scene_options)
         elif mask is None:
-            soft = segment(
-                sdxl, image, class_word, prompt=prompt, seed=seed, conditioning=plain[0]
-            )
+            soft = segment(sdxl, image, class_word, prompt=prompt, seed=seed, conditioning=plain[0])
 
     # Stage 2: the subject, with the LoRA.
     insertion = insert_subject(

@@ -1,8 +1,7 @@
-"""The vision transformers of likeness, DINO ViT-S/16 and CLIP ViT-B/32 (Dosovitskiy et al. 2021).
-
-Patches and a CLS token go through the layers of CLIP's text encoder, without the causal mask. CLIP
-(Radford et al. 2021) adds a LayerNorm before and a projection after them; DINO (Caron et al. 2021)
-has a bias in its patch embedding. Module attributes are CLIP's tensor names; see `dino_name`.
+"""The vision transformers of likeness, DINO ViT-S/16 (Caron et al. 2021) and CLIP ViT-B/32 (Radford
+et al. 2021): patches and a CLS token go through the layers of CLIP's text encoder, without the
+causal mask. CLIP adds a LayerNorm before and a projection after them; DINO has a bias in its patch
+embedding. Module attributes are CLIP's tensor names; see `dino_name`.
 """
 
 from dataclasses import dataclass, fields
@@ -60,8 +59,11 @@ class VisionConfig:
             # The whole model's projection; the half's own value is not used.
             config = config["vision_config"] | {"projection_dim": config.get("projection_dim", 512)}
         chosen = {field.name: config[field.name] for field in fields(cls) if field.name in config}
-        if chosen.get("hidden_act", cls.hidden_act) not in ACTIVATIONS:
-            raise ValueError(f"config.json: hidden_act is not one of {', '.join(ACTIVATIONS)}")
+        act = chosen.get("hidden_act", cls.hidden_act)
+        if act not in ACTIVATIONS:
+            raise ValueError(
+                f"config.json: hidden_act is {act!r}; known are {', '.join(ACTIVATIONS)}"
+            )
         return cls(**chosen)
 
 
@@ -96,7 +98,8 @@ class VisionTransformer(nn.Module):
     def __init__(self, config: VisionConfig = VisionConfig()):
         super().__init__()
         self.config = config
-        norm = {"normalized_shape": config.hidden_size, "eps": config.layer_norm_eps}
+        dim = config.hidden_size
+        norm = {"normalized_shape": dim, "eps": config.layer_norm_eps}
         model = self.vision_model = nn.Module()
         model.embeddings = Embeddings(config)
         if config.projection_dim:
@@ -106,8 +109,7 @@ class VisionTransformer(nn.Module):
         model.encoder.layers = nn.ModuleList(layers)
         model.post_layernorm = nn.LayerNorm(**norm)
         if config.projection_dim:
-            size = config.hidden_size, config.projection_dim
-            self.visual_projection = nn.Linear(*size, bias=False)
+            self.visual_projection = nn.Linear(dim, config.projection_dim, bias=False)
 
     def forward(self, pixels: Tensor) -> Tensor:
         model = self.vision_model
