@@ -1,10 +1,23 @@
-"""The convolutional blocks shared by the VAE and the UNet: (B, C, H, W) to (B, C', H', W')."""
+"""What the networks share: convolutional blocks, (B, C, H, W) to (B, C', H', W'), and configs."""
+
+from dataclasses import fields
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .lora import LoRAConv2d, LoRALinear
+
+
+def known_values(kind: type, config: dict[str, Any]) -> dict[str, Any]:
+    """The values of an official config.json that the dataclass `kind` has; lists as tuples."""
+    values = {}
+    for field in fields(kind):
+        value = config.get(field.name)
+        if value is not None:
+            values[field.name] = tuple(value) if isinstance(value, list) else value
+    return values
 
 
 def norm_silu(norm: nn.GroupNorm, x: Tensor) -> Tensor:

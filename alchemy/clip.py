@@ -5,13 +5,14 @@ concatenates them to the context (B, 77, 768 + 1280). The second encoder's state
 after all layers, the final LayerNorm and the projection, is the pooled vector (B, 1280).
 """
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .blocks import known_values
 from .lora import LoRALinear
 
 EOS = 49407
@@ -42,14 +43,13 @@ class TextConfig:
     @classmethod
     def from_config(cls, config: dict[str, Any]) -> "TextConfig":
         """The values of a config.json. Raises ValueError for an unknown activation."""
-        chosen = {f.name: config[f.name] for f in fields(cls) if config.get(f.name) is not None}
-        activation = chosen.get("hidden_act", cls.hidden_act)
-        if activation not in ACTIVATIONS:
+        chosen = cls(**known_values(cls, config))
+        if chosen.hidden_act not in ACTIVATIONS:
             raise ValueError(
-                f"text encoder config.json: hidden_act is {activation!r}; "
+                f"text encoder config.json: hidden_act is {chosen.hidden_act!r}; "
                 f"known are {', '.join(ACTIVATIONS)}"
             )
-        return cls(**chosen)
+        return chosen
 
 
 class SelfAttention(nn.Module):
@@ -57,7 +57,8 @@ class SelfAttention(nn.Module):
 
     def __init__(self, dim: int, heads: int, causal: bool = True):
         super().__init__()
-        self.heads, self.causal = heads, causal
+        self.heads = heads
+        self.causal = causal
         self.q_proj = LoRALinear(dim, dim)
         self.k_proj = LoRALinear(dim, dim)
         self.v_proj = LoRALinear(dim, dim)
@@ -124,7 +125,8 @@ class TextEncoder(nn.Module):
 
     def __init__(self, config: TextConfig = TextConfig(), projection: bool = False):  # noqa: B008
         super().__init__()
-        self.config, self.projection = config, projection
+        self.config = config
+        self.projection = projection
         self.text_model = TextModel(config)
         if projection:
             self.text_projection = LoRALinear(config.hidden_size, config.projection_dim, bias=False)

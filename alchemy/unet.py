@@ -14,7 +14,7 @@ The up blocks consume the nine skips in reverse, three per level.
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from .attention import Transformer2D
-from .blocks import Downsample, ResnetBlock, Upsample, norm_silu
+from .blocks import Downsample, ResnetBlock, Upsample, known_values, norm_silu
 from .lora import LoRAConv2d, LoRALinear
 
 
@@ -50,14 +50,12 @@ class UNetConfig:
     @classmethod
     def from_config(cls, config: dict[str, Any]) -> "UNetConfig":
         """The values of a config.json; a single number in place of a list is for every level."""
-        chosen = {f.name: config[f.name] for f in fields(cls) if config.get(f.name) is not None}
-        levels = len(chosen.get("block_out_channels", cls.block_out_channels))
-        for name, value in chosen.items():
-            if isinstance(value, list):
-                chosen[name] = tuple(value)
-            elif name in ("transformer_layers_per_block", "attention_head_dim"):
-                chosen[name] = (value,) * levels if isinstance(value, int) else value
-        return cls(**chosen)
+        values = known_values(cls, config)
+        levels = len(values.get("block_out_channels", cls.block_out_channels))
+        for name in ("transformer_layers_per_block", "attention_head_dim"):
+            if isinstance(values.get(name), int):
+                values[name] = (values[name],) * levels
+        return cls(**values)
 
 
 def timestep_embedding(values: Tensor, dim: int) -> Tensor:
@@ -84,18 +82,28 @@ class Embedding(nn.Module):
         return self.linear_2(F.silu(self.linear_1(x)))
 
 
-def transformers(cfg: UNetConfig, level: int, count: int) -> nn.ModuleList:
+def make_resnets(cfg: UNetConfig, inputs: list[int], c_out: int) -> nn.ModuleList:
+    """A resnet to c_out channels for each number of input channels."""
+    embedding = 4 * cfg.block_out_channels[0]
+    resnets = nn.ModuleList()
+    for c_in in inputs:
+        resnets.append(ResnetBlock(c_in, c_out, cfg.norm_num_groups, cfg.norm_eps, embedding))
+    return resnets
+
+
+def make_transformers(cfg: UNetConfig, level: int, count: int) -> nn.ModuleList:
     """`count` transformers of a level's width, depth and number of heads."""
-    channels, heads = cfg.block_out_channels[level], cfg.attention_head_dim[level]
-    depth, width = cfg.transformer_layers_per_block[level], cfg.cross_attention_dim
-    made = [Transformer2D(channels, heads, depth, width, cfg.norm_num_groups) for _ in range(count)]
-    return nn.ModuleList(made)
-
-
-def resnets(cfg: UNetConfig, channels: list[tuple[int, int]]) -> nn.ModuleList:
-    """A resnet for each (in, out) of channels."""
-    groups, eps, embedding = cfg.norm_num_groups, cfg.norm_eps, 4 * cfg.block_out_channels[0]
-    return nn.ModuleList([ResnetBlock(a, b, groups, eps, embedding) for a, b in channels])
+    transformers = nn.ModuleList()
+    for _ in range(count):
+        transformer = Transformer2D(
+            cfg.block_out_channels[level],
+            cfg.attention_head_dim[level],
+            cfg.transformer_layers_per_block[level],
+            cfg.cross_attention_dim,
+            cfg.norm_num_groups,
+        )
+        transformers.append(transformer)
+    return transformers
 
 
 class DownBlock(nn.Module):
@@ -106,11 +114,13 @@ class DownBlock(nn.Module):
 
     def __init__(self, cfg: UNetConfig, level: int):
         super().__init__()
-        c_in, c = cfg.block_out_channels[max(level - 1, 0)], cfg.block_out_channels[level]
-        is_last = level == len(cfg.block_out_channels) - 1
+        widths = cfg.block_out_channels
+        c = widths[level]
+        is_last = level == len(widths) - 1
         has_attention = "CrossAttn" in cfg.down_block_types[level]
-        self.resnets = resnets(cfg, [(c_in, c)] + [(c, c)] * (cfg.layers_per_block - 1))
-        self.attentions = transformers(cfg, level, len(self.resnets) if has_attention else 0)
+        inputs = [widths[max(level - 1, 0)]] + [c] * (cfg.layers_per_block - 1)
+        self.resnets = make_resnets(cfg, inputs, c)
+        self.attentions = make_transformers(cfg, level, len(inputs) if has_attention else 0)
         self.downsamplers = nn.ModuleList([] if is_last else [Downsample(c, padding=1)])
 
     def forward(
@@ -133,8 +143,8 @@ class MidBlock(nn.Module):
     def __init__(self, cfg: UNetConfig):
         super().__init__()
         c = cfg.block_out_channels[-1]
-        self.resnets = resnets(cfg, [(c, c), (c, c)])
-        self.attentions = transformers(cfg, -1, 1)
+        self.resnets = make_resnets(cfg, [c, c], c)
+        self.attentions = make_transformers(cfg, level=-1, count=1)
 
     def forward(self, x: Tensor, emb: Tensor, context: Tensor, run: Callable) -> Tensor:
         x = run(self.resnets[0], x, emb)
@@ -150,17 +160,17 @@ class UpBlock(nn.Module):
 
     def __init__(self, cfg: UNetConfig, index: int):
         super().__init__()
-        widths, level = cfg.block_out_channels, len(cfg.block_out_channels) - 1 - index
-        c, n = widths[level], cfg.layers_per_block
-        # Each resnet's input is x (from below, then of this level) and a skip; the last skip comes
-        # from the level above: its downsampled result.
-        from_below = [widths[min(level + 1, len(widths) - 1)]] + [c] * n
-        from_skips = [c] * n + [widths[max(level - 1, 0)]]
+        widths = cfg.block_out_channels
+        level = len(widths) - 1 - index
+        c = widths[level]
+        # Each resnet's input is x and a skip. The first x comes from the level below, and the last
+        # skip from the level above: its downsampled result.
+        below = widths[min(level + 1, len(widths) - 1)]
+        above = widths[max(level - 1, 0)]
+        inputs = [below + c] + [c + c] * (cfg.layers_per_block - 1) + [c + above]
         has_attention = "CrossAttn" in cfg.up_block_types[index]
-        self.resnets = resnets(
-            cfg, [(a + b, c) for a, b in zip(from_below, from_skips, strict=True)]
-        )
-        self.attentions = transformers(cfg, level, len(self.resnets) if has_attention else 0)
+        self.resnets = make_resnets(cfg, inputs, c)
+        self.attentions = make_transformers(cfg, level, len(inputs) if has_attention else 0)
         self.upsamplers = nn.ModuleList([Upsample(c)] if level else [])
 
     def forward(
@@ -180,8 +190,10 @@ class UNet(nn.Module):
 
     def __init__(self, config: UNetConfig = UNetConfig()):  # noqa: B008
         super().__init__()
-        self.config, self.checkpointing = config, False
-        c, levels = config.block_out_channels[0], range(len(config.block_out_channels))
+        self.config = config
+        self.checkpointing = False
+        c = config.block_out_channels[0]
+        levels = range(len(config.block_out_channels))
         self.conv_in = LoRAConv2d(config.in_channels, c, 3, padding=1)
         self.time_embedding = Embedding(c, 4 * c)
         self.add_embedding = Embedding(config.projection_class_embeddings_input_dim, 4 * c)
@@ -206,7 +218,8 @@ class UNet(nn.Module):
         """
         dtype = self.conv_in.weight.dtype
         emb = self.embed(len(latents), t, pooled, time_ids, dtype)  # (B, 1280)
-        x, context = self.conv_in(latents.to(dtype)), context.to(dtype)  # (B, 320, h, w)
+        x = self.conv_in(latents.to(dtype))  # (B, 320, h, w)
+        context = context.to(dtype)
 
         skips = [x]
         for block in self.down_blocks:  # 320, 640, 1280 channels at h, h/2, h/4

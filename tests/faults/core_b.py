@@ -152,24 +152,19 @@ FAULTS = {
         ("NaN in latents passes", 'check_finite(moments, "encoded")', "pass"),
         ("NaN in an image passes", 'check_finite(images, "decoded")', "pass"),
         ("std is the variance", "torch.exp(0.5 * ", "torch.exp("),
-        ("a strip has no row above", "max(start - 1, 0), min(end + 1", "start, min(end + 1"),
-        ("a strip has no row below", "min(end + 1, x.shape[-2])", "min(end, x.shape[-2])"),
+        ("a strip has no row above", "max(start // factor - 1, 0)", "start // factor"),
         (
-            "each strip has its own variance",
-            "(variances + (means - mean).square())",
-            "variances",
+            "a strip has no row below",
+            "min(-(-end // factor) + 1, height)",
+            "-(-end // factor)",
         ),
-        (
-            "the row above is already overwritten",
-            "above = h[:, :, end - 1 : end].clone()",
-            "above = h[:, :, end - 1 : end]",
-        ),
+        ("each strip has its own mean", "total += rows", "total = rows"),
+        ("the variance is not about the mean", "(rows - center).square()", "rows.square()"),
         (
             "upsampled strips are shifted",
-            "start - 2 * top : end - 2 * top",
+            "start - factor * top : end - factor * top",
             "start - top : end - top",
         ),
-        ("upsampled strips have no row above", "max(start // 2 - 1, 0)", "start // 2"),
         (
             "the whole is decoded at once",
             "not torch.is_grad_enabled() and factor",
@@ -218,15 +213,14 @@ FAULTS = {
         ),
         (
             "resnet GroupNorm eps",
-            "cfg.norm_num_groups, cfg.norm_eps, 4",
-            "cfg.norm_num_groups, 1e-6, 4",
+            "cfg.norm_num_groups, cfg.norm_eps, emb",
+            "cfg.norm_num_groups, 1e-6, emb",
         ),
         ("output GroupNorm eps", "c, eps=config.norm_eps)", "c, eps=1e-6)"),
         (
             "head sizes for head counts",
-            "channels, heads = cfg.block_out_channels[level], cfg.attention_head_dim[level]",
-            "channels, heads = cfg.block_out_channels[level], "
-            "cfg.block_out_channels[level] // cfg.attention_head_dim[level]",
+            "cfg.attention_head_dim[level],",
+            "cfg.block_out_channels[level] // cfg.attention_head_dim[level],",
         ),
         ("prediction in the network's dtype", "return x.to(latents.dtype)", "return x"),
         (
