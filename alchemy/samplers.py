@@ -31,8 +31,9 @@ if TYPE_CHECKING:  # the command line reads the table and does not wait for torc
     from .sampling import Step
     from .schedule import Schedule
 
-# (step, the step before or None, eta, randn() -> unit Gaussian like x_t) -> x_prev
-Update = Callable[["Step", "Step | None", float, Callable[[], "Tensor"]], "Tensor"]
+Randn = Callable[[], "Tensor"]  # unit Gaussian noise of x_t's shape
+# (step, the step before or None, eta, randn) -> x_prev
+Update = Callable[["Step", "Step | None", float, Randn], "Tensor"]
 
 
 def ddim_sigma(alpha_bar: float, alpha_bar_prev: float, eta: float) -> float:
@@ -48,7 +49,7 @@ def renoise(
     eps: Tensor,
     alpha_bar: float,
     sigma: float = 0.0,
-    randn: Callable[[], Tensor] | None = None,
+    randn: Randn | None = None,
 ) -> Tensor:
     """x at noise level alpha_bar from a prediction (x_0, ε); noise of deviation sigma is new."""
     direction = max(1 - alpha_bar - sigma**2, 0.0) ** 0.5 * eps  # rounding can go below 0
@@ -56,13 +57,13 @@ def renoise(
     return x_prev + sigma * randn() if sigma > 0 else x_prev
 
 
-def ddim_step(step: "Step", previous: "Step | None", eta: float, randn) -> Tensor:
+def ddim_step(step: Step, previous: Step | None, eta: float, randn: Randn) -> Tensor:
     """DDIM (Song et al. 2021), eq. 12 and 16. eta = 1 is DDPM; eta = 0 is Euler on the ODE."""
     sigma = ddim_sigma(step.alpha_bar, step.alpha_bar_prev, eta)
     return renoise(step.x_0, step.eps, step.alpha_bar_prev, sigma, randn)
 
 
-def dpmpp_2m_step(step: "Step", previous: "Step | None", eta: float, randn) -> Tensor:
+def dpmpp_2m_step(step: Step, previous: Step | None, eta: float, randn: Randn) -> Tensor:
     """DPM-Solver++(2M), Lu et al. 2022, algorithm 2. λ = log(√ᾱ / √(1−ᾱ)).
 
     The first step has no predecessor and the last one ends at λ = ∞: both are DDIM's.
@@ -87,7 +88,7 @@ def half_log_snr(alpha_bar: float) -> float:
     return math.log(alpha_bar / (1 - alpha_bar)) / 2 if alpha_bar else -math.inf
 
 
-def lcm_step(step: "Step", previous: "Step | None", eta: float, randn) -> Tensor:
+def lcm_step(step: Step, previous: Step | None, eta: float, randn: Randn) -> Tensor:
     """Latent consistency models (Luo et al. 2023), algorithm 2: predict x_0, add new noise to it.
 
     x_0 = c_skip · x_t + c_out · x_0 (eq. 9) with diffusers' constants: time times 10, σ_data 0.5.
@@ -102,8 +103,7 @@ def lcm_step(step: "Step", previous: "Step | None", eta: float, randn) -> Tensor
 class Sampler:
     """An update function and what else distinguishes a sampler.
 
-    update: (step, previous, eta, randn) -> x_prev. previous is the Step before, None at first;
-        randn() returns unit Gaussian noise of x_t's shape.
+    update: (step, previous, eta, randn) -> x_prev; previous is the Step before, None at first.
     eta: how much of the noise is drawn anew at each step, from 0 to 1.
     spacing: its own timesteps; None is the checkpoint's.
     fractional: "linspace" timesteps are not rounded.
@@ -121,7 +121,7 @@ class Sampler:
     final_alpha_bar: float | None = 1.0
 
     def timesteps(
-        self, schedule: "Schedule", steps: int, spacing: str | None = None, strength: float = 1.0
+        self, schedule: Schedule, steps: int, spacing: str | None = None, strength: float = 1.0
     ) -> list[tuple[float, float | None]]:
         """The pairs (t, t_prev) that this sampler runs: see Schedule.timesteps."""
         return schedule.timesteps(steps, spacing or self.spacing, strength, self.fractional)
@@ -132,7 +132,7 @@ class Sampler:
             return (1 - alpha_bar) ** 0.5 * noise
         return noise
 
-    def target_alpha_bar(self, schedule: "Schedule", t_prev: float | None) -> float:
+    def target_alpha_bar(self, schedule: Schedule, t_prev: float | None) -> float:
         """ᾱ that a step to timestep t_prev reaches; t_prev None is the end."""
         if t_prev is not None:
             return schedule.alpha_bar_at(t_prev)

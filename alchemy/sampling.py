@@ -6,12 +6,14 @@ previews, masks and recorders are one or the other.
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
 
 from .samplers import Sampler, find_sampler
-from .sdxl import Conditioning, to_device
+from .schedule import Schedule
+from .sdxl import SDXL, Conditioning, to_device
 
 
 @dataclass
@@ -84,9 +86,29 @@ def classifier_free_guidance(
     return predict_guided
 
 
+def start_latents(
+    sampler: Sampler,
+    schedule: Schedule,
+    t: float,
+    spacing: str | None,
+    noise: Tensor,
+    image: Tensor | None,
+    strength: float,
+) -> Tensor:
+    """x at the first timestep t: noise, or the image at the noise level of t."""
+    ab_t = schedule.alpha_bar_at(t)
+    if image is None or strength == 1:
+        return sampler.start(noise, ab_t, spacing or schedule.spacing)
+    return ab_t**0.5 * image + (1 - ab_t) ** 0.5 * noise
+
+
+def fresh_noise(like: Tensor, rngs: list[torch.Generator]) -> Tensor:
+    return to_device(noise(like.shape, rngs), like.device).to(like)
+
+
 @torch.no_grad()
 def denoise(
-    sdxl,
+    sdxl: SDXL,
     noise: Tensor,
     conditioning: Conditioning,
     unconditional: Conditioning | None = None,
@@ -119,7 +141,8 @@ def denoise(
 
     Raises ValueError for options out of range, when the iteration begins.
     """
-    schedule, sampler = sdxl.schedule, find_sampler(sampler)
+    schedule = sdxl.schedule
+    sampler = find_sampler(sampler)
     eta = sampler.eta if eta is None else eta
     if eta > 0 and generators is None:
         raise ValueError(
@@ -128,17 +151,8 @@ def denoise(
         )
     timesteps = sampler.timesteps(schedule, steps, spacing, strength if image is not None else 1.0)
     predict = classifier_free_guidance(sdxl.unet, conditioning, unconditional, guidance)
-
-    # Start from noise, or from the image at the noise level of its first timestep.
-    ab_t = schedule.alpha_bar_at(timesteps[0][0])
-    if image is None or strength == 1:
-        x_t = sampler.start(noise, ab_t, spacing or schedule.spacing)
-    else:
-        x_t = ab_t**0.5 * image + (1 - ab_t) ** 0.5 * noise
-
-    def randn():
-        z = torch.stack([torch.randn(x_t.shape[1:], generator=rng) for rng in generators])
-        return to_device(z, x_t.device).to(x_t)
+    x_t = start_latents(sampler, schedule, timesteps[0][0], spacing, noise, image, strength)
+    randn = partial(fresh_noise, x_t, generators)
 
     previous = None
     for index, (t, t_prev) in enumerate(timesteps):
@@ -148,10 +162,10 @@ def denoise(
         # Predict the clean latents and the noise.
         pred, pred_cond, pred_uncond = predict(x_t, t)
         x_0, eps = schedule.to_x0_eps(pred, x_t, ab_t)
-        eps_cond = schedule.to_x0_eps(pred_cond, x_t, ab_t)[1]
+        _, eps_cond = schedule.to_x0_eps(pred_cond, x_t, ab_t)
         eps_uncond = None
         if pred_uncond is not None:
-            eps_uncond = schedule.to_x0_eps(pred_uncond, x_t, ab_t)[1]
+            _, eps_uncond = schedule.to_x0_eps(pred_uncond, x_t, ab_t)
         step = Step(index, t, t_prev, ab_t, ab_prev, x_t, eps_uncond, eps_cond, eps, x_0)
 
         # Move to the next noise level; the hook may replace the result.

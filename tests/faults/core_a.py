@@ -144,8 +144,8 @@ FAULTS = {
     ("sampling", "core/sampling"): (
         (
             "alpha_bar of the wrong end",
-            "        ab_t = schedule.alpha_bar_at(t)\n",
-            "        ab_t = schedule.alpha_bar_at(t_prev or 0)\n",
+            "        ab_t = schedule.alpha_bar_at(t)\n        ab_prev",
+            "        ab_t = schedule.alpha_bar_at(t_prev or 0)\n        ab_prev",
         ),
         (
             "the mask blends at the level before",
@@ -196,11 +196,6 @@ FAULTS = {
             "noise depends on the batch",
             "[torch.randn(shape[1:], generator=rng) for rng in rngs]",
             "list(torch.randn(shape, generator=rngs[0]))",
-        ),
-        (
-            "later noise depends on the batch",
-            "generator=rng) for rng in generators]",
-            "generator=generators[0]) for _ in generators]",
         ),
         ("seed 0 is no seed", "manual_seed(seed)", "manual_seed(seed or 1)"),
         ("the hook's answer is dropped", "if replacement is not None:", "if False:"),
