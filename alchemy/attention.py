@@ -36,9 +36,12 @@ class Attention(nn.Module):
     def forward(self, x: Tensor, kv: tuple[Tensor, Tensor] | None = None) -> Tensor:
         """x (B, N, C) -> (B, N, C). kv: project_kv of a context; without it, of x."""
         k, v = kv or self.project_kv(x)
-        q, k, v = self.split_heads(self.to_q(x)), self.split_heads(k), self.split_heads(v)
+        q = self.split_heads(self.to_q(x))
+        k = self.split_heads(k)
+        v = self.split_heads(v)
         for callback, rows in self.callbacks:
-            scores = (q[rows].float() * q.shape[-1] ** -0.5) @ k[rows].float().transpose(-1, -2)
+            scaled_q = q[rows].float() * q.shape[-1] ** -0.5
+            scores = scaled_q @ k[rows].float().transpose(-1, -2)
             callback(torch.softmax(scores, dim=-1))  # (B, heads, N, M)
         x = F.scaled_dot_product_attention(q, k, v)
         return self.to_out[0](x.transpose(1, 2).flatten(2))
@@ -58,26 +61,30 @@ def record_attention(
     last_only: compute them only for the last of the batch, the conditional half under guidance.
     """
     known = attentions(unet)
-    names = list(names)
-    rows = slice(-1, None) if last_only else slice(None)
+    chosen = {}
     for name in names:
         if name not in known:
             first = ", ".join(list(known)[:3])
             raise ValueError(f"no attention layer {name!r}; there are {first}, ...")
+        chosen[name] = known[name]
+    rows = slice(-1, None) if last_only else slice(None)
     try:
-        for name in names:
-            known[name].callbacks += ((partial(callback, name), rows),)
+        for name, layer in chosen.items():
+            layer.callbacks += ((partial(callback, name), rows),)
         yield
     finally:
-        for name in names:
-            known[name].callbacks = known[name].callbacks[:-1]
+        for layer in chosen.values():
+            layer.callbacks = layer.callbacks[:-1]
 
 
 def attentions(unet: nn.Module) -> dict[str, Attention]:
     """{dotted name: attention layer} in the order in which the UNet runs them."""
-    order = ("down_blocks", "mid_block", "up_blocks")
-    found = [(name, m) for name, m in unet.named_modules() if isinstance(m, Attention)]
-    return dict(sorted(found, key=lambda item: order.index(item[0].split(".")[0])))
+    ordered = {}
+    for part in ("down_blocks", "mid_block", "up_blocks"):
+        for name, module in unet.get_submodule(part).named_modules(prefix=part):
+            if isinstance(module, Attention):
+                ordered[name] = module
+    return ordered
 
 
 class GEGLU(nn.Module):

@@ -245,8 +245,8 @@ FAULTS = {
             "attention(q, k, v, scale=self.to_q.out_features ** -0.5)",
         ),
         ("recorded without scale", "q[rows].float() * q.shape[-1] ** -0.5", "q[rows].float()"),
-        ("the recorder stays", "known[name].callbacks = known[name].callbacks[:-1]", "pass"),
-        ("a nested recorder ends the outer one", "known[name].callbacks[:-1]", "()"),
+        ("the recorder stays", "layer.callbacks = layer.callbacks[:-1]", "pass"),
+        ("a nested recorder ends the outer one", "layer.callbacks[:-1]", "()"),
         (
             "layers in the order of their names",
             '("down_blocks", "mid_block", "up_blocks")',
@@ -320,8 +320,8 @@ FAULTS = {
         ("the copies stay", "            adapter.cast = None", "            pass"),
         (
             "down and up of another adapter",
-            "copies[2 * n], copies[2 * n + 1]",
-            "copies[0], copies[1]",
+            "copies[n], copies[len(cast) + n]",
+            "copies[0], copies[len(cast)]",
         ),
     ),
     ("lora", "extras/kernel_counts"): (
