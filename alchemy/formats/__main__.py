@@ -7,10 +7,10 @@ python -m alchemy.formats my-dog.safetensors my-dog/ --to diffusers
 """
 
 import argparse
-import re
 from pathlib import Path
 
 from .. import cli
+from ..methods.outputs import embedding_name
 from .embeddings import (
     METADATA,
     bundled_embeddings,
@@ -111,8 +111,9 @@ def plan_embeddings(args: argparse.Namespace) -> dict[Path, tuple[str, list]]:
     suffix = "" if args.to in ("diffusers", "peft") else ".safetensors"
     planned = {}
     for token, rows in bundled_embeddings(args.source).items():
-        name = re.sub(r"[^-\w]", "", token)  # <my-dog>: my-dog
-        path = Path(args.target).with_name(f"{Path(args.target).stem}-{name}{suffix}")
+        path = Path(args.target).with_name(embedding_name(token) + suffix)
+        if path == Path(args.target):
+            path = path.with_name(f"{path.stem}-embedding{suffix}")
         if path.exists() or path in planned:
             raise ValueError(f"{path} exists already; the bundled embedding {token!r} goes there")
         planned[path] = token, rows
@@ -122,7 +123,9 @@ def plan_embeddings(args: argparse.Namespace) -> dict[Path, tuple[str, list]]:
 def write_embeddings(planned: dict[Path, tuple[str, list]]) -> list[Path]:
     written = []
     for path, (token, rows) in planned.items():
-        written += write_embedding(path, token, rows, "kohya" if path.suffix else "diffusers")
+        written += write_embedding(
+            path, token, rows, "kohya" if path.suffix == ".safetensors" else "diffusers"
+        )
         cli.log(f"{path}: an embedding that was bundled with the LoRA; its token is {token!r}")
     return written
 

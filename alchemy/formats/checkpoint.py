@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.overrides import TorchFunctionMode
 
 from ..clip import TextConfig, TextEncoder
@@ -119,19 +119,7 @@ def load(
     folder = root if root.is_dir() else None
     if config:
         folder = find(config)
-    paths = {name: (folder or root) / name for name in JSON_FILES}
-    for own in (roots["vae"] / "config.json", roots["vae"] / "vae/config.json"):
-        if own.is_file():
-            paths["vae/config.json"] = own
-    json_files = {name: read_config(path) for name, path in paths.items()}
-    if folder:
-        check_folder(folder, json_files)
-    if root.is_file():
-        tensors = names_in([root])
-        check_family(root, tensors)
-        json_files[SCHEDULER] |= marked_schedule(tensors)
-    for name, path in paths.items():
-        check_config(path, json_files[name])
+    json_files = read_json_files(root, folder, roots["vae"])
     configs = {}
     for name, kind in CONFIGS.items():
         configs[name] = kind.from_config(json_files[f"{name}/config.json"] or BASE[name])
@@ -151,6 +139,28 @@ def load(
         dtype,
         zeros_for_none=json_files[INDEX].get("force_zeros_for_empty_prompt") is not False,
     )
+
+
+def read_json_files(root: Path, folder: Path | None, vae: Path) -> dict[str, dict]:
+    """{path in the Hub layout: the JSON object there, {} if there is none}, checked.
+
+    root: the checkpoint; folder: that of its configurations, if any; vae: where the VAE is, which
+    may be a folder with config.json on top.
+    """
+    paths = {name: (folder or root) / name for name in JSON_FILES}
+    for path in (vae / "config.json", vae / "vae/config.json"):
+        if path.is_file():
+            paths["vae/config.json"] = path
+    json_files = {name: read_config(path) for name, path in paths.items()}
+    if folder:
+        check_folder(folder, json_files)
+    if root.is_file():
+        tensors = names_in([root])
+        check_family(root, tensors)
+        json_files[SCHEDULER] |= marked_schedule(tensors)
+    for name, path in paths.items():
+        check_config(path, json_files[name])
+    return json_files
 
 
 def marked_schedule(tensors: dict) -> dict:
@@ -186,16 +196,16 @@ def stored_names(
 
     The layout is recognized by names that only one of them has.
     """
-    whole = any(key.startswith(tuple(layout.PREFIX.values())) for key in tensors)
-    prefix = layout.PREFIX[name] if whole else ""
-    original = whole or layout.MARKER.get(name) in tensors
+    is_whole = any(key.startswith(tuple(layout.PREFIX.values())) for key in tensors)
+    prefix = layout.PREFIX[name] if is_whole else ""
+    is_original = is_whole or layout.MARKER.get(name) in tensors
     # transformers 5 saves text encoder 1 without "text_model.".
-    short = f"{prefix}embeddings.token_embedding.weight" in tensors
+    is_short = f"{prefix}embeddings.token_embedding.weight" in tensors
     stored = {}
     for key in keys:
-        inner = layout.single_file_name(name, key, config) if original else key
-        stored[key] = prefix + (inner.removeprefix("text_model.") if short else inner)
-    return stored, prefix, original
+        inner = layout.single_file_name(name, key, config) if is_original else key
+        stored[key] = prefix + (inner.removeprefix("text_model.") if is_short else inner)
+    return stored, prefix, is_original
 
 
 def load_weights(
@@ -210,42 +220,38 @@ def load_weights(
 
     Raises ValueError for a tensor that is missing, left over, or of another shape.
     """
-    tensors = names_in(paths)
+    tensors, source = names_in(paths), f"{paths[0]}: {name}"
     keys = list(network.state_dict())
-    stored, prefix, original = stored_names(name, keys, network.config, tensors)
+    stored, prefix, is_original = stored_names(name, keys, network.config, tensors)
     missing = [key for key in keys if stored[key] not in tensors]
-    own = {key for key in tensors if key.startswith(prefix) and not layout.EXTRAS.search(key)}
-    extra = sorted(own - set(stored.values()))
+    known = {key for key in tensors if key.startswith(prefix) and not layout.EXTRAS.search(key)}
+    extra = sorted(known - set(stored.values()))
     if missing or extra:
         raise ValueError(
-            f"{paths[0]}: {name}: {len(missing)} tensors missing, {len(extra)} left over: "
+            f"{source}: {len(missing)} tensors missing, {len(extra)} left over: "
             f"{first_names(missing + extra)}"
         )
     for key, parameter in list(network.named_parameters()):
         tensor = tensors[stored[key]].get_tensor(stored[key])
-        if original:
+        if is_original:
             tensor = layout.adapt(name, key, tensor)
         if tensor.shape != parameter.shape:
             raise ValueError(
-                f"{paths[0]}: {name}: {key} is {tuple(tensor.shape)}, "
+                f"{source}: {key} is {tuple(tensor.shape)}, "
                 f"and {tuple(parameter.shape)} by its configuration"
             )
         if not tensor.is_floating_point():
-            raise ValueError(f"{paths[0]}: {name}: {key} is {tensor.dtype}, not floating point")
-        owner, _, leaf = key.rpartition(".")
-        module = network.get_submodule(owner)
-        value = move_and_cast(tensor, device, dtype)
+            raise ValueError(f"{source}: {key} is {tensor.dtype}, not floating point")
+        # Convolutions are faster on channels_last weights, and activations follow that format.
+        order = torch.channels_last if tensor.ndim == 4 else torch.contiguous_format
+        # First to the device, then to the dtype, so that a GPU casts.
+        value = tensor.to(device).to(dtype).contiguous(memory_format=order)
+        module_name, _, leaf = key.rpartition(".")
+        module = network.get_submodule(module_name)
         setattr(module, leaf, nn.Parameter(value, requires_grad=False))
         if ready:
             ready(module)
     network.eval()
-
-
-def move_and_cast(tensor: Tensor, device: torch.device, dtype: torch.dtype) -> Tensor:
-    """First to the device, then to the dtype, so that a GPU casts. Convolutions: channels_last."""
-    # Convolutions are faster on channels_last weights, and activations follow that format.
-    order = torch.channels_last if tensor.ndim == 4 else torch.contiguous_format
-    return tensor.to(device).to(dtype).contiguous(memory_format=order)
 
 
 def check_projection(encoder: nn.Module) -> None:
@@ -254,13 +260,13 @@ def check_projection(encoder: nn.Module) -> None:
     It is square, so a transposed one raises no error: the official [0, 1] is -0.0037.
     """
     weight = encoder.text_projection.weight
-    if weight.shape != (1280, 1280) or abs(float(weight[0, 1]) + 0.0037) <= 5e-4:
+    if weight.shape != (1280, 1280) or abs(weight[0, 1].item() + 0.0037) <= 5e-4:
         return
-    transposed = abs(float(weight[1, 0]) + 0.0037) <= 5e-4
-    problem = "transposed" if transposed else "not that of SDXL base"
+    is_transposed = abs(weight[1, 0].item() + 0.0037) <= 5e-4
+    problem = "transposed" if is_transposed else "not that of SDXL base"
     warnings.warn(
         f"text_projection of text encoder 2 is {problem} "
-        f"(its [0, 1] is {float(weight[0, 1]):.4f}, officially -0.0037)",
+        f"(its [0, 1] is {weight[0, 1].item():.4f}, officially -0.0037)",
         stacklevel=2,
     )
 

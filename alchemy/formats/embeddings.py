@@ -153,7 +153,8 @@ def bundled_embeddings(path: str | Path) -> dict[str, list[Tensor]]:
                 raise ValueError(f"{BUNDLE}{shorten(token)} lacks clip_l or clip_g")
             found[token] = read_rows([(file, part) for part in parts])
         if len(keys) != len(KEYS) * len(found):
-            raise ValueError(f"only bundled clip_l and clip_g are read, not {first_names(keys)}")
+            rest = [key for key in keys if key.rpartition(".")[2] not in KEYS]
+            raise ValueError(f"only bundled clip_l and clip_g are read, not {first_names(rest)}")
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from None
     return found

@@ -1,5 +1,6 @@
 """Find a checkpoint's files: a folder, a file, or a repository on the Hugging Face Hub."""
 
+import os
 import re
 from collections.abc import Iterable
 from pathlib import Path
@@ -30,7 +31,7 @@ def find(
     connection, the cache alone is used. half: prefer .fp16. weights.
     Raises ValueError if there is neither.
     """
-    path = expand(source)
+    path = Path(os.path.expanduser(source))  # which leaves ~nobody as it is
     if path.exists():
         return path
     if not HUB_ID.fullmatch(str(source)) or path.parent.exists():
@@ -42,35 +43,22 @@ def find(
     from huggingface_hub.errors import HTTPError
 
     # HTTPError is the HTTP library's, whose connection errors need not be OSErrors.
-    failures = (OSError, HTTPError)
-    offline = None
+    failures, offline = (OSError, HTTPError), None
     try:
         names = [file.rfilename for file in hub.model_info(str(source), revision=revision).siblings]
-        wanted = wanted_files(names, networks, half)
+        patterns = wanted_files(names, networks, half)
     except failures as error:
         # Without these two names, an empty cache would be taken for a complete one.
-        wanted, offline = ["config.json", "unet/config.json"], error
+        patterns, offline = ["config.json", "unet/config.json"], error
+    options = {"revision": revision, "allow_patterns": patterns}
     try:
-        folder = hub.snapshot_download(
-            str(source),
-            revision=revision,
-            allow_patterns=wanted,
-            local_files_only=offline is not None,
-        )
+        folder = hub.snapshot_download(str(source), local_files_only=bool(offline), **options)
     except failures as error:
         error = offline or error
         explanation = EXPLANATIONS.get(type(error).__name__, UNREACHABLE)
         reason = f"{type(error).__name__}: {shorten(str(error).strip().partition(chr(10))[0])}"
         raise ValueError(f"{source}: {explanation} ({reason})") from None
     return Path(folder)
-
-
-def expand(source: str | Path) -> Path:
-    """The path with ~ and ~user replaced; unchanged if there is no such user."""
-    try:
-        return Path(source).expanduser()
-    except RuntimeError:
-        return Path(source)
 
 
 def wanted_files(names: list[str], networks: Iterable[str], half: bool) -> list[str]:

@@ -37,21 +37,14 @@ from .updates import FullAdapter, build_adapter, split_key
 FORMATS = ("kohya", "diffusers", "peft")
 KOHYA = {"unet": "lora_unet_", "text_encoder": "lora_te1_", "text_encoder_2": "lora_te2_"}
 PEFT = "base_model.model."
-# What the dotted names of a network begin with: diffusers, ComfyUI, OneTrainer, peft.
+# What the dotted names of a network begin with: diffusers, peft, OneTrainer, ComfyUI.
 PREFIXES = {
-    "unet": ("", "unet.", "diffusion_model.", layout.PREFIX["unet"], PEFT, PEFT + "unet."),
-    "text_encoder": (
-        "text_encoder.",
-        "text_encoders.clip_l.transformer.",
-        "clip_l.",
-        PEFT + "text_encoder.",
-    ),
-    "text_encoder_2": (
-        "text_encoder_2.",
-        "text_encoders.clip_g.transformer.",
-        "clip_g.",
-        PEFT + "text_encoder_2.",
-    ),
+    "unet": ("", "unet.", PEFT, PEFT + "unet.", "lora_unet.", "diffusion_model.")
+    + (layout.PREFIX["unet"],),
+    "text_encoder": ("text_encoder.", PEFT + "text_encoder.", "lora_te1.", "clip_l.")
+    + ("text_encoders.clip_l.transformer.",),
+    "text_encoder_2": ("text_encoder_2.", PEFT + "text_encoder_2.", "lora_te2.", "clip_g.")
+    + ("text_encoders.clip_g.transformer.",),
 }
 PEFT_CONFIG = "lora_adapter_metadata"  # in the header, where diffusers writes peft's configuration
 # What is named and refused, by a pattern in a key.

@@ -84,5 +84,5 @@ def read_metadata(path: str | Path) -> dict:
         return parse_json_object(text)
     except (TypeError, ValueError):
         raise ValueError(
-            f"{path}: has no facts of how it was made (only PNG files written here have)"
+            f"{path}: has no metadata of how it was made (only PNG files written here have)"
         ) from None

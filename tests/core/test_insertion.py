@@ -169,7 +169,7 @@ def test_strength_is_the_share_of_steps_of_stage_2(strength, runs):
     t = sdxl.schedule.timesteps(8)[8 - runs][0]
     assert len(sdxl.unet.calls) == runs and sdxl.unet.calls[0]["t"] == t
     ab, noise = sdxl.schedule.alpha_bar_at(t), alchemy.noise((1, 4, 32, 32), [4])  # seed + 1
-    start = noise if strength == 1 else ab**0.5 * sdxl.vae.seen + (1 - ab) ** 0.5 * noise
+    start = noise if strength == 1 else ab**0.5 * sdxl.vae.encoded + (1 - ab) ** 0.5 * noise
     assert (sdxl.unet.calls[0]["x_t"][-1:] - start).abs().max() < 1e-6
 
 
@@ -180,7 +180,7 @@ def test_in_stage_2_the_latents_outside_the_mask_are_the_images_at_each_level():
     noise = alchemy.noise((1, 4, 32, 32), [4])
     for call in sdxl.unet.calls:
         ab = sdxl.schedule.alpha_bar_at(call["t"])
-        known = ab**0.5 * sdxl.vae.seen + (1 - ab) ** 0.5 * noise
+        known = ab**0.5 * sdxl.vae.encoded + (1 - ab) ** 0.5 * noise
         assert (call["x_t"][-1:] - known)[~free].abs().max() < 1e-5
 
 

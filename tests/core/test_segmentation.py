@@ -375,7 +375,7 @@ def test_segment_runs_the_unet_once_at_its_noise_level():
     assert sdxl.prompts == ["a photo of a dog"] and call["t"] == 299
     assert call["time_ids"].tolist() == [[64, 64, 0, 0, 64, 64]]
     ab = float(sdxl.schedule.alpha_bar[299])
-    expected = ab**0.5 * sdxl.vae.seen + (1 - ab) ** 0.5 * alchemy.noise((1, 4, 32, 32), [7])
+    expected = ab**0.5 * sdxl.vae.encoded + (1 - ab) ** 0.5 * alchemy.noise((1, 4, 32, 32), [7])
     assert (call["x_t"] - expected).abs().max() < 1e-6
     alchemy.segment(sdxl, image, "dog", noise_level=0.5)
     assert sdxl.unet.calls[-1]["t"] == 499
@@ -388,13 +388,15 @@ def test_a_scenes_mask_follows_the_checkpoints_window_and_walk(walk_iterations):
 
     def misleading(name, t, batch):
         sdxl.where = {"dog": blob if 300 <= t <= 600 else other}
-        return sdxl.look_at_words(name, t, batch)
+        return sdxl.attend_to_words(name, t, batch)
 
     def uniform(name, t, batch):  # every position attends to all: a walk makes the map even
         return torch.ones(batch, 1, 16 * 16, 16 * 16)
 
     chosen = dict(window=(0.3, 0.6), walk_iterations=walk_iterations)
-    sdxl = Planted({"dog": noise_picture(64, 64)}, cross=misleading, own=uniform, **chosen)
+    sdxl = Planted(
+        {"dog": noise_picture(64, 64)}, cross_attention=misleading, self_attention=uniform, **chosen
+    )
     sdxl.where = {"dog": blob}
     if walk_iterations:
         with pytest.raises(ValueError, match="the mask is empty"):
@@ -426,7 +428,7 @@ def test_a_word_that_attention_hardly_reacts_to_is_a_warning(peak, warned, recwa
     sdxl = Planted({"dog": noise_picture(64, 64)}, where={"dog": ellipse(64, 64)})
 
     def scaled(name, t, batch):
-        return sdxl.look_at_words(name, t, batch) * peak / 0.3
+        return sdxl.attend_to_words(name, t, batch) * peak / 0.3
 
     sdxl.tables["attn2"] = scaled
     alchemy.segment(sdxl, noise_picture(64, 64), "dog")

@@ -13,17 +13,17 @@ FAULTS = {
             "block = level * layers + (",
         ),
     ),
-    ("formats/layout", "formats/single_file"): (
+    ("formats/layout", "formats/saving"): (
         ("in_proj written in another order", 'for part in "qkv"]', 'for part in "kqv"]'),
         ("text_projection written as it is", "tensor = tensor.T\n", "pass\n"),
         ("the VAE's attention written as matrices", "tensor = tensor[:, :, None, None]", "pass"),
     ),
-    ("formats/saving", "formats/single_file"): (
+    ("formats/saving", "formats/saving"): (
         ("v-prediction is not marked", 'tensors["v_pred"] = torch.zeros(0)', "pass"),
         ("zero terminal SNR is not marked", 'tensors["ztsnr"] = torch.zeros(0)', "pass"),
         ("an existing file is replaced", "if path.is_file() or (", "if ("),
     ),
-    ("formats/lora", "formats/lora_files formats/lora_writing"): (
+    ("formats/lora", "formats/lora_files"): (
         (
             "alpha is not multiplied into up",
             "up = adapter.up * (adapter.alpha / len(adapter.down))",
@@ -44,7 +44,7 @@ FAULTS = {
             'elif path.name == "adapter_model.safetensors":',
             "elif False:",
         ),
-        ("ComfyUI's names are unknown", '"diffusion_model.", ', ""),
+        ("ComfyUI's names are unknown", ', "diffusion_model.")', ")"),
         ("rank-stabilized alpha is plain", "(rank**0.5 if rslora else 1.0)", "1.0"),
     ),
     ("formats/lora", "formats/updates"): (
@@ -111,17 +111,17 @@ FAULTS = {
     ("formats/checkpoint", "formats/checkpoint"): (
         (
             "transformers 5's names are unknown",
-            'inner.removeprefix("text_model.") if short',
-            "inner if short",
+            'inner.removeprefix("text_model.") if is_short',
+            "inner if is_short",
         ),
         ("zero terminal SNR is not read", 'if "ztsnr" in tensors:', "if False:"),
         (
             "a VAE's own configuration is not read",
-            'for own in (roots["vae"] / "config.json", roots["vae"] / "vae/config.json"):',
-            "for own in ():",
+            'for path in (vae / "config.json", vae / "vae/config.json"):',
+            "for path in ():",
         ),
     ),
-    ("formats/embeddings", "cli/converting"): (
+    ("formats/embeddings", "formats/converting"): (
         (
             "the two encoders' rows swapped",
             "{path: dict(zip(KEYS, rows, strict=True))}",
@@ -135,7 +135,7 @@ FAULTS = {
     ("formats/tensors", "formats/lora_files"): (
         ("NaN is loaded", "if not tensor.isfinite().all():", "if False:"),
     ),
-    ("formats/saving", "cli/converting"): (
+    ("formats/saving", "formats/converting"): (
         ("base weights are kept after merging", "        layer.base_weight = None\n", ""),
         ("a LoRA is written beside its weight", "        layer.merge()\n", ""),
     ),

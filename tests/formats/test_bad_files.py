@@ -1,4 +1,7 @@
-"""What a bad picture, LoRA file or checkpoint gets from the scripts: one line that names it, exit status 2, nothing written."""
+"""What a bad image, LoRA file or checkpoint gets from the scripts.
+
+One line that names it, exit status 2, nothing written.
+"""
 
 import io
 import json
@@ -10,8 +13,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers.checkpoints import UNET, vocabulary_read_once, write_folder, write_json  # noqa: F401
-from helpers.running import (
+from helpers.checkpoints import UNET, write_folder, write_json
+from helpers.running import (  # noqa: F401
     call,
     contents,
     drawn,
@@ -19,77 +22,66 @@ from helpers.running import (
     inserted,
     lora_file,
     nothing_written,
-    photos,
     picture,
     quick,
     refused,
-    taught,  # noqa: F401
-    tiny,
+    taught,
 )
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-# Photos and pictures
-
-
-def damaged(path):
-    """A file of each kind of damage, by name."""
-    buffer = io.BytesIO()
-    picture(40, 40).save(buffer, "JPEG")
-    (path / "truncated.jpg").write_bytes(buffer.getvalue()[: len(buffer.getvalue()) // 2])
-    (path / "text.png").write_text("this is no picture")
-    (path / "empty.webp").write_bytes(b"")
-
-    def chunk(kind, data):
-        return (
-            struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
-        )
-
-    head = struct.pack(">IIBBBBB", 50000, 50000, 8, 2, 0, 0, 0)  # 7.5 GB of pixels
-    (path / "bomb.png").write_bytes(
-        b"\x89PNG\r\n\x1a\n"
-        + chunk(b"IHDR", head)
-        + chunk(b"IDAT", zlib.compress(b"\0" * 10000))
-        + chunk(b"IEND", b"")
-    )
-    (path / "pickle.png").write_bytes(pickle.dumps(Pwned()))
+# Photos and images
 
 
 class Pwned:
-    """Whoever unpickles it is found out."""
+    """Writes a file when it is unpickled."""
 
     def __reduce__(self):
         return (Path.touch, (Path("pwned"),))
 
 
+def truncated_jpeg():
+    buffer = io.BytesIO()
+    picture(40, 40).save(buffer, "JPEG")
+    return buffer.getvalue()[: len(buffer.getvalue()) // 2]
+
+
+def huge_png():
+    """A few bytes that claim 7.5 GB of pixels."""
+
+    def chunk(kind, data):
+        checksum = struct.pack(">I", zlib.crc32(kind + data))
+        return struct.pack(">I", len(data)) + kind + data + checksum
+
+    head = chunk(b"IHDR", struct.pack(">IIBBBBB", 50000, 50000, 8, 2, 0, 0, 0))
+    pixels = chunk(b"IDAT", zlib.compress(b"\0" * 10000))
+    return b"\x89PNG\r\n\x1a\n" + head + pixels + chunk(b"IEND", b"")
+
+
 DAMAGED = {
-    "truncated.jpg": "not a readable",
-    "text.png": "not a readable",
-    "empty.webp": "not a readable",
-    "bomb.png": "million pixels",
-    "pickle.png": "not a readable",
+    "truncated.jpg": (truncated_jpeg(), "not a readable"),
+    "text.png": (b"this is no image", "not a readable"),
+    "empty.webp": (b"", "not a readable"),
+    "huge.png": (huge_png(), "million pixels"),
+    "pickle.png": (pickle.dumps(Pwned()), "not a readable"),
 }
 
 
 @pytest.mark.parametrize("name", DAMAGED)
-def test_a_picture_that_is_none_is_named(taught, drawn, inserted, tmp_path, name):
-    (tmp_path / "bad").mkdir()
-    damaged(tmp_path / "bad")
-    bad = tmp_path / "bad" / name
-    picture(32, 32).save("own.png")
-    for run in (
-        drawn("--image", bad),
-        inserted("--image", bad),
-        inserted("--image", "own.png", "--mask", bad),
-        drawn("--like", bad),
-    ):
-        refused(run, bad, DAMAGED[name])
-    shutil.copy(bad, tmp_path / "photos" / name)
-    refused(taught("--out", "run"), f"photos/{name}", DAMAGED[name])
+def test_a_damaged_image_is_named(taught, drawn, inserted, tmp_path, name):  # noqa: F811
+    content, words = DAMAGED[name]
+    Path(name).write_bytes(content)
+    picture(32, 32).save("scene.png")
+    refused(drawn("--image", name), name, words)
+    refused(drawn("--like", name), name, words)
+    refused(inserted("--image", name), name, words)
+    refused(inserted("--image", "scene.png", "--mask", name), name, words)
+    shutil.copy(name, tmp_path / "photos" / name)
+    refused(taught("--out", "run"), f"photos/{name}", words)
     assert nothing_written() and not contents("run") and not Path("pwned").exists()
 
 
-def test_a_folder_that_is_missing_or_without_pictures_is_named(tiny, tmp_path):
+def test_a_folder_that_is_missing_or_without_images_is_named(tiny, tmp_path):
     (tmp_path / "empty").mkdir()
     (tmp_path / "empty/notes.txt").touch()
     train = ("train.py", "--class-word", "dog", "--weights", tiny)
@@ -99,31 +91,28 @@ def test_a_folder_that_is_missing_or_without_pictures_is_named(tiny, tmp_path):
     assert nothing_written()
 
 
-def test_a_file_that_is_not_there_is_named(drawn, inserted):
-    for run in (
-        drawn("--image", "none.png"),
-        inserted("--image", "none.png"),
-        inserted("--mask", "none.png"),
-        drawn("--like", "none.png"),
-    ):
-        refused(run, "none.png: no such file")
-    for run in (drawn("--lora", "none.safetensors"), inserted("--lora", "none.safetensors:0.5")):
-        refused(run, "none.safetensors", "No such file")
+def test_a_file_that_is_not_there_is_named(drawn, inserted):  # noqa: F811
+    for run in (drawn, inserted):
+        refused(run("--image", "none.png"), "none.png: no such file")
+        refused(run("--lora", "none.safetensors:0.5"), "none.safetensors", "No such file")
+    refused(inserted("--mask", "none.png"), "none.png: no such file")
+    refused(drawn("--like", "none.png"), "none.png: no such file")
 
 
-def test_a_mask_of_another_size_is_refused_with_both_sizes(inserted):
-    picture(32, 40).save("own.png")
+def test_a_mask_of_another_size_is_refused_with_both_sizes(inserted):  # noqa: F811
+    picture(32, 40).save("scene.png")
+    scene, mask = ("--image", "scene.png"), ("--mask", "mask.png")
     Image.new("L", (40, 31), 255).save("mask.png")
-    refused(inserted("--image", "own.png", "--mask", "mask.png"), "mask.png", "40x31", "40x32")
-    refused(inserted("--mask", "mask.png"), "mask.png", "40x31", "32x32")
+    refused(inserted(*scene, *mask), "mask.png", "40x31", "40x32")
+    refused(inserted(*mask), "mask.png", "40x31", "32x32")
     Image.new("L", (40, 32), 0).save("mask.png")
-    refused(inserted("--image", "own.png", "--mask", "mask.png"), "mask is empty")
+    refused(inserted(*scene, *mask), "mask is empty")
     assert nothing_written()
 
 
-def test_like_takes_only_what_sample_made(drawn, inserted, taught):
+def test_like_takes_only_images_of_sample(drawn, taught):  # noqa: F811
     picture(8, 8).save("plain.png")
-    refused(drawn("--like", "plain.png"), "plain.png", "no facts")
+    refused(drawn("--like", "plain.png"), "plain.png", "no metadata")
     good(taught("--out", "run"))
     refused(drawn("--like", "run/loss.png"), "run/loss.png", "sample.py")
 
@@ -131,121 +120,93 @@ def test_like_takes_only_what_sample_made(drawn, inserted, taught):
 # LoRA files and checkpoints
 
 
-def liar(shape, end):
-    """A safetensors file whose header tells of more than there is."""
+def false_header(shape, end):
+    """A safetensors file whose header describes more data than there is."""
     header = json.dumps({"a": {"dtype": "F32", "shape": shape, "data_offsets": [0, end]}}).encode()
     return struct.pack("<Q", len(header)) + header + b"\0" * 16
 
 
+NOT_WHOLE = "not a whole safetensors file"
 BROKEN = {
-    "empty": b"",
-    "text": b"this is no LoRA, but a text of some length",
-    "a header of 2^60": struct.pack("<Q", 2**60) + b"{}",
-    "no JSON": struct.pack("<Q", 8) + b"notjson!",
-    "more than there is": liar([4000], 16000),
-    "a shape that is a lie": liar([999], 16),
-    "no UTF-8": struct.pack("<Q", 29) + '{"__metadata__":{"a":"caf\xe9"}}'.encode("latin-1"),
-    "a pickle": pickle.dumps(Pwned()),
+    "empty": (b"", NOT_WHOLE),
+    "text": (b"this is no LoRA, but a text of some length", NOT_WHOLE),
+    "a header of 2^60": (struct.pack("<Q", 2**60) + b"{}", NOT_WHOLE),
+    "no JSON": (struct.pack("<Q", 8) + b"notjson!", NOT_WHOLE),
+    "more than there is": (false_header([4000], 16000), NOT_WHOLE),
+    "a false shape": (false_header([999], 16), NOT_WHOLE),
+    "no UTF-8": (
+        struct.pack("<Q", 29) + '{"__metadata__":{"a":"caf\xe9"}}'.encode("latin-1"),
+        NOT_WHOLE,
+    ),
+    "a pickle": (pickle.dumps(Pwned()), "pickle"),
 }
 
 
 @pytest.mark.parametrize("fault", BROKEN)
-def test_a_lora_file_that_is_broken_or_lies_is_named(drawn, inserted, tmp_path, fault):
-    (tmp_path / "bad.safetensors").write_bytes(BROKEN[fault])
-    for run in (drawn("--lora", "bad.safetensors"), inserted("--lora", "bad.safetensors")):
-        refused(
-            run,
-            "bad.safetensors",
-            "pickle" if fault == "a pickle" else "not a whole safetensors file",
-        )
+def test_a_damaged_lora_file_is_named(drawn, inserted, fault):  # noqa: F811
+    content, words = BROKEN[fault]
+    Path("bad.safetensors").write_bytes(content)
+    for run in (drawn, inserted):
+        refused(run("--lora", "bad.safetensors"), "bad.safetensors", words)
     assert nothing_written() and not Path("pwned").exists()
 
 
-def test_a_lora_that_was_cut_short_is_named(drawn, lora_file, tmp_path):
-    (tmp_path / "cut.safetensors").write_bytes(lora_file.read_bytes()[:-1])
-    refused(drawn("--lora", "cut.safetensors"), "cut.safetensors", "not a whole safetensors file")
+def test_a_lora_that_does_not_fit_is_named(drawn, inserted, lora_file, tiny):  # noqa: F811
+    content, tensors = lora_file.read_bytes(), load_file(lora_file)
+    Path("cut.safetensors").write_bytes(content[:-1])
+    refused(drawn("--lora", "cut.safetensors"), "cut.safetensors", NOT_WHOLE)
 
-
-def test_a_lora_of_another_base_is_named_with_the_layer_and_both_shapes(
-    drawn, inserted, lora_file, tiny
-):
-    tensors = load_file(lora_file)
     stem = "lora_unet_output_blocks_5_1_transformer_blocks_0_attn2_to_k"
-    save_file(
-        tensors
-        | {
-            stem + ".lora_down.weight": torch.zeros(2, 2048),
-            stem + ".lora_up.weight": torch.zeros(640, 2),
-        },
-        "other.safetensors",
-    )
-    for run in (drawn("--lora", "other.safetensors"), inserted("--lora", "other.safetensors")):
-        refused(
-            run,
-            "other.safetensors",
-            "up_blocks.1.attentions.2.transformer_blocks.0.attn2.to_k",
-            "(640, 2048)",
-            "(12, 20)",
-            str(tiny),
-        )
-    save_file(tensors | {"lora_te1_text_model.alpha": torch.ones(1)}, "more.safetensors")
-    refused(
-        drawn("--lora", "more.safetensors"),
-        "more.safetensors",
-        "1 of its",
-        "lora_te1_text_model.alpha",
-    )
+    down, up = torch.zeros(2, 2048), torch.zeros(640, 2)
+    other = {f"{stem}.lora_down.weight": down, f"{stem}.lora_up.weight": up}
+    save_file(tensors | other, "other.safetensors")
+    layer = "up_blocks.1.attentions.2.transformer_blocks.0.attn2.to_k"
+    for run in (drawn, inserted):
+        line = run("--lora", "other.safetensors")
+        refused(line, "other.safetensors", layer, "(640, 2048)", "(12, 20)", tiny)
+
+    more = "lora_te1_text_model.alpha"
+    save_file(tensors | {more: torch.ones(1)}, "more.safetensors")
+    refused(drawn("--lora", "more.safetensors"), "more.safetensors", "1 of its", more)
     assert nothing_written()
 
 
-@pytest.mark.parametrize(
-    "name", ["model.ckpt", "model.bin", "model.pt", "model.safetensors", "model"]
-)
+@pytest.mark.parametrize("name", ["model.ckpt", "model.safetensors", "model"])
 @pytest.mark.parametrize("zipped", [True, False])
-def test_a_pickle_is_never_opened_under_any_name(drawn, tmp_path, name, zipped):
+def test_a_pickle_is_never_opened_under_any_name(drawn, name, zipped):  # noqa: F811
     if zipped:
-        torch.save({"state_dict": Pwned()}, tmp_path / name)
+        torch.save({"state_dict": Pwned()}, name)
     else:
-        (tmp_path / name).write_bytes(pickle.dumps(Pwned()))
-    for run in (
-        call("sample.py", "a dog", "--weights", name),
-        drawn("--lora", name),
-        drawn("--vae", name),
-    ):
-        refused(run, name, "pickle")
+        Path(name).write_bytes(pickle.dumps(Pwned()))
+    refused(call("sample.py", "a dog", "--weights", name), name, "pickle")
+    refused(drawn("--lora", name), name, "pickle")
+    refused(drawn("--vae", name), name, "pickle")
     assert not Path("pwned").exists() and nothing_written()
 
 
-def test_a_checkpoint_that_is_not_there_or_of_another_kind_is_named(taught, tiny, tmp_path):
-    def weights(path):
-        return [call("sample.py", "a dog", "--weights", path), taught("--weights", path)]
+OLD_UNET = {key: value for key, value in UNET.items() if key != "addition_embed_type"}
+
+
+def test_a_checkpoint_that_is_not_there_or_of_another_kind_is_named(
+    taught,
+    copy,
+    tmp_path,  # noqa: F811
+):
+    def refused_by_both(path, *words):
+        refused(call("sample.py", "a dog", "--weights", path), path, *words)
+        refused(taught("--weights", path), path, *words)
 
     (tmp_path / "empty").mkdir()
-    for path, words in (
-        ("nowhere/at/all", ["no such folder"]),
-        ("empty", ["not a checkpoint folder", "unet/config.json"]),
-        ("photos/0.png", ["safetensors"]),
-    ):
-        for run in weights(path):
-            refused(run, path, *words)
-    old = write_folder(
-        tmp_path / "old",
-        configs={
-            "text_encoder_2": {},
-            "text_encoder": {},
-            "vae": {},
-            "unet": {**{k: v for k, v in UNET.items() if k != "addition_embed_type"}},
-        },
-    )
-    for run in weights(old):
-        refused(run, old, "Stable Diffusion 1 or 2")
-    nine = shutil.copytree(tiny, tmp_path / "nine")
-    write_json(nine / "unet/config.json", UNET | {"in_channels": 9})
-    for run in weights(nine):
-        refused(run, nine, "inpainting")
-    write_json(nine / "unet/config.json", UNET)
-    part = nine / "unet/diffusion_pytorch_model.safetensors"
-    save_file({k: t for k, t in load_file(part).items() if k != "conv_out.bias"}, part)
-    for run in weights(nine):
-        refused(run, part, "1 tensors missing", "conv_out.bias")
+    refused_by_both("nowhere/at/all", "no such folder")
+    refused_by_both("empty", "not a checkpoint folder", "unet/config.json")
+    refused_by_both("photos/0.png", "safetensors")
+    none = {"text_encoder_2": {}, "text_encoder": {}, "vae": {}}
+    old = write_folder(tmp_path / "old", configs=none | {"unet": OLD_UNET})
+    refused_by_both(old, "Stable Diffusion 1 or 2")
+    write_json(copy / "unet/config.json", UNET | {"in_channels": 9})
+    refused_by_both(copy, "inpainting")
+    write_json(copy / "unet/config.json", UNET)
+    file = copy / "unet/diffusion_pytorch_model.safetensors"
+    save_file({k: t for k, t in load_file(file).items() if k != "conv_out.bias"}, file)
+    refused_by_both(copy, "unet: 1 tensors missing", "conv_out.bias")
     assert nothing_written()

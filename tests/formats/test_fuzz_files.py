@@ -10,24 +10,17 @@ import shutil
 import pytest
 import torch
 from helpers import fuzzing
-from helpers.checkpoints import SHIPPED, vocabulary_read_once, write_folder  # noqa: F401
+from helpers.checkpoints import SHIPPED
 from helpers.spellings import SPELLINGS, written
 from safetensors.torch import save
 
 import alchemy
 from alchemy import lora
-from alchemy.formats.embeddings import read_embedding
+from alchemy.formats.checkpoint import JSON_FILES
+from alchemy.formats.embeddings import bundled_embeddings, read_embedding
 from alchemy.formats.lora import read_lora
 from alchemy.tokenizer import Tokenizer
 
-CONFIG_FILES = (
-    "unet/config.json",
-    "vae/config.json",
-    "text_encoder/config.json",
-    "text_encoder_2/config.json",
-    "scheduler/scheduler_config.json",
-    "model_index.json",
-)
 LAYER = "unet.mid_block.attentions.0.transformer_blocks.0.attn1.to_q"
 METADATA = {
     "unet.lora_alpha": 2,
@@ -36,18 +29,19 @@ METADATA = {
 }
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    return write_folder(tmp_path_factory.mktemp("checkpoint"))
+@pytest.fixture
+def path(tmp_path):
+    return tmp_path / "a.safetensors"
 
 
 @pytest.fixture(scope="module")
-def networks(folder):
-    sdxl = alchemy.load(folder, "cpu")
+def networks(tiny):
+    sdxl = alchemy.load(tiny, "cpu")
     return {name: sdxl.network(name) for name in ("unet", "text_encoder", "text_encoder_2")}
 
 
-def lora_tensors(networks):
+@pytest.fixture(scope="module")
+def tensors(networks):
     """A LoRA in kohya's names with one layer of every other kind of update."""
     pairs = {}
     for name in list(lora.layers(networks["unet"]))[:6]:
@@ -64,16 +58,13 @@ def lora_tensors(networks):
     return tensors
 
 
-def test_damaged_lora_files(networks, tmp_path):
-    content = save(lora_tensors(networks))
-    path = tmp_path / "a.safetensors"
-    path.write_bytes(content)
-    assert len(read_lora(path, networks, "base")) >= 8
+def outcomes(read, path, cases):
+    """Whether each (case, content) of a file is read, or refused in one line."""
     results = set()
-    for seed, damaged in fuzzing.spoiled(content, fuzzing.spoil_bytes):
-        path.write_bytes(damaged)
-        results.add(fuzzing.outcome(lambda: read_lora(path, networks, "base"), f"seed {seed}"))
-    assert False in results
+    for case, content in cases:
+        path.write_bytes(content)
+        results.add(fuzzing.outcome(read, f"{case}: {content[:300]!r}"))
+    return results
 
 
 def random_tensor(rng):
@@ -83,45 +74,48 @@ def random_tensor(rng):
     return tensor * float("nan") if kind == torch.float32 and rng.random() < 0.2 else tensor
 
 
-def test_lora_files_with_any_tensor_in_place_of_one(networks, tmp_path):
-    tensors, path = lora_tensors(networks), tmp_path / "a.safetensors"
-    for seed in range(2 * fuzzing.CASES):
+def other_tensors(tensors, count):
+    """(case, file) with any tensor in place of one."""
+    for seed in range(count):
         rng = random.Random(seed)
         key = rng.choice(list(tensors))
-        path.write_bytes(save(tensors | {key: random_tensor(rng)}))
-        fuzzing.outcome(lambda: read_lora(path, networks, "base"), f"seed {seed}, {key}")
+        yield f"seed {seed}, {key}", save(tensors | {key: random_tensor(rng)})
 
 
-def test_lora_files_with_a_damaged_header_of_peft(networks, tmp_path):
-    path = tmp_path / "a.safetensors"
-    tensors = {f"{LAYER}.lora_A.weight": torch.ones(2, 16)}
-    tensors[f"{LAYER}.lora_B.weight"] = torch.ones(16, 2)
-    content = json.dumps(METADATA).encode()
-    for seed, damaged in fuzzing.spoiled(content, fuzzing.spoil_json):
-        text = damaged.decode("utf-8", "replace")
-        path.write_bytes(save(tensors, {"lora_adapter_metadata": text}))
-        fuzzing.outcome(lambda: read_lora(path, networks, "base"), f"seed {seed}: {text[:200]}")
+def test_damaged_lora_files(networks, tensors, path):
+    content = save(tensors)
+    path.write_bytes(content)
+    assert len(read_lora(path, networks, "base")) >= 8
+    read = lambda: read_lora(path, networks, "base")  # noqa: E731
+    assert False in outcomes(read, path, fuzzing.spoiled(content, fuzzing.spoil_bytes))
+    assert False in outcomes(read, path, other_tensors(tensors, 2 * fuzzing.CASES))
 
 
-def test_damaged_embeddings(tmp_path):
-    path = tmp_path / "a.safetensors"
-    content = save({"clip_l": torch.ones(2, 8), "clip_g": torch.ones(2, 12)})
-    results = set()
-    for seed, damaged in fuzzing.spoiled(content, fuzzing.spoil_bytes):
-        path.write_bytes(damaged)
-        results.add(fuzzing.outcome(lambda: read_embedding(path), f"seed {seed}"))
-    for seed in range(fuzzing.CASES):
-        rng = random.Random(seed)
-        path.write_bytes(save({"clip_l": random_tensor(rng), "clip_g": random_tensor(rng)}))
-        results.add(fuzzing.outcome(lambda: read_embedding(path), f"tensors of seed {seed}"))
-    assert False in results
+def test_lora_files_with_a_damaged_header_of_peft(networks, path):
+    ends = {".lora_A.weight": torch.ones(2, 16), ".lora_B.weight": torch.ones(16, 2)}
+    pair = {LAYER + end: tensor for end, tensor in ends.items()}
+
+    def cases():
+        for seed, damaged in fuzzing.spoiled(json.dumps(METADATA).encode(), fuzzing.spoil_json):
+            text = damaged.decode("utf-8", "replace")
+            yield f"seed {seed}: {text[:200]}", save(pair, {"lora_adapter_metadata": text})
+
+    outcomes(lambda: read_lora(path, networks, "base"), path, cases())
 
 
-@pytest.mark.parametrize("file", CONFIG_FILES)
-def test_damaged_configurations(folder, tmp_path, file):
-    copy = shutil.copytree(folder, tmp_path / "copy")
-    content = (folder / file).read_bytes()
+@pytest.mark.parametrize("prefix", ["", "bundle_emb.<dog>."])
+def test_damaged_embeddings(path, prefix):
+    rows = {f"{prefix}clip_l": torch.ones(2, 8), f"{prefix}clip_g": torch.ones(2, 12)}
 
+    def read():
+        return bundled_embeddings(path) if prefix else read_embedding(path)
+
+    assert False in outcomes(read, path, fuzzing.spoiled(save(rows), fuzzing.spoil_bytes))
+    assert False in outcomes(read, path, other_tensors(rows, fuzzing.CASES))
+
+
+@pytest.mark.parametrize("file", JSON_FILES)
+def test_damaged_configurations(copy, file):
     def use():
         sdxl = alchemy.load(copy, "cpu")
         for name in sdxl.configs:
@@ -131,29 +125,25 @@ def test_damaged_configurations(folder, tmp_path, file):
         sdxl.schedule.timesteps(4)
         sdxl.unet(latents, 10, *sdxl.encode_prompt(["a dog"]).parts())
 
-    results = set()
-    for seed, damaged in fuzzing.spoiled(content, fuzzing.spoil_json):
-        (copy / file).write_bytes(damaged)
-        results.add(fuzzing.outcome(use, f"seed {seed}: {damaged[:300]!r}"))
-    assert results == {True, False}
+    cases = fuzzing.spoiled((copy / file).read_bytes(), fuzzing.spoil_json)
+    assert outcomes(use, copy / file, cases) == {True, False}
 
 
 @pytest.mark.parametrize("file", ["tokenizer_config.json", "special_tokens_map.json"])
 def test_damaged_small_tokenizer_files(tmp_path, file):
-    copy = shutil.copytree(SHIPPED / "tokenizer", tmp_path / "tokenizer")
-    content = (copy / file).read_bytes()
-    for seed, damaged in fuzzing.spoiled(content, fuzzing.spoil_json, fuzzing.CASES // 4):
-        (copy / file).write_bytes(damaged)
+    folder = shutil.copytree(SHIPPED / "tokenizer", tmp_path / "tokenizer")
 
-        def use():
-            assert len(Tokenizer.from_folder(copy)("a photo of a dog")) == 77
+    def use():
+        assert len(Tokenizer.from_folder(folder)("a photo of a dog")) == 77
 
-        fuzzing.outcome(use, f"seed {seed}: {damaged[:300]!r}")
+    content = (folder / file).read_bytes()
+    cases = fuzzing.spoiled(content, fuzzing.spoil_json, fuzzing.CASES // 4)
+    outcomes(use, folder / file, cases)
 
 
 @pytest.mark.parametrize("content", [b"[" * fuzzing.DEEP, b"[]", b"3", b'{"a": 1}', b"\xff"])
 @pytest.mark.parametrize("file", ["vocab.json", "added_tokens.json"])
 def test_a_damaged_vocabulary_is_refused(tmp_path, file, content):
-    copy = shutil.copytree(SHIPPED / "tokenizer", tmp_path / "tokenizer")
-    (copy / file).write_bytes(content)
-    fuzzing.outcome(lambda: Tokenizer.from_folder(copy)("a dog"), f"{file}: {content[:20]!r}")
+    folder = shutil.copytree(SHIPPED / "tokenizer", tmp_path / "tokenizer")
+    (folder / file).write_bytes(content)
+    fuzzing.outcome(lambda: Tokenizer.from_folder(folder)("a dog"), f"{file}: {content[:20]!r}")

@@ -1,11 +1,10 @@
-"""Reading LoRA files: every spelling of the names gives the same adapter, what does not fit is refused whole."""
+"""LoRA files: every tool's names give the same adapter, and what does not fit is refused whole."""
 
 import json
 
 import pytest
 import torch
-from helpers.checkpoints import refused, vocabulary_read_once, write_json  # noqa: F401
-from helpers.running import tiny  # noqa: F401
+from helpers.checkpoints import refused, write_json
 from helpers.spellings import (
     ALPHA,
     HEADER,
@@ -14,285 +13,213 @@ from helpers.spellings import (
     adapter,
     adapters,
     equal,
-    fresh,
-    pairs,
+    kohya,
+    unet_only,
     written,
-)  # noqa: F401
-from safetensors.torch import save_file
+)
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 
 import alchemy
 from alchemy import lora
-from alchemy.formats import layout
+
+QUERY = "mid_block.attentions.0.transformer_blocks.0.attn1.to_q"
+LAYER = f"unet.{QUERY}"
+
+
+@pytest.fixture
+def path(tmp_path):
+    return tmp_path / "a.safetensors"
+
+
+def loaded(sdxl, path, *args):
+    """The adapter of a file: {layer: (down, up, alpha, scale)}."""
+    return adapter(sdxl, alchemy.load_lora(sdxl, path, *args))
+
 
 # Reading
 
 
+@pytest.mark.parametrize("alpha", [True, False])
 @pytest.mark.parametrize("spelling", SPELLINGS)
-def test_every_spelling_gives_the_same_adapter(fresh, pairs, tmp_path, spelling):
-    save_file(written(pairs, *SPELLINGS[spelling]), tmp_path / "a.safetensors")
+def test_every_naming_gives_the_same_adapter(fresh, pairs, path, spelling, alpha):
+    save_file(written(pairs, *SPELLINGS[spelling], alpha), path)
+    equal(loaded(fresh(), path, 0.7), pairs, ALPHA if alpha else float(RANK), 0.7)
+
+
+@pytest.mark.parametrize("spelling", ["kohya, diffusers' blocks", "diffusers", "PEFT"])
+def test_text_layers_in_the_names_of_transformers_5_are_the_same(fresh, pairs, path, spelling):
+    tensors = {}
+    for key, tensor in written(pairs, *SPELLINGS[spelling]).items():
+        tensors[key.replace("text_model.", "").replace("text_model_", "")] = tensor
+    assert not any("text_model" in key for key in tensors)
+    save_file(tensors, path)
+    equal(loaded(fresh(), path), pairs)
+
+
+def test_the_older_processors_of_diffusers_give_the_same_adapter(fresh, pairs, path):
+    attention = {k: v for k, v in pairs.items() if ".attn1." in k or ".attn2." in k}
+
+    def old_name(layer):
+        parent, _, projection = layer.removesuffix(".0").rpartition(".")
+        return f"{parent}.processor.{projection}_lora"
+
+    save_file(written(attention, old_name, ".down.weight", ".up.weight", alpha=False), path)
+    equal(loaded(fresh(), path), attention, float(RANK))
+
+
+def test_a_file_of_the_unet_alone_reads_no_text_encoder(fresh, pairs, path):
+    save_file(written(unet_only(pairs), *SPELLINGS["diffusers"]), path)
     sdxl = fresh()
-    equal(adapter(sdxl, alchemy.load_lora(sdxl, tmp_path / "a.safetensors", 0.7)), pairs, scale=0.7)
+    alchemy.load_lora(sdxl, path)
+    assert set(sdxl.loaded) == {"unet"}
 
 
-@pytest.mark.parametrize("spelling", SPELLINGS)
-def test_without_a_word_on_alpha_it_is_the_rank(fresh, pairs, tmp_path, spelling):
-    save_file(written(pairs, *SPELLINGS[spelling], alpha=False), tmp_path / "a.safetensors")
-    sdxl = fresh()
-    equal(
-        adapter(sdxl, alchemy.load_lora(sdxl, tmp_path / "a.safetensors")), pairs, alpha=float(RANK)
-    )
-
-
-def test_alpha_is_read_from_the_header_as_diffusers_writes_it(fresh, pairs, tmp_path):
-    tensors, sdxl = written(pairs, *SPELLINGS["PEFT in diffusers"], alpha=False), fresh()
-    save_file(tensors, tmp_path / "a.safetensors", HEADER)
-    equal(adapter(sdxl, alchemy.load_lora(sdxl, tmp_path / "a.safetensors")), pairs)
-    own = "mid_block.attentions.0.transformer_blocks.0.attn1.to_q"
-    told = {
+def test_alpha_is_read_from_the_header_as_diffusers_writes_it(fresh, pairs, path):
+    tensors = written(pairs, *SPELLINGS["PEFT in diffusers"], alpha=False)
+    save_file(tensors, path, HEADER)
+    equal(loaded(fresh(), path), pairs)
+    config = {
         "unet.lora_alpha": ALPHA,
-        "unet.alpha_pattern": {own: 9},
+        "unet.alpha_pattern": {QUERY: 9},
         "unet.use_rslora": True,
         "text_encoder.lora_alpha": 5,
         "lora_alpha": 6,
     }
-    save_file(tensors, tmp_path / "a.safetensors", {"lora_adapter_metadata": json.dumps(told)})
-    ours = adapter(sdxl, alchemy.load_lora(sdxl, tmp_path / "a.safetensors"))
-    for layer, (*_, alpha, _) in ours.items():
+    save_file(tensors, path, {"lora_adapter_metadata": json.dumps(config)})
+    for layer, (*_, alpha, _) in loaded(fresh(), path).items():
+        expected = 5 if layer.startswith("text_encoder.") else 6
         if layer.startswith("unet."):
-            assert alpha == pytest.approx((9 if layer == f"unet.{own}" else ALPHA) * RANK**0.5)
-        else:
-            assert alpha == (5 if layer.startswith("text_encoder.") else 6)
-    save_file(tensors, tmp_path / "a.safetensors", {"lora_adapter_metadata": "{"})
-    refused(
-        lambda: alchemy.load_lora(sdxl, tmp_path / "a.safetensors"),
-        tmp_path / "a.safetensors",
-        "lora_adapter_metadata",
-    )
+            expected = (9 if layer == LAYER else ALPHA) * RANK**0.5
+        assert alpha == pytest.approx(expected)
 
 
-def test_kohyas_names_of_sdxl_base_are_those_of_the_published_files():
-    inside = "transformer_blocks.0.attn1.to_out.0"
-    known = {
-        f"down_blocks.{b}.attentions.{i}": f"input_blocks_{n}_1"
-        for b, i, n in ((1, 0, 4), (1, 1, 5), (2, 0, 7), (2, 1, 8))
+@pytest.mark.parametrize("prefix", ["", "base_model.model."])
+def test_the_alpha_of_peft_is_read_from_beside_the_file(fresh, pairs, tmp_path, prefix):
+    unet, file = unet_only(pairs), tmp_path / "adapter_model.safetensors"
+    ends = ".lora_A.weight", ".lora_B.weight"
+    tensors = written(unet, lambda layer: prefix + layer.removeprefix("unet."), *ends, alpha=False)
+    save_file(tensors, file)
+    equal(loaded(fresh(), file), unet, float(RANK))
+    config = {"lora_alpha": ALPHA, "alpha_pattern": {}, "use_rslora": False}
+    write_json(tmp_path / "adapter_config.json", config)
+    equal(loaded(fresh(), file), unet)
+    save_file(tensors, tmp_path / "other.safetensors")  # the configuration is not this file's
+    equal(loaded(fresh(), tmp_path / "other.safetensors"), unet, float(RANK))
+
+
+def test_half_precision_in_a_file_is_read_as_float32(fresh, pairs, path):
+    tensors = written(pairs, *SPELLINGS["diffusers"])
+    save_file({key: tensor.bfloat16() for key, tensor in tensors.items()}, path)
+    rounded = {
+        layer: (a.bfloat16().float(), b.bfloat16().float()) for layer, (a, b) in pairs.items()
     }
-    known |= {
-        f"up_blocks.{b}.attentions.{i}": f"output_blocks_{3 * b + i}_1"
-        for b in (0, 1)
-        for i in (0, 1, 2)
-    }
-    known["mid_block.attentions.0"] = "middle_block_1"
-    for ours, theirs in known.items():
-        name = layout.single_file_name("unet", f"{ours}.{inside}", UNET_OF_SDXL)
-        assert (
-            "lora_unet_" + name.replace(".", "_")
-            == f"lora_unet_{theirs}_transformer_blocks_0_attn1_to_out_0"
-        )
+    equal(loaded(fresh(), path), rounded)
 
 
-class UNET_OF_SDXL:
-    layers_per_block = 2
-
-
-def test_half_precision_in_a_file_is_read_as_float32(fresh, pairs, tmp_path):
-    save_file(
-        {k: t.bfloat16() for k, t in written(pairs, *SPELLINGS["diffusers"]).items()},
-        tmp_path / "a.safetensors",
-    )
-    sdxl = fresh()
-    rounded = {layer: tuple(t.bfloat16().float() for t in pair) for layer, pair in pairs.items()}
-    equal(adapter(sdxl, alchemy.load_lora(sdxl, tmp_path / "a.safetensors")), rounded)
-
-
-def test_files_come_beside_each_other_whatever_their_headers_say(fresh, pairs, tmp_path):
-    sdxl = fresh()
+def test_several_files_are_loaded_beside_each_other(fresh, tmp_path):
+    sdxl, names = fresh(), ["default"]
     alchemy.add_lora(sdxl, RANK)
-    for name in ("my.dog", "keys", "default"):  # dots, a dict's own words: no names for a module
-        alchemy.save_lora(sdxl, tmp_path / f"{name}.safetensors", metadata={"name": name})
-    names = [
-        alchemy.load_lora(sdxl, tmp_path / f"{name}.safetensors", 0.5)
-        for name in ("my.dog", "keys", "default", "default")
-    ]
-    assert len({*names, "default"}) == 5 and adapters(sdxl.unet) == {*names, "default"}
-    assert (
-        alchemy.load_lora(sdxl, tmp_path / "keys.safetensors", name="mine")
-        == "mine"
-        in adapters(sdxl.unet)
-    )
+    # Dots, and a method of dict: no names for a module.
+    for name in ("my.dog", "keys", "default", "default"):
+        file = tmp_path / f"{name}.safetensors"
+        alchemy.save_lora(sdxl, file, metadata={"name": name})
+        names.append(alchemy.load_lora(sdxl, file, 0.5))
+    assert len({*names}) == 5 and adapters(sdxl.unet) == {*names}
+    assert alchemy.load_lora(sdxl, tmp_path / "keys.safetensors", name="mine") == "mine"
+    assert "mine" in adapters(sdxl.unet)
 
 
-@pytest.mark.parametrize("spelling", ["kohya, diffusers' blocks", "diffusers", "PEFT"])
-def test_text_encoders_layers_as_transformers_5_calls_them_are_the_same(
-    fresh, pairs, tmp_path, spelling
-):
-    tensors, sdxl = written(pairs, *SPELLINGS[spelling]), fresh()
-    tensors = {
-        key.replace("text_model.", "").replace("text_model_", ""): t for key, t in tensors.items()
-    }
-    assert not any("text_model" in key for key in tensors)
-    save_file(tensors, tmp_path / "a.safetensors")
-    equal(adapter(sdxl, alchemy.load_lora(sdxl, tmp_path / "a.safetensors")), pairs)
+def test_a_lora_of_every_layer_is_the_same_change_of_weights_as_merged(fresh, pairs, path, close):
+    save_file(written(pairs, *SPELLINGS["kohya, the single file's blocks"]), path)
+    sdxl, changed, base = fresh(), fresh(), fresh()
+    alchemy.load_lora(sdxl, path, 0.1)
+    for layer, (down, up) in pairs.items():
+        network, _, name = layer.partition(".")
+        weight = changed.network(network).get_submodule(name).weight
+        weight.data += 0.1 * ALPHA / RANK * (up.flatten(1) @ down.flatten(1)).view(weight.shape)
+    x = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(0))
 
+    @torch.no_grad()
+    def outputs(sdxl):
+        conditioning = sdxl.encode_prompt(["a dog"], (32, 32))
+        return conditioning.context, sdxl.unet(x, 500, *conditioning.parts())
 
-@pytest.mark.parametrize("before", ["", "base_model.model."])
-def test_the_unet_alone_needs_no_networks_name_and_pefts_alpha_stands_beside(
-    fresh, pairs, tmp_path, before
-):
-    some, sdxl = {k: v for k, v in pairs.items() if k.startswith("unet.")}, fresh()
-    tensors = written(
-        some,
-        lambda layer: before + layer.removeprefix("unet."),
-        ".lora_A.weight",
-        ".lora_B.weight",
-        alpha=False,
-    )
-    save_file(tensors, tmp_path / "adapter_model.safetensors")
-    equal(
-        adapter(sdxl, alchemy.load_lora(sdxl, tmp_path / "adapter_model.safetensors")),
-        some,
-        alpha=float(RANK),
-    )
-    write_json(
-        tmp_path / "adapter_config.json",
-        {"lora_alpha": ALPHA, "alpha_pattern": {}, "use_rslora": False},
-    )
-    equal(adapter(sdxl, alchemy.load_lora(sdxl, tmp_path / "adapter_model.safetensors")), some)
-    save_file(tensors, tmp_path / "other.safetensors")  # of another name, the config is not of it
-    equal(
-        adapter(sdxl, alchemy.load_lora(sdxl, tmp_path / "other.safetensors")),
-        some,
-        alpha=float(RANK),
-    )
+    expected = outputs(changed)
+    for a, b in zip(outputs(sdxl), expected, strict=True):
+        close(a, b, 1e-5)
+    assert (expected[1] - outputs(base)[1]).norm() > 1e-2 * expected[1].norm()
+    lora.merge(sdxl)
+    close(outputs(sdxl)[1], expected[1], 1e-5)
 
 
 # Refusing
 
 
 def refused_whole(sdxl, path, *words):
-    line = refused(lambda: alchemy.load_lora(sdxl, path), path, *words)
-    assert not adapters(sdxl)  # nothing of it was put on
-    return line
+    refused(lambda: alchemy.load_lora(sdxl, path), path, *words)
+    assert not adapters(sdxl)  # nothing has been added
 
 
-def test_a_lora_of_another_base_is_refused_with_the_layer_and_both_shapes(fresh, pairs, tmp_path):
-    stem, down, up = SPELLINGS["kohya, the single file's blocks"]
+def test_a_lora_of_another_base_is_refused_with_the_layer_and_both_shapes(fresh, pairs, path):
     last = "unet.up_blocks.1.attentions.2.transformer_blocks.0.attn2.to_k"
-    wider = dict(pairs) | {last: (torch.zeros(RANK, 2048), torch.zeros(640, RANK))}
-    deeper = written(wider, stem, down, up) | {
-        "lora_unet_middle_block_1_transformer_blocks_9_attn1_to_q" + down: torch.zeros(1)
-    }
-    save_file(deeper, tmp_path / "a.safetensors")
+    wider = pairs | {last: (torch.zeros(RANK, 2048), torch.zeros(640, RANK))}
+    tensors = written(wider, *SPELLINGS["kohya, the single file's blocks"])
+    deeper = "lora_unet_middle_block_1_transformer_blocks_9_attn1_to_q.lora_down.weight"
+    save_file(tensors | {deeper: torch.zeros(1)}, path)
     sdxl = fresh()
-    refused_whole(
-        sdxl,
-        tmp_path / "a.safetensors",
-        "another base",
-        last,
-        "(12, 20)",
-        "(640, 2048)",
-        sdxl.source,
-    )
+    refused_whole(sdxl, path, "another base", last, "(12, 20)", "(640, 2048)", sdxl.source)
 
 
 @pytest.mark.parametrize(
-    "key",
+    "key, words",
     [
-        "lora_te1_text_model_encoder_layers_9_self_attn_q_proj.lora_down.weight",
-        "what.ever",
-        "lora_te_text_model_encoder_layers_0_self_attn_q_proj.lora_down.weight",
+        ("lora_te1_text_model_encoder_layers_9_self_attn_q_proj.lora_down.weight", "1 of its "),
+        ("lora_te_text_model_encoder_layers_0_self_attn_q_proj.lora_down.weight", "1 of its "),
+        ("what.ever", "1 of its "),
+        (f"{LAYER}.lora_magnitude_vector", "a DoRA"),
+        (f"{kohya(LAYER)}.dora_scale", "a DoRA"),
+        (f"{kohya(LAYER)}.oft_blocks", "an OFT"),
+        (f"{kohya(LAYER)}.on_input", "an IA3"),
+        (f"{kohya(LAYER)}.diff_b", "biases"),
+        (f"{kohya(LAYER)}.w_norm", "norm layers"),
+        (f"{kohya(LAYER)}.a1.weight", "a GLoRA"),
     ],
 )
-def test_a_key_that_matches_nothing_is_named_and_nothing_is_put_on(fresh, pairs, tmp_path, key):
+def test_a_key_that_is_not_read_is_named_and_nothing_is_added(fresh, pairs, path, key, words):
     tensors = written(pairs, *SPELLINGS["kohya, the single file's blocks"])
-    save_file(tensors | {key: torch.ones(2, 2)}, tmp_path / "a.safetensors")
-    refused_whole(fresh(), tmp_path / "a.safetensors", f"1 of its {len(tensors) + 1} keys", key)
+    save_file(tensors | {key: torch.ones(2, 2)}, path)
+    refused_whole(fresh(), path, words, key)
+
+
+DOWN, UP = f"{LAYER}.lora_A.weight", f"{LAYER}.lora_B.weight"
+ONE = {DOWN: torch.ones(2, 16), UP: torch.ones(16, 2)}
+TWICE = {f"{LAYER}.lora.up.weight": torch.ones(16, 2)}
 
 
 @pytest.mark.parametrize(
-    "key",
+    "tensors, words",
     [
-        "lora_unet_middle_block_1_transformer_blocks_0_attn1_to_q.dora_scale",
-        "unet.mid_block.attentions.0.transformer_blocks.0.attn1.to_q.lora_magnitude_vector",
+        ({}, ["empty"]),
+        ({DOWN: ONE[DOWN]}, [LAYER, "not one update"]),
+        (ONE | TWICE, [LAYER, "twice"]),
+        (ONE | {f"{LAYER}.alpha": torch.ones(2)}, ["alpha (2,)"]),
+        (ONE | {f"{LAYER}.alpha": torch.tensor(float("nan"))}, [LAYER, "not finite"]),
+        (ONE | {DOWN: torch.full((2, 16), float("inf"))}, [LAYER, "not finite"]),
+        (ONE | {DOWN: torch.ones(2, 16, dtype=torch.int8)}, [LAYER, "not floating point"]),
+        ({DOWN: torch.ones(2, 16), UP: torch.ones(16, 3)}, [LAYER, "(2, 16)", "(16, 3)"]),
+        ({DOWN: torch.ones(16), UP: torch.ones(16)}, [LAYER, "(16,)"]),
+        ({DOWN: torch.ones(2, 16, 1, 1), UP: torch.ones(16, 2)}, [LAYER, "(2, 16, 1, 1)"]),
+        ({DOWN: torch.ones(0, 16), UP: torch.ones(16, 0)}, [LAYER, "(0, 16)"]),
     ],
 )
-def test_a_dora_is_called_one_and_refused(fresh, pairs, tmp_path, key):
-    save_file(
-        written(pairs, *SPELLINGS["PEFT"]) | {key: torch.ones(16)}, tmp_path / "a.safetensors"
-    )
-    refused_whole(fresh(), tmp_path / "a.safetensors", "a DoRA", key)
-
-
-def test_the_older_diffusers_processors_give_the_same_adapter(fresh, pairs, tmp_path):
-    tensors, some = {}, {k: v for k, v in pairs.items() if ".attn1." in k or ".attn2." in k}
-    for layer, (down, up) in some.items():
-        parent, _, projection = layer.removesuffix(".0").rpartition(".")
-        tensors |= {
-            f"{parent}.processor.{projection}_lora.down.weight": down.clone(),
-            f"{parent}.processor.{projection}_lora.up.weight": up.clone(),
-        }
-    save_file(tensors, tmp_path / "a.safetensors")
-    sdxl = fresh()
-    equal(
-        adapter(sdxl, alchemy.load_lora(sdxl, tmp_path / "a.safetensors")), some, alpha=float(RANK)
-    )
-
-
-def test_a_file_of_the_unet_alone_reads_no_text_encoder(fresh, pairs, tmp_path):
-    save_file(
-        written({k: v for k, v in pairs.items() if k.startswith("unet.")}, *SPELLINGS["diffusers"]),
-        tmp_path / "a.safetensors",
-    )
-    sdxl = fresh()
-    alchemy.load_lora(sdxl, tmp_path / "a.safetensors")
-    assert set(sdxl.loaded) == {"unet"}
-
-
-def test_a_lora_of_every_layer_is_the_same_change_of_weights_as_merged(fresh, pairs, tmp_path):
-    save_file(
-        written(pairs, *SPELLINGS["kohya, the single file's blocks"]), tmp_path / "a.safetensors"
-    )
-    sdxl, plain = fresh(), fresh()
-    alchemy.load_lora(sdxl, tmp_path / "a.safetensors", 0.1)
-    told = sdxl.encode_prompt(["a dog"], (32, 32))
-    for layer, (down, up) in pairs.items():
-        network, _, name = layer.partition(".")
-        weight = plain.network(network).get_submodule(name).weight
-        weight.data += 0.1 * ALPHA / RANK * (up.flatten(1) @ down.flatten(1)).view(weight.shape)
-    other = plain.encode_prompt(["a dog"], (32, 32))
-    x = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(0))
-    ours, theirs = (s.unet(x, 500, *t.parts()) for s, t in ((sdxl, told), (plain, other)))
-    assert (told.context - other.context).norm() <= 3e-6 * other.context.norm() and (
-        ours - theirs
-    ).norm() <= 3e-6 * theirs.norm()
-    assert (theirs - fresh().unet(x, 500, *other.parts())).norm() > 1e-2 * theirs.norm()
-    lora.merge(sdxl)
-    assert (sdxl.unet(x, 500, *told.parts()) - theirs).norm() <= 3e-6 * theirs.norm()
-
-
-def test_half_a_pair_a_layer_twice_and_an_alpha_of_many_are_refused(fresh, pairs, tmp_path):
-    name = "unet.mid_block.attentions.0.transformer_blocks.0.attn1.to_q"
-    one, path, sdxl = {name: pairs[name]}, tmp_path / "a.safetensors", fresh()
-    stem, down, up = SPELLINGS["kohya, diffusers' blocks"]
-    whole = written(one, stem, down, up)
-    for spoiled, word in (
-        ({k: t for k, t in whole.items() if not k.endswith(up)}, "not one update"),
-        (whole | written(one, *SPELLINGS["diffusers"]), name),
-        (whole | {stem(name) + ".alpha": torch.ones(2)}, "alpha (2,)"),
-        ({}, "empty"),
-    ):
-        save_file(spoiled, path)
-        refused_whole(sdxl, path, word)
-    for a, b in (
-        (torch.ones(2, 16), torch.ones(16, 3)),
-        (torch.ones(16), torch.ones(16)),
-        (torch.ones(2, 16, 1, 1), torch.ones(16, 2)),
-    ):
-        save_file(whole | {stem(name) + down: a, stem(name) + up: b}, path)
-        refused_whole(sdxl, path, name, tuple(a.shape), tuple(b.shape))
+def test_tensors_that_are_no_lora_are_refused(fresh, path, tensors, words):
+    save_file({key: tensor.clone() for key, tensor in tensors.items()}, path)
+    refused_whole(fresh(), path, *words)
 
 
 @pytest.mark.parametrize(
-    "told",
+    "header",
     [
         "{",
         "null",
@@ -314,50 +241,66 @@ def test_half_a_pair_a_layer_twice_and_an_alpha_of_many_are_refused(fresh, pairs
         '{"alpha_pattern": {"(": 1}}',
     ],
 )
-def test_a_header_that_is_odd_about_alpha_is_refused(fresh, tmp_path, told):
-    path, sdxl = tmp_path / "a.safetensors", fresh()
-    name = "unet.mid_block.attentions.0.transformer_blocks.0.attn1.to_q"
-    save_file(
-        {name + ".lora_A.weight": torch.ones(2, 16), name + ".lora_B.weight": torch.ones(16, 2)},
-        path,
-        {"lora_adapter_metadata": told},
-    )
-    refused_whole(sdxl, path, "lora_adapter_metadata")
+def test_a_damaged_header_about_alpha_is_refused(fresh, path, header):
+    save_file(ONE, path, {"lora_adapter_metadata": header})
+    refused_whole(fresh(), path, "lora_adapter_metadata")
 
 
-@pytest.mark.parametrize(
-    "down, alpha, told",
-    [
-        (1.0, float("nan"), None),
-        (float("inf"), 2.0, None),
-    ],
-)
-def test_values_that_are_not_finite_are_refused_with_their_layer(
-    fresh, tmp_path, down, alpha, told
-):
-    path, name = (
-        tmp_path / "a.safetensors",
-        "unet.mid_block.attentions.0.transformer_blocks.0.attn1.to_q",
-    )
-    tensors = {
-        name + ".lora_A.weight": torch.full((2, 16), down),
-        name + ".lora_B.weight": torch.ones(16, 2),
-    }
-    save_file(
-        tensors | ({} if told else {name + ".alpha": torch.tensor(alpha)}),
-        path,
-        told and {"lora_adapter_metadata": told},
-    )
-    refused_whole(fresh(), path, name, "not finite")
+# Writing
 
 
-def test_a_rank_of_0_is_refused(fresh, tmp_path):
-    path, name = (
-        tmp_path / "a.safetensors",
-        "unet.mid_block.attentions.0.transformer_blocks.0.attn1.to_q",
-    )
-    save_file(
-        {name + ".lora_A.weight": torch.ones(0, 16), name + ".lora_B.weight": torch.ones(16, 0)},
-        path,
-    )
-    refused_whole(fresh(), path, name, "(0, 16)")
+@pytest.fixture
+def random_lora(fresh):
+    """A checkpoint with a random adapter "default", and its pairs."""
+    sdxl = fresh()
+    alchemy.add_lora(sdxl, RANK, ALPHA)
+    for i, layer in enumerate(lora.attention_layers(sdxl.unet).values()):
+        generator = torch.Generator().manual_seed(i)
+        layer.lora["default"].up.data = torch.randn(layer.out_features, RANK, generator=generator)
+    return sdxl, {layer: pair[:2] for layer, pair in adapter(sdxl, "default").items()}
+
+
+WRITTEN_AS = {
+    "kohya": "kohya, the single file's blocks",
+    "diffusers": "diffusers",
+    "peft": "PEFT in diffusers",
+}
+
+
+@pytest.mark.parametrize("form", WRITTEN_AS)
+def test_each_format_is_read_back_to_the_bit(random_lora, fresh, path, form):
+    sdxl, pairs = random_lora
+    alchemy.save_lora(sdxl, path, format=form)
+    alpha = ALPHA
+    if form != "kohya":  # alpha / rank is multiplied into up
+        pairs = {layer: (down, up * (ALPHA / RANK)) for layer, (down, up) in pairs.items()}
+        alpha = float(RANK)
+    equal(loaded(fresh(), path), pairs, alpha)
+    expected = written(pairs, *SPELLINGS[WRITTEN_AS[form]], alpha=form == "kohya")
+    assert load_file(path).keys() == expected.keys()
+
+
+@pytest.mark.parametrize("form", ["kohya", "diffusers"])
+def test_the_header_holds_the_metadata_and_what_other_tools_show(random_lora, path, form):
+    metadata = {"prompt": "a photo of a sks dog", "steps": 12, "targets": ["to_q"]}
+    alchemy.save_lora(random_lora[0], path, format=form, metadata=metadata)
+    with safe_open(path, "pt") as file:
+        assert file.metadata() == {
+            "alchemy.prompt": "a photo of a sks dog",
+            "alchemy.steps": "12",
+            "alchemy.targets": '["to_q"]',
+            "alchemy.rank": "2",
+            "alchemy.alpha": "3.0",
+            "ss_network_dim": "2",
+            "ss_network_alpha": "3.0",
+            "ss_base_model_version": "sdxl_base_v1-0",
+            "format": "pt",
+        }
+
+
+def test_an_unknown_adapter_or_format_is_refused(random_lora, path):
+    sdxl, _ = random_lora
+    refused(lambda: alchemy.save_lora(sdxl, path, name="other"), "'other'")
+    known = "'comfy'", "kohya, diffusers, peft"
+    refused(lambda: alchemy.save_lora(sdxl, path, format="comfy"), *known)
+    assert not path.exists()

@@ -1,21 +1,15 @@
 """The metadata in PNG files."""
 
-import json
-
 import numpy as np
 import pytest
+from helpers.checkpoints import refused
 from helpers.planted import noise_picture
 from PIL import Image, PngImagePlugin
 
 from alchemy import images
 from alchemy.formats.png import a1111_parameters, read_metadata, save
 
-
-def pixels(picture):
-    return np.asarray(picture).tolist()
-
-
-FACTS = {
+METADATA = {
     "prompt": "a photo of a “dog”, 犬, \x07 & <b>",
     "seed": 0,
     "lora": [["a.safetensors", 0.8]],
@@ -24,27 +18,23 @@ FACTS = {
 }
 
 
-def test_facts_return_from_a_png_with_the_pixels_to_the_bit(tmp_path):
-    picture = noise_picture(20, 30)
-    save(picture, tmp_path / "a.png", FACTS)
-    assert read_metadata(tmp_path / "a.png") == FACTS and pixels(
-        images.read(tmp_path / "a.png")
-    ) == pixels(picture)
+def test_metadata_returns_from_a_png_with_the_pixels_to_the_bit(tmp_path):
+    image = noise_picture(20, 30)
+    save(image, tmp_path / "a.png", METADATA)
+    assert read_metadata(tmp_path / "a.png") == METADATA
+    assert np.array_equal(images.read(tmp_path / "a.png"), image)
     assert [p.name for p in tmp_path.iterdir()] == ["a.png"]
 
 
-def test_a_picture_without_facts_is_an_error_that_names_it(tmp_path):
-    names = ("bare.png", "bare.jpg", "other.png")
-    for name in names:
-        info = PngImagePlugin.PngInfo()
-        info.add_text("alchemy", "{not json")
-        options = {"pnginfo": info} if name == "other.png" else {}
+@pytest.mark.parametrize("name", ["bare.png", "bare.jpg", "damaged.png", "missing.png"])
+def test_an_image_without_metadata_is_an_error_that_names_it(tmp_path, name):
+    info = PngImagePlugin.PngInfo()
+    info.add_text("alchemy", "{not json")
+    if name != "missing.png":
+        options = {"pnginfo": info} if name == "damaged.png" else {}
         noise_picture(4, 4).save(tmp_path / name, **options)
-        with pytest.raises(ValueError, match=f"{name}: has no facts of how it was made"):
-            read_metadata(tmp_path / name)
-    with pytest.raises(ValueError, match="none.png: no such file"):
-        read_metadata(tmp_path / "none.png")
-    assert json.loads(json.dumps(FACTS)) == FACTS
+    words = "no such file" if name == "missing.png" else "has no metadata"
+    refused(lambda: read_metadata(tmp_path / name), f"{name}: {words}")
 
 
 def test_the_parameters_chunk_is_as_a1111_writes_it(tmp_path):
@@ -65,9 +55,8 @@ def test_the_parameters_chunk_is_as_a1111_writes_it(tmp_path):
     )
     assert a1111_parameters(metadata) == text
     save(noise_picture(4, 4), tmp_path / "a.png", metadata)
-    with Image.open(tmp_path / "a.png") as image:
-        assert image.info["parameters"] == text
     assert read_metadata(tmp_path / "a.png") == metadata
     save(noise_picture(4, 4), tmp_path / "b.png", {"prompt": "a sheet"})
-    with Image.open(tmp_path / "b.png") as image:
-        assert "parameters" not in image.info
+    for name, expected in (("a.png", text), ("b.png", None)):
+        with Image.open(tmp_path / name) as image:
+            assert image.info.get("parameters") == expected

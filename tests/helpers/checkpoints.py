@@ -1,7 +1,8 @@
-"""Small synthetic SDXL checkpoints with random weights, written in each layout that the loader has to read.
+"""Small synthetic SDXL checkpoints of random weights, written in each layout that is read.
 
-The single-file layout is written here from the other side than alchemy.formats.layout reads it: by walking the blocks in the order in which
-the original code (sgm) counts them. Sizes are uneven, so that a tensor in another's place has another shape wherever that can be.
+The single-file layout is written here from the other side than alchemy.formats.layout reads it: by
+walking the blocks in the order in which the original code (sgm) counts them. Sizes are uneven, so
+that a tensor in the wrong place has the wrong shape wherever that can be.
 """
 
 import copy
@@ -14,95 +15,65 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from alchemy.formats.checkpoint import BUILD, Tokenizer
-from alchemy.formats.checkpoint import CONFIGS as KINDS
+from alchemy.formats.checkpoint import CONFIGS as CONFIG_CLASSES
+from alchemy.formats.checkpoint import Tokenizer, build_on_meta
 
 SHIPPED = Path(__file__).resolve().parents[2] / "weights" / "mini"
-UNET = dict(
-    _class_name="UNet2DConditionModel",
-    in_channels=4,
-    out_channels=4,
-    block_out_channels=[8, 12, 16],
-    layers_per_block=2,
-    down_block_types=["DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"],
-    up_block_types=["CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"],
-    transformer_layers_per_block=[1, 1, 2],
-    attention_head_dim=[1, 2, 4],
-    cross_attention_dim=20,
-    addition_embed_type="text_time",
-    addition_time_embed_dim=4,
-    projection_class_embeddings_input_dim=10 + 6 * 4,
-    norm_num_groups=4,
-    norm_eps=1e-5,
-    sample_size=8,
-    use_linear_projection=True,
-    flip_sin_to_cos=True,
-    freq_shift=0,
-    act_fn="silu",
-    downsample_padding=1,
-    center_input_sample=False,
-)
-VAE = dict(
-    _class_name="AutoencoderKL",
-    in_channels=3,
-    out_channels=3,
-    latent_channels=4,
-    block_out_channels=[8, 12, 16],
-    down_block_types=["DownEncoderBlock2D"] * 3,
-    up_block_types=["UpDecoderBlock2D"] * 3,
-    act_fn="silu",
-    layers_per_block=1,
-    norm_num_groups=4,
-    sample_size=32,
-    scaling_factor=0.2,
-    force_upcast=True,
-)
-TEXT = dict(
-    vocab_size=49408,
-    hidden_size=8,
-    intermediate_size=12,
-    num_hidden_layers=2,
-    num_attention_heads=2,
-    hidden_act="quick_gelu",
-    max_position_embeddings=77,
-    layer_norm_eps=1e-5,
-    projection_dim=8,
-    bos_token_id=0,
-    eos_token_id=2,
-    pad_token_id=1,
-)
+
+
+def shipped_json(file):
+    return json.loads((SHIPPED / file).read_text())
+
+
+# The miniature's configurations with smaller, uneven sizes.
+UNET = shipped_json("unet/config.json") | {
+    "block_out_channels": [8, 12, 16],
+    "layers_per_block": 2,
+    "transformer_layers_per_block": [1, 1, 2],
+    "attention_head_dim": [1, 2, 4],
+    "cross_attention_dim": 20,
+    "addition_time_embed_dim": 4,
+    "projection_class_embeddings_input_dim": 10 + 6 * 4,
+    "norm_num_groups": 4,
+    "sample_size": 8,
+}
+VAE = shipped_json("vae/config.json") | {
+    "block_out_channels": [8, 12, 16],
+    "norm_num_groups": 4,
+    "sample_size": 32,
+    "scaling_factor": 0.2,
+    "force_upcast": True,
+}
 CONFIGS = {
     "unet": UNET,
     "vae": VAE,
-    "text_encoder": TEXT | dict(architectures=["CLIPTextModel"]),
-    "text_encoder_2": TEXT
-    | dict(
-        architectures=["CLIPTextModelWithProjection"],
-        hidden_size=12,
-        num_attention_heads=3,
-        num_hidden_layers=3,
-        intermediate_size=20,
-        hidden_act="gelu",
-        projection_dim=10,
-    ),
+    "text_encoder": shipped_json("text_encoder/config.json")
+    | {"hidden_size": 8, "intermediate_size": 12, "projection_dim": 8},
+    "text_encoder_2": shipped_json("text_encoder_2/config.json")
+    | {
+        "hidden_size": 12,
+        "num_attention_heads": 3,
+        "intermediate_size": 20,
+        "projection_dim": 10,
+    },
 }
-SCHEDULER = dict(
-    _class_name="EulerDiscreteScheduler",
-    beta_schedule="scaled_linear",
-    beta_start=0.00085,
-    beta_end=0.012,
-    num_train_timesteps=1000,
-    prediction_type="epsilon",
-    timestep_spacing="leading",
-    steps_offset=1,
-)
+SCHEDULER = {
+    "_class_name": "EulerDiscreteScheduler",
+    "beta_schedule": "scaled_linear",
+    "beta_start": 0.00085,
+    "beta_end": 0.012,
+    "num_train_timesteps": 1000,
+    "prediction_type": "epsilon",
+    "timestep_spacing": "leading",
+    "steps_offset": 1,
+}
+NETWORKS = tuple(CONFIGS)
 FILE = {
     "unet": "diffusion_pytorch_model",
     "vae": "diffusion_pytorch_model",
     "text_encoder": "model",
     "text_encoder_2": "model",
 }
-NETWORKS = tuple(CONFIGS)
 
 
 def refused(action, *words):
@@ -118,11 +89,14 @@ def refused(action, *words):
 
 @pytest.fixture(autouse=True, scope="module")
 def vocabulary_read_once():
-    """In the test files that import it, a vocabulary is read once; each tokenizer is a copy."""
-    read = lru_cache(Tokenizer.from_folder)
+    """In the test files that import it, the shipped vocabulary is read once, and then copied."""
+    read = Tokenizer.from_folder
+    cached = lru_cache(read)
 
-    def from_folder(*args):
-        tokenizer = copy.copy(read(*args))
+    def from_folder(folder, **options):
+        if not Path(folder).is_relative_to(SHIPPED):
+            return read(folder, **options)
+        tokenizer = copy.copy(cached(folder, **options))
         for name, value in vars(tokenizer).items():
             if isinstance(value, dict):
                 setattr(tokenizer, name, value.copy())
@@ -135,24 +109,24 @@ def vocabulary_read_once():
 
 def shapes(name, config):
     """{name in the folder layout: shape} of a network."""
-    with torch.device("meta"):
-        return {
-            key: p.shape
-            for key, p in BUILD[name](KINDS[name].from_config(config)).state_dict().items()
-        }
+    network = build_on_meta(name, CONFIG_CLASSES[name].from_config(config))
+    return {key: tuple(tensor.shape) for key, tensor in network.state_dict().items()}
 
 
 @lru_cache
 def weights(seed=0):
-    """{network: {name in the folder layout: float32 tensor}}, every element drawn."""
-    generator, drawn = torch.Generator().manual_seed(seed), {}
+    """{network: {name in the folder layout: random float32 tensor}}."""
+    generator, networks = torch.Generator().manual_seed(seed), {}
     for name, config in CONFIGS.items():
-        drawn[name] = {
-            key: 0.2 * torch.randn(shape, generator=generator)
-            + (len(shape) == 1 and "norm" in key and key.endswith("weight"))
-            for key, shape in shapes(name, config).items()
-        }
-    return drawn
+        networks[name] = {}
+        for key, shape in shapes(name, config).items():
+            tensor = 0.2 * torch.randn(shape, generator=generator)
+            is_norm = len(shape) == 1 and "norm" in key and key.endswith("weight")
+            networks[name][key] = tensor + is_norm
+    return networks
+
+
+# The folder layout
 
 
 def write_json(path, content):
@@ -161,39 +135,41 @@ def write_json(path, content):
 
 
 def write_weights(folder, name, tensors, dtype=torch.float32, variant="", shards=1, old=False):
-    """One network's weight file in its folder, or its shards with their index. old: the variant behind the shard's number."""
+    """One network's weight file in its folder, or its shards with their index.
+
+    old: the variant is behind the shard's number, as older versions of diffusers write it.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     tensors = {key: t.to(dtype).contiguous() for key, t in tensors.items()}
     if shards == 1:
         return save_file(tensors, folder / f"{FILE[name]}{variant}.safetensors")
-    place = {}
+    weight_map = {}
     for i in range(shards):
-        number = f"-{i + 1:05d}-of-{shards:05d}"
-        file = (
-            f"{FILE[name]}{number}{variant}.safetensors"
-            if old
-            else f"{FILE[name]}{variant}{number}.safetensors"
-        )
-        part = dict(list(tensors.items())[i::shards])
-        save_file(part, folder / file)
-        place |= dict.fromkeys(part, file)
-    write_json(
-        folder / f"{FILE[name]}.safetensors.index{variant}.json",
-        {"metadata": {}, "weight_map": place},
-    )
+        ending = f"{variant}-{i + 1:05d}-of-{shards:05d}"
+        if old:
+            ending = f"-{i + 1:05d}-of-{shards:05d}{variant}"
+        file = f"{FILE[name]}{ending}.safetensors"
+        shard = dict(list(tensors.items())[i::shards])
+        save_file(shard, folder / file)
+        weight_map |= dict.fromkeys(shard, file)
+    index = folder / f"{FILE[name]}.safetensors.index{variant}.json"
+    write_json(index, {"metadata": {}, "weight_map": weight_map})
 
 
 def write_folder(
-    root, seed=0, configs=CONFIGS, scheduler=SCHEDULER, index=None, vocabulary=False, **how
+    root, seed=0, configs=CONFIGS, scheduler=SCHEDULER, index=None, vocabulary=False, **options
 ):
-    """A whole checkpoint in the folder layout (how: see write_weights); without a vocabulary, the one that ships serves."""
+    """A whole checkpoint in the folder layout; options: of write_weights.
+
+    Without a vocabulary, the loader takes the one that ships.
+    """
     root = Path(root)
     standard = {"_class_name": "StableDiffusionXLPipeline", "force_zeros_for_empty_prompt": True}
     write_json(root / "model_index.json", standard | (index or {}))
     write_json(root / "scheduler" / "scheduler_config.json", scheduler)
     for name in NETWORKS:
         write_json(root / name / "config.json", configs[name])
-        write_weights(root / name, name, weights(seed)[name], **how)
+        write_weights(root / name, name, weights(seed)[name], **options)
     for name in ("tokenizer", "tokenizer_2") if vocabulary else ():
         shutil.copytree(SHIPPED / name, root / name, dirs_exist_ok=True)
     return root
@@ -201,23 +177,40 @@ def write_folder(
 
 # The single-file layout
 
+RESNET = {
+    "in_layers.0": "norm1",
+    "in_layers.2": "conv1",
+    "emb_layers.1": "time_emb_proj",
+    "out_layers.0": "norm2",
+    "out_layers.3": "conv2",
+    "skip_connection": "conv_shortcut",
+}
+VAE_RESNET = ("norm1", "conv1", "norm2", "conv2")
+VAE_ATTENTION = {
+    "group_norm": "norm",
+    "to_q": "q",
+    "to_k": "k",
+    "to_v": "v",
+    "to_out.0": "proj_out",
+}
+OPEN_CLIP_LAYER = {
+    "self_attn.out_proj": "attn.out_proj",
+    "layer_norm1": "ln_1",
+    "layer_norm2": "ln_2",
+    "mlp.fc1": "mlp.c_fc",
+    "mlp.fc2": "mlp.c_proj",
+}
+
 
 def resnet(theirs, ours):
-    return {
-        f"{ours}.{b}": f"{theirs}.{a}"
-        for a, b in (
-            ("in_layers.0", "norm1"),
-            ("in_layers.2", "conv1"),
-            ("emb_layers.1", "time_emb_proj"),
-            ("out_layers.0", "norm2"),
-            ("out_layers.3", "conv2"),
-            ("skip_connection", "conv_shortcut"),
-        )
-    }
+    return {f"{ours}.{b}": f"{theirs}.{a}" for a, b in RESNET.items()}
 
 
 def unet_modules(config):
-    """{module in the folder layout: its name in the single file}; transformers as a whole, they have the same names inside."""
+    """{module in the folder layout: its name in the single file}.
+
+    Transformers as a whole: they have the same names inside.
+    """
     layers, types = config["layers_per_block"], config["down_block_types"]
     levels = len(types)
     names = {
@@ -230,9 +223,8 @@ def unet_modules(config):
         "conv_out": "out.2",
         "mid_block.attentions.0": "middle_block.1",
     }
-    names |= resnet("middle_block.0", "mid_block.resnets.0") | resnet(
-        "middle_block.2", "mid_block.resnets.1"
-    )
+    names |= resnet("middle_block.0", "mid_block.resnets.0")
+    names |= resnet("middle_block.2", "mid_block.resnets.1")
     n = 0
     for level in range(levels):
         for i in range(layers):
@@ -258,124 +250,94 @@ def unet_modules(config):
 
 
 def vae_modules(config):
+    """The same for the VAE, whose decoder counts its levels from the finest."""
     layers, levels = config["layers_per_block"], len(config["block_out_channels"])
-    parts = (
-        ("norm1", "norm1"),
-        ("conv1", "conv1"),
-        ("norm2", "norm2"),
-        ("conv2", "conv2"),
-        ("conv_shortcut", "nin_shortcut"),
-    )
     names = {"quant_conv": "quant_conv", "post_quant_conv": "post_quant_conv"}
+
+    def add_resnet(theirs, ours):
+        names[f"{ours}.conv_shortcut"] = f"{theirs}.nin_shortcut"
+        for part in VAE_RESNET:
+            names[f"{ours}.{part}"] = f"{theirs}.{part}"
+
     for side in ("encoder", "decoder"):
-        names |= {
-            f"{side}.conv_in": f"{side}.conv_in",
-            f"{side}.conv_out": f"{side}.conv_out",
-            f"{side}.conv_norm_out": f"{side}.norm_out",
-        }
-        for i in range(2):
-            names |= {
-                f"{side}.mid_block.resnets.{i}.{a}": f"{side}.mid.block_{i + 1}.{b}"
-                for a, b in parts
-            }
-        names |= {
-            f"{side}.mid_block.attentions.0.{a}": f"{side}.mid.attn_1.{b}"
-            for a, b in (
-                ("group_norm", "norm"),
-                ("to_q", "q"),
-                ("to_k", "k"),
-                ("to_v", "v"),
-                ("to_out.0", "proj_out"),
-            )
-        }
+        for ours, theirs in (("conv_in",) * 2, ("conv_out",) * 2, ("conv_norm_out", "norm_out")):
+            names[f"{side}.{ours}"] = f"{side}.{theirs}"
+        for i in (0, 1):
+            add_resnet(f"{side}.mid.block_{i + 1}", f"{side}.mid_block.resnets.{i}")
+        for ours, theirs in VAE_ATTENTION.items():
+            names[f"{side}.mid_block.attentions.0.{ours}"] = f"{side}.mid.attn_1.{theirs}"
     for level in range(levels):
-        up = levels - 1 - level
+        down, up = f"encoder.down_blocks.{level}", f"decoder.up_blocks.{levels - 1 - level}"
         for i in range(layers):
-            names |= {
-                f"encoder.down_blocks.{level}.resnets.{i}.{a}": f"encoder.down.{level}.block.{i}.{b}"
-                for a, b in parts
-            }
+            add_resnet(f"encoder.down.{level}.block.{i}", f"{down}.resnets.{i}")
         for i in range(layers + 1):
-            names |= {
-                f"decoder.up_blocks.{up}.resnets.{i}.{a}": f"decoder.up.{level}.block.{i}.{b}"
-                for a, b in parts
-            }
-        names[f"encoder.down_blocks.{level}.downsamplers.0.conv"] = (
-            f"encoder.down.{level}.downsample.conv"
-        )
-        names[f"decoder.up_blocks.{up}.upsamplers.0.conv"] = f"decoder.up.{level}.upsample.conv"
+            add_resnet(f"decoder.up.{level}.block.{i}", f"{up}.resnets.{i}")
+        names[f"{down}.downsamplers.0.conv"] = f"encoder.down.{level}.downsample.conv"
+        names[f"{up}.upsamplers.0.conv"] = f"decoder.up.{level}.upsample.conv"
     return names
 
 
 def renamed(tensors, modules):
-    """Tensors under the names that their modules have in the single file; the module is the longest known beginning of a name."""
+    """Tensors under the names of their modules in the single file.
+
+    A tensor's module is the longest known beginning of its name.
+    """
     result = {}
     for key, tensor in tensors.items():
-        parts = key.split(".")
-        known = next(n for n in range(len(parts) - 1, 0, -1) if ".".join(parts[:n]) in modules)
-        result[".".join([modules[".".join(parts[:known])], *parts[known:]])] = tensor
+        module = max((m for m in modules if key.startswith(m + ".")), key=len)
+        result[modules[module] + key.removeprefix(module)] = tensor
     assert len(result) == len(tensors)
     return result
 
 
 def ldm_vae(tensors, config=VAE):
-    """The VAE as the original code saves it: attention is made of 1 x 1 convolutions."""
-    attention = {key for key, t in tensors.items() if ".attentions." in key and t.ndim == 2}
-    return renamed(
-        {key: t[:, :, None, None] if key in attention else t for key, t in tensors.items()},
-        vae_modules(config),
-    )
+    """The VAE as the original code saves it: its attention is made of 1 x 1 convolutions."""
+    stored = dict(tensors)
+    for key, tensor in tensors.items():
+        if ".attentions." in key and tensor.ndim == 2:
+            stored[key] = tensor[:, :, None, None]
+    return renamed(stored, vae_modules(config))
 
 
 def open_clip(tensors):
-    """The second encoder as OpenCLIP saves it: q, k, v stacked in one in_proj, a projection for x @ P."""
-    w, layers = (
-        dict(tensors),
-        1 + max(int(key.split(".")[3]) for key in tensors if ".layers." in key),
-    )
+    """The second encoder as OpenCLIP saves it: q, k and v in one in_proj, a projection for x @ P."""
+    model = "text_model."
     result = {
-        "token_embedding.weight": w["text_model.embeddings.token_embedding.weight"],
-        "text_projection": w["text_projection.weight"].T,
-        "positional_embedding": w["text_model.embeddings.position_embedding.weight"],
-        "ln_final.weight": w["text_model.final_layer_norm.weight"],
-        "ln_final.bias": w["text_model.final_layer_norm.bias"],
+        "token_embedding.weight": tensors[model + "embeddings.token_embedding.weight"],
+        "text_projection": tensors["text_projection.weight"].T,
+        "positional_embedding": tensors[model + "embeddings.position_embedding.weight"],
+        "ln_final.weight": tensors[model + "final_layer_norm.weight"],
+        "ln_final.bias": tensors[model + "final_layer_norm.bias"],
     }
-    for i in range(layers):
-        ours, theirs = f"text_model.encoder.layers.{i}", f"transformer.resblocks.{i}"
+    for i in range(CONFIGS["text_encoder_2"]["num_hidden_layers"]):
+        ours, theirs = f"{model}encoder.layers.{i}", f"transformer.resblocks.{i}"
         for leaf in ("weight", "bias"):
-            result[f"{theirs}.attn.in_proj_{leaf}"] = torch.cat(
-                [w[f"{ours}.self_attn.{part}_proj.{leaf}"] for part in "qkv"]
-            )
-            for a, b in (
-                ("self_attn.out_proj", "attn.out_proj"),
-                ("layer_norm1", "ln_1"),
-                ("layer_norm2", "ln_2"),
-                ("mlp.fc1", "mlp.c_fc"),
-                ("mlp.fc2", "mlp.c_proj"),
-            ):
-                result[f"{theirs}.{b}.{leaf}"] = w[f"{ours}.{a}.{leaf}"]
+            qkv = [tensors[f"{ours}.self_attn.{part}_proj.{leaf}"] for part in "qkv"]
+            result[f"{theirs}.attn.in_proj_{leaf}"] = torch.cat(qkv)
+            for a, b in OPEN_CLIP_LAYER.items():
+                result[f"{theirs}.{b}.{leaf}"] = tensors[f"{ours}.{a}.{leaf}"]
     return result
+
+
+def with_prefix(prefix, tensors):
+    return {prefix + key: tensor for key, tensor in tensors.items()}
 
 
 def single_tensors(seed=0):
     """The whole checkpoint under the names of the single-file layout."""
     w = weights(seed)
-    parts = {
-        "model.diffusion_model.": renamed(w["unet"], unet_modules(UNET)),
-        "first_stage_model.": ldm_vae(w["vae"]),
-        "conditioner.embedders.0.transformer.": w["text_encoder"],
-        "conditioner.embedders.1.model.": open_clip(w["text_encoder_2"]),
-    }
-    return {prefix + key: t for prefix, tensors in parts.items() for key, t in tensors.items()}
+    return (
+        with_prefix("model.diffusion_model.", renamed(w["unet"], unet_modules(UNET)))
+        | with_prefix("first_stage_model.", ldm_vae(w["vae"]))
+        | with_prefix("conditioner.embedders.0.transformer.", w["text_encoder"])
+        | with_prefix("conditioner.embedders.1.model.", open_clip(w["text_encoder_2"]))
+    )
 
 
+POSITION_IDS = "transformer.text_model.embeddings.position_ids"
 USUAL_EXTRAS = {  # what people's fine-tunes also hold
-    "conditioner.embedders.0.transformer.text_model.embeddings.position_ids": torch.arange(77)[
-        None
-    ],
-    "conditioner.embedders.1.model.transformer.text_model.embeddings.position_ids": torch.arange(
-        77
-    )[None],  # ComfyUI's
+    f"conditioner.embedders.0.{POSITION_IDS}": torch.arange(77)[None],
+    f"conditioner.embedders.1.model.{POSITION_IDS}": torch.arange(77)[None],  # ComfyUI's
     "conditioner.embedders.1.model.logit_scale": torch.tensor(4.6),
     "model_ema.decay": torch.tensor(0.999),
     "model_ema.num_updates": torch.tensor(1),
@@ -387,22 +349,21 @@ USUAL_EXTRAS = {  # what people's fine-tunes also hold
 
 
 def write_single(path, tensors=None, dtype=torch.float32, extras=None):
+    """A checkpoint in one file, floating-point tensors in this dtype; returns the path."""
     tensors = (single_tensors() if tensors is None else tensors) | (extras or {})
-    save_file(
-        {
-            key: (t.to(dtype) if t.is_floating_point() else t).contiguous()
-            for key, t in tensors.items()
-        },
-        path,
-    )
+    stored = {}
+    for key, tensor in tensors.items():
+        kind = dtype if tensor.is_floating_point() else tensor.dtype
+        stored[key] = tensor.to(kind).contiguous()
+    save_file(stored, path)
     return path
 
 
-# What tests ask
+# Comparison
 
 
 def same(network, expected, dtype=torch.float32):
-    """Every tensor of the network is, to the bit, the expected one in that dtype, and there are no others."""
+    """The network's tensors are, to the bit, the expected ones in that dtype, and no others."""
     state = network.state_dict()
     assert state.keys() == expected.keys()
     for key, tensor in state.items():

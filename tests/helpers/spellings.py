@@ -1,4 +1,4 @@
-"""The same LoRA in every spelling, over every layer of a tiny checkpoint that can hold an adapter: what the tests of LoRA files share."""
+"""The same LoRA in the names of every tool, over every layer of a tiny checkpoint."""
 
 import json
 
@@ -10,31 +10,32 @@ from alchemy import lora
 from helpers.checkpoints import UNET, unet_modules
 
 RANK, ALPHA = 2, 3.0
-HEADER = {
-    "lora_adapter_metadata": json.dumps(
-        {f"{network}.lora_alpha": ALPHA for network in ("unet", "text_encoder", "text_encoder_2")}
-    )
-}
+NETWORKS = ("unet", "text_encoder", "text_encoder_2")
+HEADER = {"lora_adapter_metadata": json.dumps({f"{name}.lora_alpha": ALPHA for name in NETWORKS})}
 
 
 @pytest.fixture
 def fresh(tiny):
+    """fresh(): the tiny checkpoint, newly loaded."""
     return lambda: alchemy.load(tiny, "cpu")
 
 
 @pytest.fixture
 def pairs(fresh):
-    """{our layer: (down, up)} over every layer of the UNet and the text encoders that can hold an adapter: linear ones and convolutions."""
-    made, sdxl = torch.Generator().manual_seed(1), fresh()
+    """{layer: (down, up)} over every linear layer and convolution of UNet and text encoders."""
+    generator, sdxl = torch.Generator().manual_seed(1), fresh()
     assert sdxl.unet and sdxl.text_encoders
-    shapes = {name: m.weight.shape for name, m in lora.layers(sdxl).items()}
-    return {
-        name: (
-            torch.randn(RANK, *c[1:], generator=made),
-            torch.randn(c[0], RANK, *(1 for _ in c[2:]), generator=made),
-        )
-        for name, c in shapes.items()
-    }
+    pairs = {}
+    for name, layer in lora.layers(sdxl).items():
+        out, *rest = layer.weight.shape
+        down = torch.randn(RANK, *rest, generator=generator)
+        up = torch.randn(out, RANK, *[1] * len(rest[1:]), generator=generator)
+        pairs[name] = down, up
+    return pairs
+
+
+def unet_only(pairs):
+    return {layer: pair for layer, pair in pairs.items() if layer.startswith("unet.")}
 
 
 def adapters(model):
@@ -44,54 +45,35 @@ def adapters(model):
 
 def adapter(sdxl, name):
     """{layer: (down, up, alpha, scale)} of the adapter of that name."""
-    return {
-        layer: (a.down, a.up, a.alpha, a.scale)
-        for layer, m in lora.layers(sdxl).items()
-        if name in m.lora
-        for a in [m.lora[name]]
-    }
+    found = {}
+    for layer, module in lora.layers(sdxl).items():
+        if name in module.lora:
+            a = module.lora[name]
+            found[layer] = a.down, a.up, a.alpha, a.scale
+    return found
 
 
 def equal(ours, pairs, alpha=ALPHA, scale=1.0):
+    """An adapter (see `adapter`) is bit-equal to the pairs, in float32."""
     assert ours.keys() == pairs.keys()
     for layer, (down, up, *rest) in ours.items():
         assert down.dtype == up.dtype == torch.float32
-        assert (
-            torch.equal(down, pairs[layer][0])
-            and torch.equal(up, pairs[layer][1])
-            and rest == [alpha, scale]
-        ), layer
+        same_down, same_up = torch.equal(down, pairs[layer][0]), torch.equal(up, pairs[layer][1])
+        assert same_down and same_up and rest == [alpha, scale], layer
 
 
-def underscored(name, unet=lambda layer: layer):
-    """kohya's name of a layer; unet: what the UNet's layers are called first."""
-    network, _, layer = name.partition(".")
-    prefix = {"unet": "lora_unet_", "text_encoder": "lora_te1_", "text_encoder_2": "lora_te2_"}[
-        network
-    ]
-    return prefix + (unet(layer) if network == "unet" else layer).replace(".", "_")
+def single_file_name(layer):
+    """The UNet's layer by the blocks of the single file; see checkpoints.unet_modules."""
+    modules = unet_modules(UNET)
+    module = max((m for m in modules if f"{layer}.".startswith(m + ".")), key=len)
+    return modules[module] + layer.removeprefix(module)
 
 
-def ldm(layer):
-    """The UNet's layer by the blocks of the single file, walked from the other side: see checkpoints.unet_modules."""
-    module = max((m for m in unet_modules(UNET) if f"{layer}.".startswith(m + ".")), key=len)
-    return unet_modules(UNET)[module] + layer.removeprefix(module)
-
-
-def written(pairs, stem, down, up, alpha=True):
-    """The pairs as a file holds them; diffusers has another ending for text encoders."""
-    tensors = {}
-    for layer, (a, b) in pairs.items():
-        if (down, up) == (".lora.down.weight", ".lora.up.weight") and layer.startswith("text"):
-            ends = (".lora_linear_layer.down.weight", ".lora_linear_layer.up.weight")
-        else:
-            ends = (down, up)
-        tensors |= {stem(layer) + ends[0]: a, stem(layer) + ends[1]: b} | (
-            {stem(layer) + ".alpha": torch.tensor(ALPHA)} if alpha else {}
-        )
-    return {k: t.clone() for k, t in tensors.items()}
-
-
+KOHYA_PREFIXES = {
+    "unet": "lora_unet_",
+    "text_encoder": "lora_te1_",
+    "text_encoder_2": "lora_te2_",
+}
 COMFYUI_PREFIXES = {
     "unet": "diffusion_model.",
     "text_encoder": "text_encoders.clip_l.transformer.",
@@ -100,39 +82,64 @@ COMFYUI_PREFIXES = {
 ONETRAINER_PREFIXES = {"unet": "", "text_encoder": "clip_l.", "text_encoder_2": "clip_g."}
 
 
-def prefixed(prefixes):
-    """The names of ComfyUI and OneTrainer: a prefix per network, the UNet's original blocks."""
+def stem(name, prefixes, original_blocks=True, separator="."):
+    """A tool's name of a layer: a prefix per network, and the UNet's blocks in either layout."""
+    network, _, layer = name.partition(".")
+    if network == "unet" and original_blocks:
+        layer = single_file_name(layer)
+    return prefixes[network] + layer.replace(".", separator)
 
-    def stem(name):
-        network, _, layer = name.partition(".")
-        return prefixes[network] + (ldm(layer) if network == "unet" else layer)
 
-    return stem
+def kohya(name):
+    return stem(name, KOHYA_PREFIXES, separator="_")
+
+
+def kohya_diffusers(name):
+    return stem(name, KOHYA_PREFIXES, original_blocks=False, separator="_")
+
+
+def comfyui(name):
+    return stem(name, COMFYUI_PREFIXES)
+
+
+def onetrainer(name):
+    return stem(name, ONETRAINER_PREFIXES)
 
 
 def lycoris(name):
-    return underscored(name).replace("lora_unet_", "lycoris_")
+    return kohya_diffusers(name).replace("lora_unet_", "lycoris_")
 
 
+def peft(name):
+    return "base_model.model." + name
+
+
+DOWN_UP = (".lora_down.weight", ".lora_up.weight")
 # ComfyUI: comfy/lora.py, model_lora_keys_unet and model_lora_keys_clip. OneTrainer:
 # modules/util/convert/lora. LyCORIS: lycoris/wrapper.py, prefix "lycoris".
 SPELLINGS = {
-    "ComfyUI": (prefixed(COMFYUI_PREFIXES), ".lora_down.weight", ".lora_up.weight"),
-    "ComfyUI, without .weight": (prefixed(COMFYUI_PREFIXES), ".lora_A", ".lora_B"),
-    "OneTrainer": (prefixed(ONETRAINER_PREFIXES), ".lora_down.weight", ".lora_up.weight"),
-    "LyCORIS": (lycoris, ".lora_down.weight", ".lora_up.weight"),
-    "kohya, the single file's blocks": (
-        lambda n: underscored(n, ldm),
-        ".lora_down.weight",
-        ".lora_up.weight",
-    ),
-    "kohya, diffusers' blocks": (underscored, ".lora_down.weight", ".lora_up.weight"),
+    "ComfyUI": (comfyui, *DOWN_UP),
+    "ComfyUI, without .weight": (comfyui, ".lora_A", ".lora_B"),
+    "OneTrainer": (onetrainer, *DOWN_UP),
+    "LyCORIS": (lycoris, *DOWN_UP),
+    "kohya, the single file's blocks": (kohya, *DOWN_UP),
+    "kohya, diffusers' blocks": (kohya_diffusers, *DOWN_UP),
     "diffusers": (str, ".lora.down.weight", ".lora.up.weight"),
     "PEFT in diffusers": (str, ".lora_A.weight", ".lora_B.weight"),
-    "PEFT": (lambda n: "base_model.model." + n, ".lora_A.weight", ".lora_B.weight"),
-    "PEFT with the adapter's name": (
-        lambda n: "base_model.model." + n,
-        ".lora_A.default.weight",
-        ".lora_B.default.weight",
-    ),
+    "PEFT": (peft, ".lora_A.weight", ".lora_B.weight"),
+    "PEFT with the adapter's name": (peft, ".lora_A.default.weight", ".lora_B.default.weight"),
 }
+
+
+def written(pairs, name_of, down, up, alpha=True):
+    """The pairs as a file holds them; diffusers has another ending for text encoders."""
+    tensors = {}
+    for layer, (a, b) in pairs.items():
+        ends = down, up
+        if down == ".lora.down.weight" and layer.startswith("text"):
+            ends = ".lora_linear_layer.down.weight", ".lora_linear_layer.up.weight"
+        tensors[name_of(layer) + ends[0]] = a.clone()
+        tensors[name_of(layer) + ends[1]] = b.clone()
+        if alpha:
+            tensors[name_of(layer) + ".alpha"] = torch.tensor(ALPHA)
+    return tensors
