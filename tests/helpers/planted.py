@@ -103,11 +103,11 @@ class UNet(nn.Module):
         t = float(torch.as_tensor(t).flatten()[0])
         call = {"t": t, "x_t": x_t, "context": context, "time_ids": time_ids}
         self.calls.append(call | {"lora": self.adapted.lora["default"].scale})
+        x_0 = self.x_0_of(int(context[-1, 0, 0]), x_t[-1:])
         for module in self.modules():
             if isinstance(module, PlantedAttention):
                 module(t, len(x_t))
         ab = self.schedule.alpha_bar_at(t)
-        x_0 = self.x_0_of(int(context[-1, 0, 0]), x_t[-1:])
         return (x_t - ab**0.5 * x_0) / (1 - ab) ** 0.5
 
 
@@ -140,7 +140,7 @@ class Planted:
         self_attention=None,
         **chosen,
     ):
-        self.pictures, self.where, self.size, self.latent_size = pictures, where or {}, size, None
+        self.pictures, self.where, self.size = pictures, where or {}, size
         self.defaults = defaults.column("mini") | {"steps": 8, "size": size[0]} | chosen
         self.tokenizers, self.vae = (tokenizer(), tokenizer()), VAE()
         self.schedule, self.prompts = Schedule.from_config({}), []
@@ -167,7 +167,8 @@ class Planted:
 
     def x_0_of(self, index, x_t):
         """x_0 (1,4,h,w) of a prompt: the image of the longest phrase in it."""
-        phrases = [phrase for phrase in self.pictures if phrase in self.prompts[index]]
+        self.prompt, self.latent_size = self.prompts[index], tuple(x_t.shape[-2:])
+        phrases = [phrase for phrase in self.pictures if phrase in self.prompt]
         picture = self.pictures[max(phrases, key=len)]
         if picture is None:
             return self.vae.encoded
@@ -191,7 +192,7 @@ class Planted:
 
         The rest of the batch the other way round.
         """
-        shape, prompt = self.level(name), self.prompts[-1]
+        shape, prompt = self.level(name), self.prompt
         p = torch.zeros(batch, HEADS, shape[0] * shape[1], 77)
         for phrase in self.where:
             for positions in tokenizer().find(prompt, phrase):
