@@ -2,8 +2,11 @@
 
     python tests/mutations.py [-k WORD]    all faults, two at a time
     python tests/mutations.py --no-green   skip the first run without a fault (CI has just run it)
+    python tests/mutations.py --record     write anew which test caught which fault
 
-The faults are in tests/faults/, one file per area. Exit status 1 if a fault is not caught, or if
+The faults are in tests/faults/, one file per area. The test that caught a fault before, by
+tests/faults/caught_by.json, runs first and alone; the files of the fault follow only where it no
+longer fails, so that the record saves time and cannot hide a fault. Exit status 1 if a fault is not caught, or if
 its old text is not found exactly once (the code has changed: change the fault with it).
 Needs fork (Linux, macOS), so that torch is imported once and not for each fault.
 """
@@ -12,6 +15,7 @@ import argparse
 import contextlib
 import importlib
 import io
+import json
 import multiprocessing
 import os
 import shutil
@@ -25,6 +29,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 AT_ONCE = 2
 TIMEOUT = 150  # seconds; a fault that makes the code hang counts as caught
+RECORD = ROOT / "tests" / "faults" / "caught_by.json"  # {fault: "cli/test_flags.py::test_name"}
 
 
 @dataclass(frozen=True)
@@ -36,6 +41,15 @@ class Fault:
     what: str
     old: str
     new: str
+
+    @property
+    def name(self) -> str:
+        return f"{self.module}: {self.what}"
+
+    @property
+    def files(self) -> list[str]:
+        folders = [Path(name) for name in self.tests]
+        return [str(path.with_name(f"test_{path.name}.py")) for path in folders]
 
 
 def read_faults() -> list[Fault]:
@@ -67,21 +81,21 @@ def copy_repository(folder: Path) -> Path:
 
 
 def run_tests(repo: Path, tests: list[str]) -> tuple[int, str]:
-    """Run test files of the copy in this (forked) process: pytest's exit status and its output."""
+    """Run tests (paths below tests/) of the copy in this forked process.
+
+    Returns pytest's exit status and its output."""
     import pytest
 
     os.chdir(repo)
     sys.path[:] = [str(repo)] + [p for p in sys.path if not p.startswith(str(ROOT))]
-    files = [
-        str(Path("tests", *name.split("/")[:-1], f"test_{Path(name).name}.py")) for name in tests
-    ]
     with contextlib.redirect_stdout(io.StringIO()) as output:
-        status = pytest.main(["-x", "-q", "-p", "no:cacheprovider", *files])
+        paths = [f"tests/{name}" for name in tests]
+        status = pytest.main(["-x", "-q", "-p", "no:cacheprovider", *paths])
     return int(status), output.getvalue()
 
 
-def apply_and_test(send, folder: str, fault: Fault) -> None:
-    """In a forked process: put the fault into a copy, run its tests, send (result, failed test)."""
+def apply_and_test(send, folder: str, fault: Fault, tests: list[str]) -> None:
+    """In a forked process: put the fault into a copy, run tests, send (result, failed test)."""
     repo = copy_repository(Path(folder))
     file = repo / "alchemy" / f"{fault.module}.py"
     text = file.read_text(encoding="utf-8") if file.exists() else ""
@@ -89,42 +103,58 @@ def apply_and_test(send, folder: str, fault: Fault) -> None:
         send.send((f"old text found {text.count(fault.old)} times", ""))
         return
     file.write_text(text.replace(fault.old, fault.new), encoding="utf-8")
-    status, output = run_tests(repo, list(fault.tests))
+    status, output = run_tests(repo, tests)
     failed = [line for line in output.splitlines() if line.startswith(("FAILED", "ERROR"))]
     if status == 1 and failed:
-        send.send(("caught", failed[0].split("::")[-1].split(" - ")[0]))
+        test = failed[0].split(" ", 1)[1].split(" - ")[0].split("[")[0]
+        send.send(("caught", test.removeprefix("tests/")))
     elif status == 0:
         send.send(("NOT CAUGHT", ""))
     else:
         send.send(("caught" if failed else f"pytest ended with status {status}", "import"))
 
 
-def results(faults: list[Fault]) -> Iterator[tuple[Fault, str, str]]:
-    """Yield (fault, result, failed test) in order; each runs in a forked process, two at a time."""
+def start(fault: Fault, tests: list[str]) -> tuple:
+    """Start a process for one fault; (process, pipe to its answer, its folder)."""
     fork = multiprocessing.get_context("fork")
+    receive, send = fork.Pipe(duplex=False)
+    folder = tempfile.TemporaryDirectory()
+    process = fork.Process(target=apply_and_test, args=(send, folder.name, fault, tests))
+    process.start()
+    send.close()
+    return process, receive, folder
+
+
+def answer(process, receive, folder) -> tuple[str, str]:
+    """Wait for the process: (result, failed test)."""
+    try:
+        result = receive.recv() if receive.poll(TIMEOUT) else ("caught", "no end")
+    except EOFError:  # the process died without an answer
+        result = "caught", "the process died"
+    process.kill()
+    process.join()
+    folder.cleanup()
+    return result
+
+
+def results(faults: list[Fault], record: dict[str, str]) -> Iterator[tuple[Fault, str, str]]:
+    """Yield (fault, result, failed test) in order; each runs in a forked process, two at a time."""
     waiting, running = list(faults), []
     while waiting or running:
         while waiting and len(running) < AT_ONCE:
-            receive, send = fork.Pipe(duplex=False)
-            folder = tempfile.TemporaryDirectory()
-            process = fork.Process(target=apply_and_test, args=(send, folder.name, waiting[0]))
-            process.start()
-            send.close()
-            running.append((waiting.pop(0), process, receive, folder))
-        fault, process, receive, folder = running.pop(0)
-        try:
-            result, test = receive.recv() if receive.poll(TIMEOUT) else ("caught", "no end")
-        except EOFError:  # the process died without an answer
-            result, test = "caught", "the process died"
-        process.kill()
-        process.join()
-        folder.cleanup()
-        yield fault, result, test
+            fault = waiting.pop(0)
+            test = record.get(fault.name)
+            running.append((fault, test, start(fault, [test] if test else fault.files)))
+        fault, test, process = running.pop(0)
+        result, failed = answer(*process)
+        if test and result != "caught":
+            result, failed = answer(*start(fault, fault.files))
+        yield fault, result, failed
 
 
 def check_green(faults: list[Fault]) -> None:
     """Without a fault the tests must pass, or a failure would prove nothing."""
-    tests = sorted({name for fault in faults for name in fault.tests})
+    tests = sorted({name for fault in faults for name in fault.files})
     with tempfile.TemporaryDirectory() as folder:
         process_results = multiprocessing.get_context("fork").Queue()
 
@@ -146,21 +176,31 @@ def main(argv: list[str] | None = None) -> int:
         "-k", metavar="WORD", default="", help="only faults with this in their name"
     )
     parser.add_argument("--no-green", action="store_true", help="skip the run without a fault")
+    parser.add_argument("--record", action="store_true", help=f"write {RECORD.name} anew")
     args = parser.parse_args(argv)
-    faults = [f for f in read_faults() if args.k in f"{f.module}: {f.what}"]
+    faults = [fault for fault in read_faults() if args.k in fault.name]
+    record = {}
+    if RECORD.exists():
+        record = json.loads(RECORD.read_text(encoding="utf-8"))
 
     import torch
 
     torch.set_num_threads(1)
     sys.dont_write_bytecode = True
-    start = time.time()
+    begin = time.time()
     if not args.no_green:
         check_green(faults)
     missed = 0
-    for fault, result, test in results(faults):
+    for fault, result, test in results(faults, record):
         missed += result != "caught"
-        print(f"{result:<12} {fault.module}: {fault.what}   {test}", flush=True)
-    seconds = time.time() - start
+        print(f"{result:<12} {fault.name}   {test}", flush=True)
+        if "::" in test:
+            record[fault.name] = test
+    if args.record:
+        known = {fault.name for fault in read_faults()}
+        record = {name: record[name] for name in sorted(known.intersection(record))}
+        RECORD.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+    seconds = time.time() - begin
     print(f"{len(faults) - missed} of {len(faults)} faults are caught, in {seconds:.0f} s")
     return int(missed > 0)
 

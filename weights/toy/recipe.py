@@ -21,6 +21,7 @@ import torch.nn.functional as F
 from safetensors.torch import save_file
 from torch import Generator, Tensor, nn
 
+import alchemy
 from alchemy import cli
 from alchemy.clip import TextConfig, TextEncoder
 from alchemy.schedule import Schedule
@@ -273,11 +274,42 @@ class Denoiser:
         return errors
 
 
+@torch.no_grad()
+def warm_start(denoiser: Denoiser, vae: VAE, scenes: Scenes, folder: Path) -> float:
+    """Start from the weights of a packed folder, whose VAE may be another one.
+
+    The rotation R that turns latents of `vae` into those of the folder's VAE with the least
+    squared error (orthogonal Procrustes) goes into the UNet's first and last convolution. Being a
+    rotation, it leaves white noise white. Returns the share of variance that it explains.
+    """
+    before = alchemy.load(folder, dtype="float32")
+    for name, module in denoiser.modules.items():
+        source = before.text_encoders[TEXT_ENCODERS.index(name)] if name != "unet" else before.unet
+        module.load_state_dict(source.state_dict())
+    images = classifier.to_input(scenes.images[:64])
+    old, new = (
+        torch.cat([network.encode(part)[0] for part in images.split(16)]).transpose(0, 1).flatten(1)
+        for network in (before.vae, vae)
+    )
+    u, _, v = torch.linalg.svd(old @ new.T)
+    rotation = u @ v  # old ≈ rotation @ new, both (4, N)
+    unet = denoiser.modules["unet"]
+    unet.conv_in.weight.copy_(torch.einsum("oikl,ij->ojkl", unet.conv_in.weight, rotation))
+    unet.conv_out.weight.copy_(torch.einsum("oikl,oj->jikl", unet.conv_out.weight, rotation))
+    unet.conv_out.bias.copy_(rotation.T @ unet.conv_out.bias)
+    error = (old - rotation @ new).square().mean() / old.square().mean()
+    return 1 - float(error)
+
+
 def train_unet(args, log, device, config=None, name="unet", clock=time.time) -> list[float]:
     """Train, and return the held-out losses of the EMA."""
     denoiser = Denoiser(config or NETWORKS["unet"], device)
     vae = trained_vae(args.work, device)
-    latents = Latents(vae, Scenes(args.work / "scenes", args.scenes), device)
+    scenes = Scenes(args.work / "scenes", args.scenes)
+    if args.init:
+        share = warm_start(denoiser, vae, scenes, args.init)
+        log(f"starts from {args.init}; its latents explained by a rotation: {share:.2f}")
+    latents = Latents(vae, scenes, device)
     fresh = Scenes(args.work / "scenes", min(512, args.scenes), world.FRESH)
     held_out = Latents(vae, fresh, device)
     latents.grow(2500)
@@ -344,6 +376,9 @@ def main(argv=None) -> None:
     parser.add_argument("part", choices=("vae", "unet", "trial", "pack"))
     parser.add_argument(
         "--minutes", type=cli.POSITIVE, help="in all, earlier runs included (30; 50; trial: 2)"
+    )
+    parser.add_argument(
+        "--init", type=Path, metavar="FOLDER", help="of a packed miniature that unet starts from"
     )
     parser.add_argument("--lr", type=cli.POSITIVE, help="peak learning rate (1.6e-3)")
     parser.add_argument("--batch", type=cli.COUNT, default=16, help="of the UNet (default: 16)")

@@ -147,10 +147,11 @@ def bfloat16(device: torch.device):
         return
     fused = F.scaled_dot_product_attention
 
-    def attention(q: Tensor, k: Tensor, v: Tensor, **options) -> Tensor:
-        if options:  # the causal attention of the text encoders, which is small
-            return fused(q.float(), k.float(), v.float(), **options)
+    def attention(q: Tensor, k: Tensor, v: Tensor, is_causal: bool = False) -> Tensor:
         scores = (q * q.shape[-1] ** -0.5) @ k.transpose(-1, -2)
+        if is_causal:  # the text encoders
+            future = torch.ones(scores.shape[-2:], dtype=torch.bool).triu(1)
+            scores = scores.masked_fill(future, float("-inf"))
         return scores.softmax(-1).to(v.dtype) @ v
 
     try:
