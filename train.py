@@ -259,7 +259,7 @@ def train_and_save(args, out, page, sdxl, task, state, get_loss) -> int:
     signal that stopped it, or 0."""
     from alchemy.files import save_json
     from alchemy.methods.preview import Previews
-    from alchemy.training import StopSignal, denoising_loss
+    from alchemy.training import StopSignal
 
     is_main = not distributed.rank()  # only rank 0 writes files
     validation = None
@@ -287,15 +287,11 @@ def train_and_save(args, out, page, sdxl, task, state, get_loss) -> int:
             state.save(path, {"kind": args.method, "batch": str(outputs.samples_per_step(args))})
         distributed.barrier()
 
-    def loss_at(t):  # of one batch, always the same, without weighting and prior
-        batch = task.get_batch(0, 0).at_timestep(sdxl.schedule, t)
-        return float(denoising_loss(sdxl, batch, task.prompts, 0).mean().detach())
-
     watcher, steps = None, iterate(args, sdxl, state, get_loss)
     if page:
         from alchemy.extras.inspect.training_page import TrainingRecorder
 
-        watcher = TrainingRecorder(sdxl, loss_at, args.steps, state.step)
+        watcher = TrainingRecorder(sdxl, args.steps, state.step)
         steps = watcher.follow(steps)
     previews = Previews(args, out, sdxl, task, state, watcher, validation)
     # The state of a whole SDXL UNet has 31 GB.

@@ -336,7 +336,7 @@ def add_sampling(p: Parser) -> None:
 
 def add_inspect(p: Parser) -> None:
     add = p.add_argument_group("inspection").add_argument
-    text = "write an HTML page that shows every step, and sheets, into this folder (or, if it is "
+    text = "write an HTML page that shows every step into this folder (or, if it is "
     text += "not empty, the next free number)"
     add("--inspect", metavar="FOLDER", help=text)
     text = "with --inspect: all arrays too, as safetensors beside the page"

@@ -159,7 +159,7 @@ def test_a_training_page_opens_at_the_last_step_and_follows_the_slider(taught, t
     assert result["last"][:2] == ["after step 3 of 3", "step 3"]
     assert result["last"][2] < result["cells"] / 4
     assert result["first"] == ["after step 0 of 3", "step 0", result["cells"]]
-    assert result["curves"] == 1 + 2 * 4
+    assert result["curves"] == 1
 
 
 def check_text(path, tmp_path, present, absent):
@@ -189,11 +189,10 @@ def test_the_text_of_a_negative_and_a_long_prompt_and_a_hook_is_true(tiny, tmp_p
 
 def test_the_text_of_a_resumed_run_without_a_prior_is_true(tiny, tmp_path):
     sdxl = alchemy.load(tiny, "cpu")
-    recorder = training_page.TrainingRecorder(sdxl, lambda t: 1 + t, 6, begin=4)
+    recorder = training_page.TrainingRecorder(sdxl, 6, begin=4)
     assert [step for step, _ in recorder.follow([(5, 0.5), (6, 0.4)])] == [5, 6]
     metadata = {"method": "textual-inversion", "steps": 6, "rank": None, "learning_rate": 0.1}
     metadata |= {"seed": 0, "prior_weight": 1.0}
     losses = [0.5] * 6
     *_, path = training_page.write_training_page("page", recorder, losses, "a dog", metadata)
-    present = ("after step 4, where the run was resumed",)
-    check_text(path, tmp_path, present, ("before the first", "rank", "prior"))
+    check_text(path, tmp_path, ("after step 6 of 6",), ("rank", "prior"))

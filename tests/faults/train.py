@@ -196,8 +196,8 @@ FAULTS = {
     ("extras/memory", "extras/memory"): (
         (
             "one moment is forgotten",
-            "kept = unet + 3 * 4 * parameters",
-            "kept = unet + 2 * 4 * parameters",
+            "kept += 3 * 4 * trained",
+            "kept += 2 * 4 * trained",
         ),
         ("nothing to spare", "MARGIN = 0.9", "MARGIN = 1.0"),
         ("a flag is overruled", "if trains and args.checkpointing is None:", "if trains:"),

@@ -15,7 +15,6 @@ from ... import pipeline, segmentation
 from ...insertion import Insertion, with_token
 from ...sampling import Step
 from ...sdxl import SDXL
-from . import sheets
 from .page import write_page
 from .record import Recorder
 from .sprites import data_uri, single_sprite
@@ -139,14 +138,14 @@ def write_insertion_page(
     folder: str | PathLike, recorder: InsertionRecorder, made: Insertion, metadata: dict
 ) -> list[Path]:
     """Write the page of an Insertion; returns the paths."""
-    masks = mask_steps(recorder, made, metadata["threshold"])
     changed, outside = difference(made)
     top = max(int(changed.max()), 1)
     images = [made.scene, made.generated][-len(recorder.stages) :]
+    steps = []
+    for name, note, mask in mask_steps(recorder, made, metadata["threshold"]):
+        steps.append({"name": name, "note": note, "sprite": single_sprite(mask)})
     shown = {
-        "mask": [
-            {"name": name, "note": note, "sprite": single_sprite(m)} for name, note, m in masks
-        ],
+        "mask": steps,
         "seam": metadata["seam"],
         "box": made.box,
         "difference": single_sprite(changed / top),
@@ -163,11 +162,8 @@ def write_insertion_page(
         shown["scene"] = data_uri(made.scene, made.scene.width <= 256)
     if made.crop != made.scene:
         shown["crop"] = data_uri(made.crop, made.crop.width <= 256)
-    rows = [[(name, sheets.grey(m)) for name, _, m in masks]]
-    composite = [("scene", made.scene), ("crop", made.crop), ("generated", made.generated)]
-    composite += [("result", made.result), ("difference", Image.fromarray(changed.numpy()))]
     stages = []
     for (name, stage), image in zip(recorder.stages, images, strict=True):
         stages.append((name, stage, image))
     extra = {"kind": "How the subject was inserted into the scene", "insertion": shown}
-    return write_page(folder, metadata["prompt"], stages, metadata, extra, [*rows, composite])
+    return write_page(folder, metadata["prompt"], stages, metadata, extra)

@@ -1,4 +1,4 @@
-"""The page: one HTML file that holds its images and data; beside it contact sheets and arrays."""
+"""The page: one HTML file that holds its images and data; beside it, on demand, the arrays."""
 
 import html
 import json
@@ -13,13 +13,11 @@ from torch import Tensor
 
 from ... import cli, pipeline, samplers
 from ...files import replace, save_tensors
-from ...formats import png
 from ...pipeline import Progress
 from ...sampling import Hook
 from ...sdxl import SDXL
 from . import stage
 from .record import Recorder
-from .sheets import sheet
 from .sprites import fit_colors
 
 PARTS = Path(__file__).with_name("page")
@@ -77,13 +75,12 @@ def write_page(
     stages: Sequence[tuple[str, Recorder, Image.Image]],
     metadata: dict,
     extra: dict | None = None,
-    rows: list | None = None,
     arrays: dict[str, dict[str, Tensor]] | None = None,
 ) -> list[Path]:
     """Write the page of some stages, (name, recorder, image) each; returns the paths.
 
-    extra: more for page/start.js. rows: of overview.png, a further contact sheet.
-    arrays: {file: tensors}, beside those of recorders with full=True.
+    extra: more for page/start.js. arrays: {file: tensors}, beside those of recorders with
+    full=True.
     """
     folder, arrays = Path(folder), dict(arrays or {})
     folder.mkdir(parents=True, exist_ok=True)
@@ -95,29 +92,20 @@ def write_page(
         pairs += [(recorder.latents["x_0"][k], image) for k, image in images.items()]
     colors = fit_colors(pairs)
 
-    data, sheets = [], {}
-    for number, (name, recorder, image) in enumerate(stages, 1):
-        images = decoded[number - 1]
-        shown, levels = stage.frames(recorder, colors), stage.attention_levels(recorder)
-        data.append(stage.describe(recorder, name, image, images, shown, levels))
-        file = "steps" if len(stages) == 1 else f"stage-{number}"
-        sheets[f"{file}.png"] = stage.contact_rows(recorder, images, shown, levels)
+    data = {"title": title, "metadata": metadata, "stages": []} | (extra or {})
+    for number, (name, recorder, image) in enumerate(stages):
+        data["stages"].append(stage.describe(recorder, name, image, decoded[number], colors))
         if recorder.full:
+            file = "steps" if len(stages) == 1 else f"stage-{number + 1}"
             arrays[f"{file}.safetensors"] = recorder.arrays()
-    if rows:
-        sheets["overview.png"] = rows
-
-    for file, content in sheets.items():
-        png.save(sheet(content, least=128), folder / file, metadata)
-    for file, tensors in arrays.items():
-        save_tensors(tensors, folder / file, metadata)
-    data = {"title": title, "metadata": metadata, "stages": data} | (extra or {})
     if stages:
         alpha_bars = stages[0][1].sdxl.schedule.alpha_bar[::10].tolist()
         data["alpha_bar"] = [round(ab, 6) for ab in alpha_bars]
+    for file, tensors in arrays.items():
+        save_tensors(tensors, folder / file, metadata)
     text = render(title, data)
     replace(folder / "index.html", lambda path: path.write_text(text, encoding="utf-8"))
-    return [folder / file for file in (*sheets, *arrays, "index.html")]
+    return [folder / file for file in (*arrays, "index.html")]
 
 
 def finite(data: object) -> object:

@@ -1,4 +1,4 @@
-"""What a Recorder recorded, as the page and the contact sheet show it."""
+"""What a Recorder recorded, as the page shows it."""
 
 import numpy as np
 import torch
@@ -6,7 +6,6 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
-from ... import images
 from ...sdxl import SDXL
 from .record import Recorder
 from .sprites import data_uri, even_indices, preview, sprite_sheet, to_uint8
@@ -14,14 +13,6 @@ from .sprites import data_uri, even_indices, preview, sprite_sheet, to_uint8
 DECODED_STEPS = 6  # x_0 goes through the VAE at so many steps
 MAX_MAPS = 800  # per level: all steps of 26 tokens, every third of 30 steps of 77
 MAX_QUANTILE = 2**24  # torch.quantile takes no more numbers
-LABELS = {
-    "x_t": "x_t",
-    "eps": "predicted noise",
-    "x_0": "predicted x_0",
-    "x_0_uncond": "x_0, uncond",
-    "x_0_cond": "x_0, cond",
-    "guidance": "cond − uncond",
-}
 
 
 @torch.no_grad()
@@ -131,20 +122,15 @@ def self_attention_images(recorder: Recorder) -> dict[str, dict]:
 
 
 def describe(
-    recorder: Recorder,
-    name: str,
-    image: Image.Image,
-    decoded: dict[int, Tensor],
-    shown: dict[str, np.ndarray],
-    levels: dict[str, Tensor],
+    recorder: Recorder, name: str, image: Image.Image, decoded: dict[int, Tensor], colors: Tensor
 ) -> dict:
-    """A stage as page/stage.js reads it, from what the functions above return."""
+    """A stage as page/stage.js reads it. decoded: see decode_steps; colors: see fit_colors."""
     deviations = {q: recorder.stacked(q).flatten(1).std(1).tolist() for q in ("eps", "x_0")}
     steps = []
     for k, step in enumerate(recorder.steps):
         steps.append(step | {"std": {q: round(x[k], 4) for q, x in deviations.items()}})
     pixels = torch.stack(list(decoded.values())).movedim(1, -1)
-    cross = {key: token_sprites(level) for key, level in levels.items()}
+    shown, levels = frames(recorder, colors), attention_levels(recorder)
     return {
         "name": name,
         "focus": recorder.focus,
@@ -160,33 +146,9 @@ def describe(
         "sprites": {key: sprite_sheet(x) for key, x in shown.items()},
         "decoded": sprite_sheet(to_uint8(pixels, -1, 1)) | {"at": list(decoded)},
         "image": data_uri(image, image.width <= 256),
-        "cross": cross,
+        "cross": {key: token_sprites(level) for key, level in levels.items()},
         "attention_share": attention_share(recorder).tolist() if levels else [],
         "self_attention": self_attention_images(recorder),
         "latent_size": recorder.latent_size,
         "image_size": image.size[::-1],
     }
-
-
-def contact_rows(
-    recorder: Recorder,
-    decoded: dict[int, Tensor],
-    shown: dict[str, np.ndarray],
-    levels: dict[str, Tensor],
-) -> list[list[tuple[str, Image.Image]]]:
-    """Rows for sheets.sheet: each quantity at a few steps, then the map of each token."""
-    steps = recorder.steps
-    chosen = even_indices(len(steps), 8)
-    rows = []
-    for quantity, label in LABELS.items():
-        if quantity in shown:
-            rows.append([(f"{label}, t {steps[k]['t']:g}", shown[quantity][k]) for k in chosen])
-    if levels:
-        level = levels.get("all", next(iter(levels.values())))
-        tokens = split_prompt(recorder.sdxl, recorder.prompt)[0]["tokens"][:-1]
-        for i, (_, text) in enumerate(tokens[:16]):
-            maps = to_uint8(level[:, i], float(level[:, i].min()), float(level[:, i].max()))
-            rows.append([(f"{text!r}, t {steps[k]['t']:g}", maps[k]) for k in chosen])
-    rows = [[(label, Image.fromarray(pixels)) for label, pixels in row] for row in rows]
-    labels = {k: f"decoded, t {steps[k]['t']:g}" for k in decoded}
-    return [*rows, [(labels[k], images.to_image(x)) for k, x in decoded.items()]]

@@ -36,7 +36,7 @@ function crossAttentionCard(stage) {
   const at = stage.cross[levels[0]].at, chosen = evenly(at, 10);  // long prompts: not every step
   const now = levels.map(level => tile("", `cross ${level}`));
   const mean = levels.map(level => tile("", `mean ${level}`));
-  const strip = element("div.strip"), summary = element("p.summary");
+  const strip = element("div.strip"), summary = element("p");
   // The word that the page is about comes first, else the token with the clearest map.
   const peak = i => stage.cross[levels[0]].range[i][1];
   const clearest = tokens.map((_, i) => i).slice(1, -1)

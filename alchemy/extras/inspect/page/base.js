@@ -131,6 +131,29 @@ function definitions(rows) {
     element("div", {}, element("dt", {}, name), element("dd", {}, value))));
 }
 
+// Axes with x in [x0, x1], y in [y0, y1], with a line at each tick [y, label].
+// move(v) sets the dashed rule that marks the step shown.
+function chart([x0, x1], [y0, y1], ticks, {W, H, left, right}) {
+  const margin = 46, x = v => margin + (v - x0) / (x1 - x0 || 1) * (W - margin - 12);
+  const y = v => 8 + (y1 - Math.max(Math.min(v, y1), y0)) / (y1 - y0 || 1) * (H - 30);
+  const text = (x, y, anchor, label) => svg("text", {x, y, "text-anchor": anchor}, label);
+  const grid = ticks.flatMap(([v, label]) => [
+    svg("line", {x1: margin, x2: W - 12, y1: y(v), y2: y(v), class: "tick"}),
+    text(margin - 6, y(v) + 3.5, "end", label)]);
+  const rule = svg("line", {y1: 4, y2: H - 22, class: "rule"});
+  const drawing = svg("svg", {viewBox: `0 0 ${W} ${H}`, class: "plot"}, ...grid, rule,
+    text(margin, H - 6, "start", left), text(W - 12, H - 6, "end", right));
+  const line = (points, classes) => drawing.append(svg("polyline", {class: classes,
+    points: points.map(([a, b]) => `${x(a).toFixed(1)},${y(b).toFixed(1)}`).join(" ")}));
+  const dot = (a, b, r, classes) => {
+    const node = svg("circle", {cx: x(a), cy: y(b), r, class: classes});
+    drawing.append(node);
+    return node;
+  };
+  const move = v => ["x1", "x2"].forEach(name => rule.setAttribute(name, x(v)));
+  return {drawing, x, y, line, dot, move};
+}
+
 // The step that the bar at the top selects. `onStep(f)` calls f(k) whenever it changes.
 const timeline = {k: 0, listeners: [], frames: []};
 const onStep = listener => timeline.listeners.push(listener);

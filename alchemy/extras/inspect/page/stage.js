@@ -87,36 +87,26 @@ function decodedCard(stage) {
 }
 
 // A curve over t with a dot per step; the step shown stands out.
-function plot(stage, caption, of, ticks) {
-  const W = 320, H = 120, left = 34, T = data.alpha_bar.length * 10;
-  const values = data.alpha_bar.map(of).filter(isFinite);
-  const low = Math.min(...values), high = Math.max(...values);
-  const x = t => left + t / T * (W - left - 8);
-  const y = v => 8 + (high - Math.max(v, low)) / (high - low) * (H - 26);
-  const points = data.alpha_bar.map((ab, i) => `${x(10 * i).toFixed(1)},${y(of(ab)).toFixed(1)}`);
-  const dots = stage.steps.map(step =>
-    svg("circle", {cx: x(step.t), cy: y(of(step.alpha_bar)), r: 2, class: "dot"}));
-  const mark = svg("circle", {r: 5, class: "mark"});
-  const rule = svg("line", {y1: 4, y2: H - 18, class: "rule"});
-  const grid = ticks.flatMap(([v, label]) => [
-    svg("line", {x1: left, x2: W - 8, y1: y(v), y2: y(v), class: "tick"}),
-    svg("text", {x: left - 5, y: y(v) + 3.5, "text-anchor": "end"}, label)]);
-  const drawing = svg("svg", {viewBox: `0 0 ${W} ${H}`, class: "plot"}, ...grid,
-    svg("polyline", {points: points.join(" "), class: "curve"}), ...dots, rule, mark,
-    svg("text", {x: left, y: H - 4}, "t = 0: image"),
-    svg("text", {x: W - 8, y: H - 4, "text-anchor": "end"}, `t = ${T}: noise`));
+function schedulePlot(stage, caption, of, ticks) {
+  const T = data.alpha_bar.length * 10, values = data.alpha_bar.map(of).filter(isFinite);
+  const {drawing, x, y, line, dot, move} = chart([0, T], [Math.min(...values), Math.max(...values)],
+    ticks, {W: 320, H: 120, left: "t = 0: image", right: `t = ${T}: noise`});
+  line(data.alpha_bar.map((ab, i) => [10 * i, of(ab)]), "curve");
+  for (const step of stage.steps) dot(step.t, of(step.alpha_bar), 2, "dot");
+  const mark = dot(0, 0, 5, "mark");
   return [element("figure", {}, drawing, element("figcaption", {html: caption})), k => {
-    const step = stage.steps[k];
-    mark.setAttribute("cx", x(step.t)), mark.setAttribute("cy", y(of(step.alpha_bar)));
-    rule.setAttribute("x1", x(step.t)), rule.setAttribute("x2", x(step.t));
+    const {t, alpha_bar: ab} = stage.steps[k];
+    mark.setAttribute("cx", x(t)), mark.setAttribute("cy", y(of(ab)));
+    move(t);
   }];
 }
 
 function scheduleCard(stage) {
-  const [share, updateShare] = plot(stage, "ᾱ, the image's share of the variance", ab => ab,
+  const [share, updateShare] = schedulePlot(stage, "ᾱ, the image's share of the variance", ab => ab,
     [[0, "0"], [0.5, "0.5"], [1, "1"]]);
-  const [ratio, updateRatio] = plot(stage, "σ = √((1 − ᾱ)/ᾱ), noise over image, logarithmic",
-    ab => Math.log10(sigma(ab)), [[-1, "0.1"], [0, "1"], [1, "10"]]);
+  const [ratio, updateRatio] = schedulePlot(stage,
+    "σ = √((1 − ᾱ)/ᾱ), noise over image, logarithmic", ab => Math.log10(sigma(ab)),
+    [[-1, "0.1"], [0, "1"], [1, "10"]]);
   const values = element("div");
   const node = card("", "Noise schedule",
     "The noise level at each timestep t is fixed in advance. Each dot is a step.",

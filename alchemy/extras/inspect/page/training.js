@@ -1,95 +1,25 @@
-// train.py: loss, loss by timestep, how far each layer has moved, previews.
-
-const ERROR = `‖target − prediction(${X_T}, <i>t</i>, prompt)‖²`;
-
-// Round numbers from low to high.
-function ticksBetween(low, high) {
-  const least = (high - low) / 5, power = 10 ** Math.floor(Math.log10(least));
-  const step = [1, 2, 5, 10].map(m => m * power).find(s => s >= least);
-  const first = Math.ceil(low / step - 1e-9);
-  return Array.from({length: 7}, (_, k) => (first + k) * step).filter(v => v <= high);
-}
-
-// Axes for lines of [x, y]; with `log`, y is logarithmic.
-function chart([x0, x1], yRange, {log = false, xLabel, yLabel, H = 250}) {
-  const W = 560, left = 46, bottom = 34, f = log ? Math.log10 : v => v, [y0, y1] = yRange.map(f);
-  const x = v => left + (v - x0) / (x1 - x0 || 1) * (W - left - 12);
-  const clipped = v => Math.max(Math.min(f(v), y1), y0);
-  const y = v => 10 + (y1 - clipped(v)) / (y1 - y0 || 1) * (H - 10 - bottom);
-  const text = (x, y, anchor, label) => svg("text", {x, y, "text-anchor": anchor}, label);
-  const powers = [0.0001, 0.001, 0.01, 0.1, 1];
-  const ticks = log ? powers.filter(v => f(v) >= y0 && f(v) <= y1) : ticksBetween(...yRange);
-  const grid = ticks.flatMap(v => [
-    svg("line", {x1: left, x2: W - 12, y1: y(v), y2: y(v), class: "tick"}),
-    text(left - 6, y(v) + 3.5, "end", number(v, 2))]);
-  const drawing = svg("svg", {viewBox: `0 0 ${W} ${H}`, class: "plot"}, ...grid,
-    text(x(x0), H - bottom + 14, "start", number(x0, 4)),
-    text(x(x1), H - bottom + 14, "end", number(x1, 4)),
-    text((left + W) / 2, H - 4, "middle", xLabel), text(W - 12, 22, "end", yLabel));
-  const point = ([a, b]) => `${x(a).toFixed(1)},${y(b).toFixed(1)}`;
-  const line = (points, classes) =>
-    svg("polyline", {points: points.map(point).join(" "), class: classes});
-  return {drawing, x, y, line, base: H - bottom};
-}
+// train.py: loss, how far each layer has moved, previews.
 
 function lossCard() {
   const {losses, means, recorded_steps: steps} = data.training;
   const sorted = losses.filter(v => v != null).sort((a, b) => a - b);
   const top = sorted[Math.floor(0.98 * (sorted.length - 1))] || 1;
-  const {drawing, x, y, line, base} = chart([0, losses.length], [0, top * 1.05],
-    {xLabel: "step", yLabel: "loss", H: 390});
+  const ticks = [0, 0.25, 0.5, 0.75, 1].map(share => [share * top, number(share * top, 2)]);
+  const {drawing, line, dot, move} = chart([0, losses.length], [0, top * 1.05], ticks,
+    {W: 1120, H: 300, left: "step 0", right: `step ${losses.length}`});
   const stride = Math.ceil(losses.length / 2000);  // more points than a screen has pixels
   const points = values => values.map((v, i) => [i + 1, v])
     .filter(([step, v]) => v != null && (step - 1) % stride === 0);
-  const r = losses.length < 200 ? 3 : 2;
-  for (const [step, v] of points(losses)) {
-    drawing.append(svg("circle", {cx: x(step), cy: y(v), r, class: "dot faint"}));
-  }
-  const rule = svg("line", {y1: 8, y2: base, class: "rule"});
-  drawing.append(line(points(means), "curve strong"), rule);
-  onStep(k => {
-    const at = x(steps[k]);
-    rule.setAttribute("x1", at), rule.setAttribute("x2", at);
-  });
+  for (const [step, v] of points(losses)) dot(step, v, 3, "dot faint");
+  line(points(means), "curve strong");
+  onStep(k => move(steps[k]));
   const {method, captions, prior_weight: weight} = data.metadata;
   const prior = weight && !captions && method !== "textual-inversion";
-  return card("", "Loss",
+  return card(".full", "Loss",
     `One dot per step; the line is the running mean. A step sees a few random timesteps, and some
      are much harder than others: hence the spread.
-     <b class="formula"><i>w<sub>t</sub></i> · ${ERROR}${prior ? " + <i>λ</i> · prior" : ""}</b>`,
-    drawing);
-}
-
-function timestepCard() {
-  const {timesteps, loss_by_timestep: measured, recorded_steps: steps, num_timesteps: T} =
-    data.training;
-  const rows = measured.map(([, row]) => row), ratios = rows.map(row =>
-    row.map((v, j) => v / rows[0][j]));
-  const first = steps[0] ? `after step ${steps[0]}, where the run was resumed`
-    : "before the first step";
-  const xLabel = "timestep t (0: image, end: noise)";
-  const absolute = chart([0, T], [Math.min(...rows.flat()) / 1.3, Math.max(...rows.flat()) * 1.3],
-    {log: true, xLabel, yLabel: "loss, logarithmic", H: 180});
-  const relative = chart([0, T],
-    [Math.min(0.95, ...ratios.flat()), Math.max(1.05, ...ratios.flat())],
-    {xLabel, yLabel: `relative to its value ${first}`, H: 200});
-  const draw = (chart, rows) => rows.map((row, i) => {
-    const points = row.map((v, j) => [timesteps[j], v]);
-    const line = chart.line(points, "curve" + (i ? "" : " first"));
-    chart.drawing.append(line);
-    return line;
-  });
-  const lines = [draw(absolute, rows), draw(relative, ratios)];
-  const caption = element("figcaption");
-  onStep(k => {
-    const now = measured.findLastIndex(([step]) => step <= steps[k]);
-    for (const group of lines) group.forEach((l, i) => l.classList.toggle("strong", i === now));
-    caption.textContent = `thick: after step ${measured[now][0]}; dashed: ${first}`;
-  });
-  return card("", "Loss by timestep",
-    `The same images with the same noise at each timestep, measured ${rows.length} times: at which
-     noise levels the model has improved.
-     <b class="formula">${ERROR}</b>`, absolute.drawing, relative.drawing, caption);
+     <b class="formula"><i>w<sub>t</sub></i> · ‖target − prediction(${X_T}, <i>t</i>, prompt)‖²` +
+     `${prior ? " + <i>λ</i> · prior" : ""}</b>`, drawing);
 }
 
 const PROJECTIONS = ["attn1.to_q", "attn1.to_k", "attn1.to_v", "attn1.to_out", "attn2.to_q",
@@ -151,9 +81,8 @@ function previewCard() {
 }
 
 function trainingView() {
-  const {losses, loss_by_timestep, previews, network} = data.training;
-  return element("div.training", {},
-    losses.length ? lossCard() : null, loss_by_timestep.length ? timestepCard() : null,
+  const {losses, previews, network} = data.training;
+  return element("div.training", {}, losses.length ? lossCard() : null,
     previews.length ? previewCard()
       : notShown("Previews", "the run generated none (--preview-every 0)."),
     network.length ? normCard()
