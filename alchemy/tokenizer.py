@@ -6,18 +6,18 @@ The ids equal those of transformers' CLIPTokenizer, which omits the ftfy and htm
 OpenAI's code. Weighted syntax such as "(word:1.2)" has no meaning here.
 """
 
-import heapq
 import json
+import math
 import re
 import unicodedata
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
 
 BOS = "<|startoftext|>"
 EOS = "<|endoftext|>"
 MAX_TOKENS = 75  # of the prompt itself; with BOS and EOS, 77 positions
-CACHED_WORDS = 1 << 16
 
 # Unicode white space. Python's \s also matches \x1c to \x1f, the reference does not.
 WHITE_SPACE = re.compile("[\t-\r \x85\xa0\u1680\u2000-\u200a\u2028\u2029\u202f\u205f\u3000]+")
@@ -27,11 +27,14 @@ LITERALS = re.compile(r"<\|(?:start|end)oftext\|>|'(?:s|t|re|ve|m|ll|d)")
 
 def byte_to_symbol() -> dict[int, str]:
     """One visible character per byte: printable Latin-1 stands for itself, others from U+0100."""
-    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
-    symbols = {byte: chr(byte) for byte in printable}
+    symbols = {}
+    shifted = 256
     for byte in range(256):
-        if byte not in symbols:
-            symbols[byte] = chr(256 + len(symbols) - len(printable))
+        if 33 <= byte < 127 or 161 <= byte < 173 or byte >= 174:
+            symbols[byte] = chr(byte)
+        else:
+            symbols[byte] = chr(shifted)
+            shifted += 1
     return symbols
 
 
@@ -59,7 +62,7 @@ def char_class(char: str) -> str:
     return category if category in "LNM" else "S"
 
 
-def run_end(text: str, start: int) -> int:
+def word_end(text: str, start: int) -> int:
     """End of the word that starts at `start`: letters, one number, or a run of anything else."""
     first = char_class(text[start])
     end = start + 1
@@ -72,32 +75,23 @@ def run_end(text: str, start: int) -> int:
     return end
 
 
-def split_words(text: str) -> list[tuple[str, bool]]:
+def split_words(text: str) -> Iterator[tuple[str, bool]]:
     """Normalized text as (word, joined) pairs; joined: no blank and no sign precedes the word."""
-    words = []
     start = 0
     while start < len(text):
         if text[start] == " ":
             start += 1
             continue
         literal = LITERALS.match(text, start)
-        end = literal.end() if literal else run_end(text, start)
+        end = literal.end() if literal else word_end(text, start)
         word = text[start:end]
         if literal and word.startswith("<"):
             # "<|ENDOFTEXT|>" is not special, but its "|>" does not absorb the signs that follow.
-            words += [(word[:2], False), (word[2:-2], False), (word[-2:], False)]
+            yield from [(word[:2], False), (word[2:-2], False), (word[-2:], False)]
         else:
             touches = start > 0 and char_class(text[start - 1]) not in " S"
-            words.append((word, touches and char_class(text[start]) != "S"))
+            yield word, touches and char_class(text[start]) != "S"
         start = end
-    return words
-
-
-class Word(NamedTuple):
-    """The ids of a word, and whether it continues the word before (see split_words)."""
-
-    ids: list[int]
-    joined: bool
 
 
 def read(file: Path, default: str | None = None) -> Any:
@@ -117,17 +111,27 @@ def read_vocabulary(folder: Path) -> tuple[dict[str, int], list[tuple[str, str]]
     """(vocab, merges, added tokens) from vocab.json and merges.txt, or from tokenizer.json."""
     if (folder / "vocab.json").exists() or not (folder / "tokenizer.json").exists():
         vocab = read(folder / "vocab.json")
+        added = read(folder / "added_tokens.json", "{}")
         lines = read(folder / "merges.txt").split("\n")
-        pairs = [line.split() for line in lines if not line.startswith("#version")]
-        merges = [tuple(pair) for pair in pairs if len(pair) == 2]
-        return vocab, merges, read(folder / "added_tokens.json", "{}")
-
-    content = read(folder / "tokenizer.json")
+        pairs = [line for line in lines if not line.startswith("#version")]
+    else:
+        content = read(folder / "tokenizer.json")
+        vocab = content["model"]["vocab"]
+        added = {token["content"]: token["id"] for token in content["added_tokens"]}
+        pairs = content["model"]["merges"]
     merges = []
-    for pair in content["model"]["merges"]:  # "a b", or since transformers 4.45 ["a", "b"]
-        merges.append(tuple(pair.split() if isinstance(pair, str) else pair))
-    added = {token["content"]: token["id"] for token in content["added_tokens"]}
-    return content["model"]["vocab"], merges, added
+    for pair in pairs:  # "a b", or in a tokenizer.json since transformers 4.45 ["a", "b"]
+        pair = pair.split() if isinstance(pair, str) else pair
+        if len(pair) == 2:
+            merges.append(tuple(pair))
+    return vocab, merges, added
+
+
+class Word(NamedTuple):
+    """The ids of a word, and whether it continues the word before (see split_words)."""
+
+    ids: list[int]
+    joined: bool
 
 
 class Tokenizer:
@@ -153,7 +157,6 @@ class Tokenizer:
         self.id_to_token = {i: token for token, i in vocab.items()}
         for token, i in special.items():
             self.id_to_token[i] = "".join(byte_symbols(token))
-        self.cache: dict[str, list[int]] = {}  # {word: ids}
 
     @classmethod
     def from_folder(cls, path: str | Path, pad: int | None = None) -> "Tokenizer":
@@ -185,31 +188,36 @@ class Tokenizer:
 
     def __call__(self, text: str) -> list[int]:
         """The 77 ids of a prompt: cut to 75 first, so that EOS, the pooled position, remains."""
-        ids = [i for word in self._words(text) for i in word.ids]
-        ids = ids[:MAX_TOKENS]
+        ids = self.ids(text)[:MAX_TOKENS]
         padding = [self.pad] * (MAX_TOKENS - len(ids))
         return [self.vocab[BOS], *ids, self.vocab[EOS], *padding]
 
+    def ids(self, text: str) -> list[int]:
+        """The ids of a text alone, not truncated."""
+        ids = []
+        for word in self.words(text):
+            ids += word.ids
+        return ids
+
     def tokens(self, text: str) -> list[tuple[int, str]]:
         """(id, text) of every token, not truncated; the first is at position 1 of the 77."""
-        ids = [i for word in self._words(text) for i in word.ids]
-        return [(i, self.decode([i])) for i in ids]
+        return [(i, self.decode([i])) for i in self.ids(text)]
 
     def find(self, text: str, phrase: str) -> list[list[int]]:
         """Positions within the 77 of each occurrence of a word or phrase.
 
         An occurrence must not touch another letter or number, and must fit before the cut.
         """
-        words = self._words(text)
-        wanted = self._words(phrase)
-        length = sum(len(word.ids) for word in wanted)
+        words = self.words(text)
+        searched = self.words(phrase)
+        length = len(self.ids(phrase))
         occurrences = []
         position = 1  # of the first token of words[n]; BOS is at 0
         for n, word in enumerate(words):
-            end = n + len(wanted)
-            goes_on = end < len(words) and words[end].joined
+            end = n + len(searched)
+            continues = end < len(words) and words[end].joined
             fits = position + length <= MAX_TOKENS + 1
-            if wanted and words[n:end] == wanted and not goes_on and fits:
+            if searched and words[n:end] == searched and not continues and fits:
                 occurrences.append([*range(position, position + length)])
             position += len(word.ids)
         return occurrences
@@ -218,7 +226,7 @@ class Tokenizer:
         """The words beyond the 75th token; a word that is cut in two is listed whole."""
         count = 0
         rest = ""
-        for word in self._words(text):
+        for word in self.words(text):
             count += len(word.ids)
             if count > MAX_TOKENS:
                 rest += ("" if word.joined else " ") + self.decode(word.ids)
@@ -247,7 +255,7 @@ class Tokenizer:
         symbols = "".join(self.id_to_token[i] for i in ids).replace("</w>", BYTE_TO_SYMBOL[32])
         return bytes(SYMBOL_TO_BYTE[s] for s in symbols).decode("utf-8", "replace").strip()
 
-    def _words(self, text: str) -> list[Word]:
+    def words(self, text: str) -> list[Word]:
         """The words of a text; a special token is a word of its own."""
         special = {token: ids for token, ids in self.special.items() if ids != [self.pad]}
         # The longest first, so that of two that start alike the longer one matches.
@@ -262,51 +270,27 @@ class Tokenizer:
                     words.append(Word(special[part], joined=False))
                     continue
                 for word, joined in split_words(part):
-                    words.append(Word(self._word_ids(word), joined))
+                    symbols = self.merge(byte_symbols(word))
+                    ids = [self.vocab.get(symbol, self.vocab[EOS]) for symbol in symbols]
+                    words.append(Word(ids, joined))
         return words
 
-    def _word_ids(self, word: str) -> list[int]:
-        if word not in self.cache:
-            if len(self.cache) >= CACHED_WORDS:
-                self.cache.clear()
-            symbols = self._merge(byte_symbols(word))
-            self.cache[word] = [self.vocab.get(s, self.vocab[EOS]) for s in symbols]
-        return self.cache[word]
+    def merge(self, symbols: list[str]) -> list[str]:
+        """Merge the pair of neighbours that was learned first, wherever it occurs, and repeat."""
+        symbols = [*symbols[:-1], symbols[-1] + "</w>"]  # tokens that end a word are distinct
 
-    def _merge(self, symbols: list[str]) -> list[str]:
-        """Merge the pair of neighbours that was learned first, wherever it occurs, and repeat.
+        def rank(pair: tuple[str, str]) -> float:
+            return self.merge_ranks.get(pair, math.inf)
 
-        A heap holds (rank, left position) of every known pair, so that a word of n bytes takes
-        O(n log n). An entry is outdated if the symbol at its position has changed since.
-        """
-        symbols[-1] += "</w>"  # tokens that end a word are distinct
-        before = [*range(-1, len(symbols) - 1)]
-        after = [*range(1, len(symbols) + 1)]  # len(symbols) is the end
-
-        def rank(left: int) -> int | None:
-            right = after[left] if left >= 0 else len(symbols)
-            if right == len(symbols):
-                return None
-            return self.merge_ranks.get((symbols[left], symbols[right]))
-
-        heap = [(rank(n), n) for n in range(len(symbols)) if rank(n) is not None]
-        heapq.heapify(heap)
-        while heap:
-            # All occurrences of the best pair, left to right, before any pair that they create.
-            best = heap[0][0]
-            lefts = []
-            while heap and heap[0][0] == best:
-                lefts.append(heapq.heappop(heap)[1])
-            for left in lefts:
-                if rank(left) != best:
-                    continue
-                right = after[left]
-                symbols[left] += symbols[right]
-                symbols[right] = ""
-                after[left] = after[right]
-                if after[left] < len(symbols):
-                    before[after[left]] = left
-                for position in (before[left], left):
-                    if rank(position) is not None:
-                        heapq.heappush(heap, (rank(position), position))
-        return [symbol for symbol in symbols if symbol]
+        while len(symbols) > 1:
+            best = min(pairwise(symbols), key=rank)
+            if best not in self.merge_ranks:
+                break
+            merged = symbols[:1]
+            for symbol in symbols[1:]:
+                if (merged[-1], symbol) == best:
+                    merged[-1] += symbol
+                else:
+                    merged.append(symbol)
+            symbols = merged
+        return symbols
