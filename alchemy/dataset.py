@@ -16,7 +16,10 @@ from PIL import Image, ImageOps
 from torch import Tensor
 
 from . import images
+from .schedule import Schedule
 from .sdxl import SDXL, Conditioning, to_device
+
+View = tuple[Tensor, Tensor, Tensor]
 
 
 @dataclass(frozen=True)
@@ -28,7 +31,7 @@ class TrainingImage:
     original: (H,W) in pixels before scaling.
     """
 
-    views: tuple[tuple[Tensor, Tensor, Tensor], ...]
+    views: tuple[View, ...]
     original: tuple[int, int]
     prompt: str | None
 
@@ -49,7 +52,14 @@ class Batch:
     time_ids: Tensor
     prompts: list[str | None]
 
-    def at_timestep(self, schedule, t: int) -> "Batch":
+    def to(self, device: torch.device) -> "Batch":
+        """The batch on a device; the timesteps stay on the CPU, where the schedule is."""
+        moved = {}
+        for name in ("x_0", "eps", "target", "loss_mask", "time_ids"):
+            moved[name] = to_device(getattr(self, name), device)
+        return replace(self, **moved)
+
+    def at_timestep(self, schedule: Schedule, t: int) -> "Batch":
         """The same samples, all at timestep t."""
         t = torch.full_like(self.t, t)
         return replace(self, t=t, target=schedule.target(self.x_0, self.eps, t))
@@ -58,12 +68,12 @@ class Batch:
 GetBatch = Callable[[int, int], Batch]  # (step, micro_step) -> Batch
 
 
-def concat(first: Batch, second: Batch) -> Batch:
-    """The samples of both, in this order."""
+def concat(*batches: Batch) -> Batch:
+    """The samples of all, in this order."""
     joined = {}
     for field in fields(Batch):
-        a, b = getattr(first, field.name), getattr(second, field.name)
-        joined[field.name] = a + b if isinstance(a, list) else torch.cat([a, b])
+        parts = [getattr(batch, field.name) for batch in batches]
+        joined[field.name] = sum(parts, []) if field.name == "prompts" else torch.cat(parts)
     return Batch(**joined)
 
 
@@ -82,29 +92,30 @@ def encode_image(
     everywhere).
     """
     photo = images.read(path)
-    f = sdxl.vae_scale_factor
+    original = photo.height, photo.width
     scale = max(size[0] / photo.height, size[1] / photo.width)
     height = max(round(scale * photo.height), size[0])
     width = max(round(scale * photo.width), size[1])
+    photo = photo.resize((width, height), Image.LANCZOS)
     if mask is None:
         mask = Image.new("L", (width, height), 255)
-    else:
-        mask = mask.resize((width, height), Image.BOX)
-    pair = (photo.resize((width, height), Image.LANCZOS), mask)
-    pairs = [pair]
-    if mirror:
-        pairs.append(tuple(ImageOps.mirror(image) for image in pair))
+    mask = mask.resize((width, height), Image.BOX)
 
-    # Cut the remainder of less than one latent right and below (after mirroring), so that the
-    # place of a crop counts from the corner of what is seen.
-    box = (0, 0, width // f * f, height // f * f)
-    views = []
-    for scaled, scaled_mask in pairs:
-        pixels = images.to_tensor(scaled.crop(box)).to(sdxl.device)
-        mean, std = sdxl.vae.encode(pixels)
-        weights = torch.from_numpy(np.array(scaled_mask.crop(box))[None]).float() / 255
-        views.append((mean[0].cpu(), std[0].cpu(), F.avg_pool2d(weights, f)))
-    return TrainingImage(tuple(views), (photo.height, photo.width), prompt)
+    views = [encode_view(sdxl, photo, mask)]
+    if mirror:
+        views.append(encode_view(sdxl, ImageOps.mirror(photo), ImageOps.mirror(mask)))
+    return TrainingImage(tuple(views), original, prompt)
+
+
+def encode_view(sdxl: SDXL, photo: Image.Image, mask: Image.Image) -> View:
+    """(mean, std, loss_mask) of a photo and its mask, on the CPU."""
+    # Cut the remainder of less than one latent right and below, so that the place of a crop counts
+    # from the corner of what is seen.
+    f = sdxl.vae_scale_factor
+    box = (0, 0, photo.width // f * f, photo.height // f * f)
+    mean, std = sdxl.vae.encode(images.to_tensor(photo.crop(box)).to(sdxl.device))
+    weights = torch.from_numpy(np.array(mask.crop(box))[None]).float() / 255
+    return mean[0].cpu(), std[0].cpu(), F.avg_pool2d(weights, f)
 
 
 def encode_prompts(
@@ -123,7 +134,8 @@ class EncodeEveryStep:
     encoder or its embeddings, so that gradients reach them."""
 
     def __init__(self, sdxl: SDXL, size: tuple[int, int]):
-        self.sdxl, self.size = sdxl, size
+        self.sdxl = sdxl
+        self.size = size
 
     def __getitem__(self, prompt: str | None) -> Conditioning:
         return self.sdxl.encode_prompt([prompt], self.size)
@@ -137,17 +149,16 @@ def generator(*numbers: int) -> torch.Generator:
 
 def get_sample(
     photos: Sequence[TrainingImage],
+    schedule: Schedule,
     size: tuple[int, int],
     factor: int,
-    num_timesteps: int,
     seed: int,
     step: int,
     index: int,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, str | None]:
-    """Sample `index` of the whole run, drawn at `step`.
+) -> Batch:
+    """Sample `index` of the whole run, drawn at `step`: a Batch of one, on the CPU.
 
-    Returns (x_0, eps, loss_mask, t, time_ids, prompt). Every photo is used once before one is
-    used twice. factor: pixels per latent along a side.
+    Every photo is used once before one is used twice. factor: pixels per latent along a side.
     """
     order = torch.randperm(len(photos), generator=generator(seed, 1, index // len(photos)))
     photo = photos[order[index % len(photos)]]
@@ -158,14 +169,15 @@ def get_sample(
     h, w = size[0] // factor, size[1] // factor
     top = int(torch.randint(view[0].shape[1] - h + 1, (), generator=rng))
     left = int(torch.randint(view[0].shape[2] - w + 1, (), generator=rng))
-    mean, std, loss_mask = (part[:, top : top + h, left : left + w] for part in view)
+    mean, std, loss_mask = (part[None, :, top : top + h, left : left + w] for part in view)
 
     # A fresh sample of the posterior each time, then the noise and the timestep.
     x_0 = mean + std * torch.randn(mean.shape, generator=rng)
     eps = torch.randn(mean.shape, generator=rng)
-    t = torch.randint(num_timesteps, (), generator=rng)
-    time_ids = torch.tensor([*photo.original, top * factor, left * factor, *size]).float()
-    return x_0, eps, loss_mask, t, time_ids, photo.prompt
+    t = torch.randint(len(schedule.alpha_bar), (1,), generator=rng)
+    time_ids = torch.tensor([[*photo.original, top * factor, left * factor, *size]]).float()
+    target = schedule.target(x_0, eps, t)
+    return Batch(x_0, eps, target, loss_mask, t, time_ids, [photo.prompt])
 
 
 def make_batcher(
@@ -183,24 +195,15 @@ def make_batcher(
     A step has `accumulation` micro-steps, and a micro-step `world` batches; together they are the
     samples that one process with a larger batch would see.
     """
-    f, num_timesteps = sdxl.vae_scale_factor, len(sdxl.schedule.alpha_bar)
 
     def get_batch(step: int, micro_step: int) -> Batch:
         first = ((step * accumulation + micro_step) * world + rank) * batch_size
         samples = []
         for index in range(first, first + batch_size):
-            samples.append(get_sample(photos, size, f, num_timesteps, seed, step, index))
-        *tensors, prompts = zip(*samples, strict=True)
-        x_0, eps, loss_mask, t, time_ids = (torch.stack(column) for column in tensors)
-        x_0, eps = to_device(x_0, sdxl.device), to_device(eps, sdxl.device)
-        return Batch(
-            x_0,
-            eps,
-            sdxl.schedule.target(x_0, eps, t),
-            to_device(loss_mask, sdxl.device),
-            t,
-            to_device(time_ids, sdxl.device),
-            list(prompts),
-        )
+            sample = get_sample(
+                photos, sdxl.schedule, size, sdxl.vae_scale_factor, seed, step, index
+            )
+            samples.append(sample)
+        return concat(*samples).to(sdxl.device)
 
     return get_batch

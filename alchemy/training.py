@@ -14,6 +14,8 @@ import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import FrameType
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -25,7 +27,6 @@ from .schedule import Schedule
 from .sdxl import SDXL, Conditioning, to_device
 
 MAX_BAD_STEPS = 5  # steps in a row that may be lost to NaN or infinity
-MOMENTS = ("step", "exp_avg", "exp_avg_sq")  # what AdamW keeps of each parameter
 Prompts = Mapping[str | None, Conditioning]
 GetLoss = Callable[[int, int], Tensor]  # (step, micro_step) -> scalar
 
@@ -113,16 +114,18 @@ class TrainState:
 
     @classmethod
     def create(
-        cls, parameters: dict[str, Tensor], learning_rate: float, dtype=torch.float32
+        cls,
+        parameters: dict[str, Tensor],
+        learning_rate: float,
+        dtype: torch.dtype = torch.float32,
     ) -> "TrainState":
         """A fresh state. Raises ValueError where a parameter is not float32 (see lora.Adapter)."""
         for name, p in parameters.items():
             if p.dtype != torch.float32:
                 raise ValueError(f"{name} is not float32; trained parameters have to be")
         device = next(iter(parameters.values())).device.type
-        fused = device == "cuda"
         optimizer = torch.optim.AdamW(
-            parameters.values(), lr=learning_rate, weight_decay=0.01, fused=fused
+            parameters.values(), lr=learning_rate, weight_decay=0.01, fused=device == "cuda"
         )
         # Small float16 gradients would underflow: scale the loss up and the gradients down.
         scaler = torch.amp.GradScaler(device, enabled=dtype == torch.float16)
@@ -140,49 +143,48 @@ class TrainState:
             "scaler": json.dumps(self.scaler.state_dict()),
             "threads": str(torch.get_num_threads()),
         }
-        header["checksum"] = checksum(header, ((name, tensors[name]) for name in sorted(tensors)))
+        header["checksum"] = checksum(header, sorted(tensors.items()))
         save_tensors(tensors, path, header)
 
     @torch.no_grad()
-    def restore(self, saved, steps: int) -> None:
+    def restore(self, saved: Any, steps: int) -> None:
         """Continue from an open safetensors file. Raises ValueError, with nothing changed, where
         it is damaged or belongs to a run with other layers."""
         header, names = saved.metadata() or {}, sorted(saved.keys())
-        shapes = {name: tuple(saved.get_slice(name).get_shape()) for name in names}
-        if any(shapes.get(name) != tuple(p.shape) for name, p in self.parameters.items()):
-            raise ValueError(
-                "the state is of another kind of run (other layers or rank); "
-                "resume with its settings, or --overwrite it"
-            )
+        for name, p in self.parameters.items():
+            if name not in names or tuple(saved.get_slice(name).get_shape()) != p.shape:
+                raise ValueError(
+                    "the state is of another kind of run (other layers or rank); "
+                    "resume with its settings, or --overwrite it"
+                )
         tensors = ((name, saved.get_tensor(name)) for name in names)
         if header.get("checksum") != checksum(header, tensors):
             raise ValueError(
                 "the state is damaged (its checksum differs); --overwrite starts again"
             )
-        for name in self.parameters:
-            value = saved.get_tensor(name)
-            if value.dtype != torch.float32 or not value.isfinite().all():
-                raise ValueError(f"the state is damaged ({name}); --overwrite starts again")
-        losses, step = saved.get_tensor("losses").tolist(), int(header["step"])
-        if not 0 <= step == len(losses):
-            raise ValueError("the state is damaged (its step); --overwrite starts again")
+        step = int(header["step"])
         if step > steps:
             raise ValueError(f"the state is at step {step}, after the last; raise --steps")
+
         for name, p in self.parameters.items():
             p.copy_(saved.get_tensor(name))
-            if f"step:{name}" not in shapes:  # it has not had a gradient yet
-                continue
-            moments = {moment: saved.get_tensor(f"{moment}:{name}") for moment in MOMENTS}
-            # The layout of memory of p (channels_last) too: fused AdamW relies on it. It counts
-            # steps on the device, the plain one on the CPU.
-            for moment in MOMENTS[1:]:
-                moments[moment] = torch.empty_like(p).copy_(moments[moment])
-            if self.optimizer.defaults["fused"]:
-                moments["step"] = moments["step"].to(p.device)
-            self.optimizer.state[p] = moments
-        self.losses, self.step = losses, step
+            if f"step:{name}" in names:  # else it has not had a gradient yet
+                self.optimizer.state[p] = self.read_moments(saved, name, p)
+        self.losses = saved.get_tensor("losses").tolist()
+        self.step = step
         if self.scaler.is_enabled() and header["scaler"] != "{}":
             self.scaler.load_state_dict(json.loads(header["scaler"]))
+
+    def read_moments(self, saved: Any, name: str, p: Tensor) -> dict[str, Tensor]:
+        """AdamW's state of a parameter."""
+        # Fused AdamW counts its steps on the device, the plain one on the CPU.
+        fused = self.optimizer.defaults["fused"]
+        moments = {"step": saved.get_tensor(f"step:{name}").to(p.device if fused else "cpu")}
+        for moment in ("exp_avg", "exp_avg_sq"):
+            # In p's memory format (channels_last) too, on which fused AdamW relies.
+            value = saved.get_tensor(f"{moment}:{name}")
+            moments[moment] = torch.empty_like(p).copy_(value)
+        return moments
 
 
 def checksum(header: dict[str, str], tensors: Iterable[tuple[str, Tensor]]) -> str:
@@ -222,7 +224,8 @@ def train(
     A step whose loss or gradient is not finite is not applied, and its loss is NaN;
     FloatingPointError after more than MAX_BAD_STEPS of them in a row.
     """
-    optimizer, scaler = state.optimizer, state.scaler
+    optimizer = state.optimizer
+    scaler = state.scaler
     lower = torch.autocast(
         sdxl.device.type, sdxl.dtype, enabled=autocast and sdxl.dtype != torch.float32
     )
@@ -268,7 +271,7 @@ class StopSignal:
         self.previous = {s: signal.signal(s, self.note) for s in (signal.SIGINT, signal.SIGTERM)}
         return self
 
-    def note(self, number, frame):
+    def note(self, number: int, frame: FrameType | None) -> None:
         self.number = number
         self.__exit__()
 
@@ -299,8 +302,10 @@ def train_lora(
 
     if isinstance(photos, (str, Path)):
         photos, _ = find_photos(photos)
-    defaults, size = sdxl.defaults, sdxl.size
-    subject, class_prompt = f"a photo of a {token} {class_word}", f"a photo of a {class_word}"
+    defaults = sdxl.defaults
+    size = sdxl.size
+    subject = f"a photo of a {token} {class_word}"
+    class_prompt = f"a photo of a {class_word}"
     encoded = [encode_image(sdxl, path, size, subject) for path in photos]
     prompts = encode_prompts(sdxl, [subject, class_prompt], size)
     get_batch = make_batcher(sdxl, encoded, size, seed, defaults["batch"])

@@ -46,19 +46,20 @@ def latents_at(photo, size, place):
 
 
 def sample(photos, size=(16, 16), seed=0, step=0, index=0, timesteps=T):
-    values = dataset.get_sample(photos, size, FACTOR, timesteps, seed, step, index)
-    x_0, eps, loss_mask, t, ids, prompt = values
-    whole = [tuple(ids[i : i + 2].int().tolist()) for i in (0, 2, 4)]
+    schedule = Schedule.from_config({"num_train_timesteps": timesteps})
+    one = dataset.get_sample(photos, schedule, size, FACTOR, seed, step, index)
+    ids = one.time_ids[0]
+    pairs = [tuple(ids[i : i + 2].int().tolist()) for i in (0, 2, 4)]
     return SimpleNamespace(
-        x_0=x_0,
-        eps=eps,
-        loss_mask=loss_mask,
-        t=t,
+        x_0=one.x_0[0],
+        eps=one.eps[0],
+        loss_mask=one.loss_mask[0],
+        t=one.t[0],
         ids=ids,
-        prompt=prompt,
-        original=whole[0],
-        place=whole[1],
-        target=whole[2],
+        prompt=one.prompts[0],
+        original=pairs[0],
+        place=pairs[1],
+        target=pairs[2],
     )
 
 

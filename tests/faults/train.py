@@ -37,16 +37,12 @@ FAULTS = {
         ("cosine rises", "0.5 * (1 + math.cos", "0.5 * (1 - math.cos"),
         (
             "moments keep the file's layout of memory",
-            "torch.empty_like(p).copy_(moments[moment])",
-            "moments[moment].to(p.device)",
+            "torch.empty_like(p).copy_(value)",
+            "value.to(p.device)",
         ),
         ("the checksum covers the header alone", "zlib.crc32(data.numpy(), zlib", "min(crc, zlib"),
         ("a checksum is not compared", 'if header.get("checksum") != checksum', "if not checksum"),
-        (
-            "the step is not restored",
-            "self.losses, self.step = losses, step",
-            "self.losses, self.step = losses, 0",
-        ),
+        ("the step is not restored", "        self.step = step\n", ""),
         (
             "train_lora has no prior",
             "loss(sdxl, batch, teacher_batch(",
@@ -74,8 +70,8 @@ FAULTS = {
         ),
         (
             "the whole mask for every crop",
-            "return x_0, eps, loss_mask, t",
-            "return x_0, eps, view[2], t",
+            "target, loss_mask, t, time_ids,",
+            "target, view[2][None], t, time_ids,",
         ),
         ("the mean, never a sample", "mean + std * torch.randn(mean.shape, generator=rng)", "mean"),
         (
@@ -90,13 +86,13 @@ FAULTS = {
         ),
         (
             "the mask is not mirrored",
-            "ImageOps.mirror(image) for image in pair",
-            "image for image in pair",
+            "ImageOps.mirror(photo), ImageOps.mirror(mask)",
+            "ImageOps.mirror(photo), mask",
         ),
         (
             "the second batch keeps the first's target",
-            "else torch.cat([a, b])",
-            "else torch.cat([a, a])",
+            "else torch.cat(parts)",
+            "else torch.cat(parts[:1] * len(parts))",
         ),
         ("another timestep keeps its target", "t=t, target=schedule", "t=self.t, target=schedule"),
     ),
