@@ -144,8 +144,10 @@ class Parser(argparse.ArgumentParser):
     def parse_over(self, argv: list[str] | None, values: dict) -> argparse.Namespace:
         """Parse with `values` as the defaults. A flag that may be repeated replaces them."""
         given = self.parse_args(argv)
+        defaults = {name: self.get_default(name) for name in values}
         self.set_defaults(**values)
         args = self.parse_args(argv)
+        self.set_defaults(**defaults)
         for action in self._actions:
             if isinstance(action, argparse._AppendAction) and getattr(given, action.dest):
                 setattr(args, action.dest, getattr(given, action.dest))
@@ -372,7 +374,11 @@ def check_not_empty(args: argparse.Namespace, *names: str) -> None:
     for name in names:
         value = getattr(args, name, None)
         if value is not None and not value.strip():
-            raise ValueError(f"--{name.replace('_', '-')} is empty; give a word, or leave it out")
+            raise ValueError(f"{flag_of(name)} is empty; give a word, or leave it out")
+
+
+def flag_of(name: str) -> str:
+    return f"--{name.replace('_', '-')}"
 
 
 def settings(args: argparse.Namespace) -> dict:

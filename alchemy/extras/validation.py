@@ -9,8 +9,8 @@ from torch import Tensor
 
 from .. import cli, images
 from ..formats import png
-from ..methods.captions import find_photos
 from ..methods.outputs import SCORES, Log
+from ..methods.task import find_photos
 from ..sdxl import SDXL
 from .encoders import DINO, load_dino, load_toy
 from .evaluate import fidelity
@@ -48,6 +48,7 @@ class Validation:
     @classmethod
     def create(cls, args: argparse.Namespace, sdxl: SDXL, out: Path) -> "Validation":
         photos, _ = find_photos(args.photos)
+        photos = list(dict.fromkeys(photos))
         return cls(choose_encoder(sdxl, args.dino), photos, out / "previews")
 
     def begin(self, log: Log) -> None:

@@ -8,7 +8,6 @@ Some captions are dropped, so that the model stays usable with guidance.
 import json
 import math
 import os
-import re
 from collections.abc import Sequence
 from dataclasses import replace
 from itertools import pairwise
@@ -20,6 +19,7 @@ from .. import cli, dataset, images
 from ..dataset import GetBatch, TrainingImage
 from ..formats.text import read_text
 from ..sdxl import SDXL
+from . import flags
 
 Example = tuple[Path, str]  # an image and its caption
 
@@ -83,12 +83,9 @@ def kohya_folders(folder: Path) -> list[Example]:
     """The images of kohya's layout, subfolders named REPEATS_PROMPT such as "10_sks dog": each
     REPEATS times, with its own caption or else the folder's prompt. Empty for other layouts."""
     examples = []
-    for inner in sorted(folder.iterdir()) if folder.is_dir() else ():
-        match = re.fullmatch(r"(\d{1,4})_(.*\S)", inner.name)
-        if not match or not inner.is_dir():
-            continue
+    for repeats, prompt, inner in flags.kohya_folders(folder):
         for path in find_photos(inner)[0]:
-            examples += [(path, read_caption(path) or match[2])] * int(match[1])
+            examples += [(path, read_caption(path) or prompt)] * repeats
     return examples
 
 

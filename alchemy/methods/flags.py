@@ -1,11 +1,19 @@
-"""The flags of train.py that depend on each other, and on the checkpoint. Imports no torch."""
+"""The flags of train.py: what they mean, which apply together, and those of a resumed run.
 
+Imports no torch, so that --help answers at once.
+"""
+
+import re
 from argparse import Namespace
-from collections.abc import Callable
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from .. import cli
 from ..extras import distributed
+from . import outputs
+
+if TYPE_CHECKING:
+    from ..sdxl import SDXL
 
 # A method's name, as messages describe it.
 METHODS = {
@@ -15,53 +23,217 @@ METHODS = {
     "captions": "--captions",
     "subject": "photos of one subject (--method lora or full, without --captions)",
 }
-# The methods that a flag belongs to; flags that are not listed belong to all.
+# Which methods some flags belong to; the others belong to all.
 APPLIES_TO = {
-    "captions": ("lora", "full"),
-    "rank": ("lora",),
-    "alpha": ("lora",),
-    "init_lora": ("lora",),
-    "format": ("lora", "textual-inversion"),
-    "text_encoders": ("full",),
-    "single_file": ("full",),
-    "class_word": ("subject", "textual-inversion"),
-    "token": ("subject", "textual-inversion"),
-    "caption": ("subject",),
-    "prior_weight": ("subject",),
-    "class_images": ("subject",),
-    "class_folder": ("subject",),
-    "caption_dropout": ("captions",),
-    "validate": ("subject", "textual-inversion"),
-    "vectors": ("textual-inversion",),
-    "init_word": ("textual-inversion",),
-    "style": ("textual-inversion",),
+    ("lora",): ("rank", "alpha", "init_lora"),
+    ("full",): ("text_encoders",),
+    ("lora", "full"): ("captions",),
+    ("lora", "textual-inversion"): ("format",),
+    ("subject",): ("caption", "prior_weight", "class_images", "class_folder"),
+    ("captions",): ("caption_dropout",),
+    ("textual-inversion",): ("vectors", "init_word", "style"),
+    ("subject", "textual-inversion"): ("class_word", "token", "validate"),
 }
 DEFAULT_RATE = {"lora": "learning_rate", "full": "full_rate", "textual-inversion": "word_rate"}
 
 
-def validate_flags(args: Namespace, default: Callable[[str], object]) -> None:
-    """Raise ValueError for flags that do not apply or are missing, and complete those that depend
-    on others. default(name): a flag's value where it is not given."""
-    inversion = args.method == "textual-inversion"
-    kind = "subject"
-    if args.captions:
-        kind = "captions"
-    elif inversion:
-        kind = "textual-inversion"
+# Declaration
+
+
+def parser(description: str) -> cli.Parser:
+    p = cli.parser(description)
+    text = "folder of photos, or one with 10_sks dog/ inside (default: the example subject)"
+    p.add_argument("photos", nargs="?", metavar="SUBJECT_DIR", help=text)
+    text = "what the subject is: dog, backpack (default: bear, with the example)"
+    p.add_argument("--class-word", metavar="WORD", help=text)
+    text = "rare word that will name the subject (default: sks), or the new token of "
+    text += "textual-inversion (default: <subject>)"
+    p.add_argument("--token", metavar="WORD", help=text)
+    text = 'prompt of each photo, {} is token and class word (default: "a photo of a {}")'
+    p.add_argument("--caption", default="a photo of a {}", metavar="TEXT", help=text)
+    text = "the images have captions of their own; there is no subject and no class"
+    p.add_argument("--captions", action="store_true", help=text)
+    text = "train on a part of each photo: its alpha channel, the class word's region, or masks "
+    text += "with the photos' names (default: all of it)"
+    p.add_argument("--mask", metavar="alpha|segment|FOLDER", help=text)
+    text = "folder for all results (default: out/ and the name of SUBJECT_DIR), or a .safetensors "
+    text += "file for the weights and a folder of its name for the rest"
+    p.add_argument("--out", metavar="PATH", help=text)
+    add = p.add_mutually_exclusive_group().add_argument
+    add("--overwrite", action="store_true", help="start again where --out holds a run")
+    text = "continue the run in --out, with its settings; a finished one with more --steps"
+    add("--resume", action="store_true", help=text)
+    add_training(p)
+    add_files(p)
+    cli.add_checkpoint(p)
+    cli.add_inspect(p)
+    return p
+
+
+def add_training(p: cli.Parser) -> None:
+    add = p.add_argument_group("training").add_argument
+    text = "train a LoRA on the attention layers, the whole UNet (as DreamBooth), or the embedding "
+    text += "of a new token (default: lora)"
+    add("--method", default="lora", choices=tuple(DEFAULT_RATE), help=text)
+    text = cli.by_checkpoint("training_steps", "optimizer steps")
+    add("--steps", type=cli.COUNT, metavar="N", help=text)
+    text = cli.by_checkpoint("learning_rate", "of AdamW") + ", "
+    text += cli.by_checkpoint("full_rate", "with --method full") + ", "
+    text += cli.by_checkpoint("word_rate", "with textual-inversion")
+    add("--learning-rate", type=cli.POSITIVE, metavar="X", help=text)
+    text = "learning rate after the warm-up: constant, or cosine down to 0 (default: constant)"
+    add("--schedule", default="constant", choices=("constant", "cosine"), help=text)
+    text = "steps over which the learning rate rises (default: 0)"
+    add("--warmup", type=cli.WHOLE, default=0, metavar="N", help=text)
+    text = cli.by_checkpoint("batch", "photos per batch")
+    add("--batch", type=cli.COUNT, metavar="N", help=text)
+    text = "batches per optimizer step (default: 1)"
+    add("--accumulation", type=cli.COUNT, default=1, metavar="N", help=text)
+    add("--size", type=cli.size, metavar="N|WxH", help=cli.by_checkpoint("size", "pixels"))
+    rank = cli.number(int, 1, 4096)
+    add("--rank", type=rank, metavar="N", help=cli.by_checkpoint("rank", "of the LoRA"))
+    text = "the LoRA is scaled by alpha/rank (default: rank)"
+    add("--alpha", type=cli.POSITIVE, metavar="X", help=text)
+    add("--init-lora", metavar="FILE", help="continue training this LoRA (default: a new one)")
+    text = "with --method full: train both text encoders too"
+    add("--text-encoders", action="store_true", help=text)
+    text = "weight of prior preservation, which keeps the class word; 0 is none (default: 1)"
+    add("--prior-weight", type=cli.WEIGHT, default=1.0, metavar="X", help=text)
+    text = "prior preservation with N class images, generated first, instead of the model's own "
+    text += "prediction (default: 0; 100 with --method full)"
+    add("--class-images", type=cli.WHOLE, metavar="N", help=text)
+    text = "where they are kept, to be used again (default: class/ in --out)"
+    add("--class-folder", metavar="FOLDER", help=text)
+    text = "share of captions that are dropped, with --captions (default: 0.1)"
+    add("--caption-dropout", type=cli.SHARE, default=0.1, metavar="X", help=text)
+    text = "vectors of the new token in each text encoder (default: 2)"
+    add("--vectors", type=cli.number(int, 1, 75), default=2, metavar="N", help=text)
+    text = "word that the new token starts from (default: the class word)"
+    add("--init-word", metavar="WORD", help=text)
+    add("--style", action="store_true", help="the new token is a style, not an object")
+    text = "min-SNR weighting of the loss; 0 is none (default: 5)"
+    add("--snr-gamma", type=cli.WEIGHT, default=5.0, metavar="X", help=text)
+    text = "mirror the photos at random; not for subjects with text on them"
+    add("--mirror", action=cli.BooleanOptionalAction, default=False, help=text)
+    text = "less memory, a third more time (default: by free GPU memory; on a CPU for SDXL)"
+    add("--checkpointing", action=cli.BooleanOptionalAction, default=None, help=text)
+    text = "of crops, noise and timesteps; -1 draws one (default: 0)"
+    add("--seed", type=cli.SEED, default=0, metavar="N", help=text)
+
+
+def add_files(p: cli.Parser) -> None:
+    add = p.add_argument_group("files").add_argument
+    text = "look at the photos, write check.png, time one step, and stop"
+    add("--check", action="store_true", help=text)
+    text = "key names in lora.safetensors (default: kohya, which all tools read)"
+    add("--format", default="kohya", choices=("kohya", "diffusers", "peft"), help=text)
+    text = "steps between previews; 0 is none (default: a quarter of the steps)"
+    add("--preview-every", type=cli.WHOLE, metavar="N", help=text)
+    text = "prompt of the previews; may be repeated (default: subject, class, something unrelated)"
+    add("--preview-prompt", action="append", metavar="TEXT", help=text)
+    text = "score each preview: likeness of the subject to the photos, and of the class to the "
+    text += "base model's; the best step is named at the end"
+    add("--validate", action="store_true", help=text)
+    text = "folder or Hub id of DINO ViT-S/16 for --validate (default: facebook/dino-vits16; on "
+    text += "the miniature its toy classifier, offline)"
+    add("--dino", metavar="PATH|ID", help=text)
+    text = "steps between saved states (default: 100; with --method full only at the end)"
+    add("--save-every", type=cli.COUNT, metavar="N", help=text)
+
+
+# Reading
+
+
+def read_args(p: cli.Parser, argv: list[str] | None) -> Namespace:
+    """The flags; with --resume, over the settings of the run in --out."""
+    args = cli.parse(p, argv)
+    args.out = args.out or str(Path("out") / Path(args.photos or cli.EXAMPLE_PHOTOS).resolve().name)
+    if args.resume:
+        args = read_resumed(p, argv, args)
+    if args.captions and args.photos is None:
+        raise ValueError("--captions needs the folder of the images")
+    if args.photos is None:
+        args.photos = str(cli.EXAMPLE_PHOTOS)
+        args.class_word = args.class_word or cli.EXAMPLE_CLASS
+    name_subject(args, p)
+    validate_flags(args, p)
+    if not (args.resume or args.check):
+        outputs.check_no_overwrite(args, p)
+    cli.choose_seed(args)
+    return args
+
+
+def read_resumed(p: cli.Parser, argv: list[str] | None, given: Namespace) -> Namespace:
+    """The flags over the settings of the run in --out, which may have been moved."""
+    out = outputs.run_folder(given)
+    path = out / outputs.SETTINGS
+    if not path.exists():
+        raise ValueError(
+            f"{out}: no run to resume, it has no {path.name}; without --resume, one starts"
+        )
+    saved = cli.read_settings(path, p)
+    suffix = ".safetensors" if saved.get("out", "").endswith(".safetensors") else ""
+    fixed = {"out": f"{out}{suffix}", "resume": True, "overwrite": False}
+    args = p.parse_over(argv, saved | fixed)
+    args.out = fixed["out"]
+    if args.method != saved.get("method"):
+        raise ValueError(
+            f"--method {args.method} is not that of the run in {out}, {saved.get('method')}; "
+            "leave it out, or name another --out"
+        )
+    return args
+
+
+def kohya_folders(folder: str | Path) -> list[tuple[int, str, Path]]:
+    """(repeats, prompt, path) of subfolders such as "10_sks dog", kohya's layout; [] for others."""
+    found = []
+    for path in sorted(Path(folder).iterdir()) if Path(folder).is_dir() else ():
+        match = re.fullmatch(r"(\d{1,4})_(.*\S)", path.name)
+        if match and path.is_dir():
+            found.append((int(match[1]), match[2], path))
+    return found
+
+
+def name_subject(args: Namespace, p: cli.Parser) -> None:
+    """Take token, class word and prompt from the name "10_sks dog" where none is given."""
+    folders = kohya_folders(args.photos)
+    given = args.class_word or args.token or args.captions or args.method == "textual-inversion"
+    if not folders or given:
+        return
+    prompts = sorted({prompt for _, prompt, _ in folders})
+    words = prompts[0].split()
+    if len(prompts) > 1 or len(words) < 2:
+        raise ValueError(
+            f"{args.photos}: {', '.join(prompts)} is not one token and class word; "
+            "give --token and --class-word, or --captions for a prompt per folder"
+        )
+    args.token, args.class_word = words[0], " ".join(words[1:])
+    args.caption = "{}" if args.caption == p.get_default("caption") else args.caption
+
+
+# Which flags go together
+
+
+def validate_flags(args: Namespace, p: cli.Parser) -> None:
+    """Raise ValueError for flags that do not apply or are missing; complete those that depend on
+    others."""
+    kind = "subject" if args.method != "textual-inversion" else args.method
+    kind = "captions" if args.captions else kind
+    cli.check_not_empty(args, "class_word", "token", "init_word")
+    for methods, names in APPLIES_TO.items():
+        for name in names:
+            if getattr(args, name) != p.get_default(name) and not {args.method, kind} & {*methods}:
+                known = " or ".join(METHODS[method] for method in methods)
+                raise ValueError(
+                    f"{cli.flag_of(name)} does not apply to this run; it belongs to {known}"
+                )
     if args.check and distributed.world() > 1:
         raise ValueError("--check looks at what one process would do; run it without torchrun")
-    if args.out.endswith(".safetensors"):
-        raise ValueError(f"--out {args.out}: name a folder; --single-file writes one file into it")
-    cli.check_not_empty(args, "class_word", "token", "init_word")
-    for name, methods in APPLIES_TO.items():
-        if getattr(args, name) != default(name) and not {args.method, kind} & set(methods):
-            flag, known = name.replace("_", "-"), " or ".join(METHODS[m] for m in methods)
-            raise ValueError(f"--{flag} does not apply to this run; it belongs to {known}")
-    is_file = Path(args.weights).is_file()
-    if args.method == "full" and is_file and not (args.model_config or args.single_file):
+    one_file, is_file = args.out.endswith(".safetensors"), Path(args.weights).is_file()
+    if args.method == "full" and is_file and not (one_file or args.model_config):
         raise ValueError(
             f"{args.weights}: --method full writes a folder, and a single file brings no "
-            "configurations; give --single-file, or --model-config FOLDER"
+            "configurations; give --out FILE.safetensors, or --model-config FOLDER"
         )
     if args.fp8_base and args.method == "full":
         raise ValueError("--fp8-base does not apply to --method full, which trains these weights")
@@ -73,26 +245,23 @@ def validate_flags(args: Namespace, default: Callable[[str], object]) -> None:
     if args.dino and not args.validate:
         raise ValueError("--dino has no effect without --validate")
     if kind == "captions" and args.mask == "segment":
-        raise ValueError(
-            "--mask segment needs a class word, and --captions has none; "
-            "give --mask alpha or a folder"
-        )
-    if inversion:
-        validate_inversion(args)
+        raise ValueError("--mask segment needs a class word, and --captions has none")
+    if kind == "textual-inversion":
+        validate_inversion(args, one_file)
     elif kind == "subject":
         validate_subject(args)
 
 
-def validate_inversion(args: Namespace) -> None:
+def validate_inversion(args: Namespace, one_file: bool) -> None:
     if args.format == "peft":
         raise ValueError("--format peft is for a LoRA; an embedding has kohya or diffusers")
+    if args.format == "diffusers" and one_file:
+        raise ValueError(f"--out {args.out}: --format diffusers writes a folder; name one")
     if not (args.class_word or args.init_word):
         raise ValueError("--init-word (or --class-word) is missing: the new token starts from it")
     args.token = args.token or "<subject>"
     if args.token.split() != [args.token]:
-        raise ValueError(
-            f"--token {args.token!r} contains white space; give one word, like <my-dog>"
-        )
+        raise ValueError(f"--token {args.token!r} contains white space; give one, like <my-dog>")
 
 
 def validate_subject(args: Namespace) -> None:
@@ -114,11 +283,10 @@ def validate_subject(args: Namespace) -> None:
         )
 
 
-def complete(args: Namespace, sdxl) -> None:
+def complete(args: Namespace, sdxl: "SDXL") -> None:
     """Set the checkpoint's defaults for flags that were not given. Raises ValueError for a --size
     that does not fit."""
-    defaults = sdxl.defaults
-    rate = DEFAULT_RATE[args.method]
+    defaults, rate = sdxl.defaults, DEFAULT_RATE[args.method]
     for name, key in (("steps", "training_steps"), ("learning_rate", rate), ("batch", "batch")):
         if getattr(args, name) is None:
             setattr(args, name, defaults[key])
@@ -126,10 +294,8 @@ def complete(args: Namespace, sdxl) -> None:
         args.rank = args.rank or defaults["rank"]
         args.alpha = float(args.rank if args.alpha is None else args.alpha)
     args.size = args.size or sdxl.size
-    f = sdxl.vae_scale_factor
-    if args.size[0] % f or args.size[1] % f:
-        raise ValueError(
-            f"--size {args.size[1]}x{args.size[0]}: both sides must be multiples of {f}"
-        )
+    (height, width), f = args.size, sdxl.vae_scale_factor
+    if height % f or width % f:
+        raise ValueError(f"--size {width}x{height}: both sides must be multiples of {f}")
     if args.preview_every is None:
         args.preview_every = -(-args.steps // 4)

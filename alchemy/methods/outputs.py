@@ -5,19 +5,35 @@ Imports no torch, so that a folder that cannot be used is refused at once.
 
 import csv
 import json
+import os
 import re
 import shutil
 from argparse import Namespace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from .. import cli
 from ..extras import distributed
-from ..files import remove_leftovers
+from ..files import remove_leftovers, save_json
+
+if TYPE_CHECKING:
+    from safetensors import safe_open
+
+    from ..sdxl import SDXL
+    from ..training import TrainState
 
 STATE, SETTINGS = "state.safetensors", "settings.json"
 FILES = (SETTINGS, STATE, "preview.png", "loss.png", "log.csv", "log.jsonl", "previews")
 SCORES = ("subject", "class")  # of --validate, in log.csv
 INPUTS = ("photos", "weights", "vae", "model_config", "mask", "class_folder", "init_lora")
+
+
+# Names
+
+
+def run_folder(args: Namespace) -> Path:
+    """The folder of a run: --out, or, where that is a .safetensors file, the one of its name."""
+    return Path(args.out.removesuffix(".safetensors"))
 
 
 def embedding_name(token: str) -> str:
@@ -29,23 +45,29 @@ def embedding_name(token: str) -> str:
 
 def result_path(args: Namespace) -> Path:
     """The file or folder with the trained weights of a run."""
-    out = Path(args.out)
+    if args.out.endswith(".safetensors"):
+        return Path(args.out)
     if args.method == "lora":
-        return out / "lora.safetensors"
-    if args.method == "full":
-        return out / ("checkpoint.safetensors" if args.single_file else "checkpoint")
-    if args.format == "diffusers":
-        return out / "embedding"
-    return out / f"{embedding_name(str(args.token))}.safetensors"
+        name = "lora.safetensors"
+    elif args.method == "full":
+        name = "checkpoint"
+    elif args.format == "diffusers":
+        name = "embedding"
+    else:
+        name = f"{embedding_name(str(args.token))}.safetensors"
+    return Path(args.out) / name
+
+
+# What exists
 
 
 def run_files(args: Namespace, p: cli.Parser) -> list[Path]:
-    """All that this run writes or removes in --out, and what an earlier one has left there."""
-    out = Path(args.out)
+    """All that this run writes or removes, and what an earlier one has left in its folder."""
+    out = run_folder(args)
     paths = [out / name for name in FILES] + [result_path(args)]
     try:
         saved = cli.read_settings(out / SETTINGS, p)
-        paths.append(result_path(Namespace(**vars(args) | saved | {"out": args.out})))
+        paths.append(result_path(Namespace(**vars(args) | saved | {"out": str(out)})))
     except ValueError:
         pass  # no settings of a run
     return paths
@@ -56,20 +78,19 @@ def check_no_overwrite(args: Namespace, p: cli.Parser) -> None:
     it, an input of its own."""
     paths = run_files(args, p)
     for name in INPUTS:
-        if not getattr(args, name):
-            continue
-        given = Path(getattr(args, name)).expanduser().resolve()
-        for path in paths:
-            if path.resolve() in (given, *given.parents):
-                flag = "SUBJECT_DIR" if name == "photos" else f"--{name.replace('_', '-')}"
-                raise ValueError(
-                    f"{flag} {getattr(args, name)}: this run would remove it, as a result of one "
-                    f"in --out {args.out}; name another --out"
-                )
+        value = getattr(args, name)
+        given = Path(value or "").expanduser().resolve()
+        removed = [path for path in paths if path.resolve() in (given, *given.parents)]
+        if value and removed:
+            flag = "SUBJECT_DIR" if name == "photos" else cli.flag_of(name)
+            raise ValueError(
+                f"{flag} {value}: this run would remove it, as a result of one in "
+                f"--out {args.out}; name another --out"
+            )
     existing = [path for path in paths if path.exists() or path.is_symlink()]
     if args.overwrite or not existing:
         return
-    if (Path(args.out) / SETTINGS).exists() or result_path(args).exists():
+    if (run_folder(args) / SETTINGS).exists() or result_path(args).exists():
         raise ValueError(
             f"{args.out} holds a run already: --resume continues it, --overwrite starts again, "
             "--out names another folder"
@@ -98,51 +119,37 @@ def remove_unfinished(out: Path) -> None:
         remove_leftovers(folder)
 
 
-def metadata_of(args: Namespace, prompt: str) -> dict:
-    """What the trained file says of its training."""
-    metadata = {"base": Path(args.weights).name, "steps": args.steps, "seed": args.seed}
-    metadata["name"] = Path(args.out).name
-    if not args.captions:
-        metadata |= {"prompt": prompt, "token": args.token}
-    if args.class_word:
-        metadata["class_word"] = args.class_word
-    return metadata
-
-
-def save_result(args: Namespace, sdxl, path: Path, metadata: dict) -> list[Path]:
-    """Write the trained weights; returns the paths. Replaces what this run has written before."""
-    import torch
-
-    from .. import lora
-    from ..formats.embeddings import save_embedding
-    from ..formats.lora import save_lora
-    from ..formats.saving import save_checkpoint
-
-    if args.method == "lora":
-        metadata = metadata | {"targets": list(lora.ATTENTION)}
-        save_lora(sdxl, path, format=args.format, metadata=metadata)
-        return [path]
-    if args.method == "textual-inversion":
-        layout = "diffusers" if args.format == "diffusers" else "kohya"
-        return save_embedding(sdxl, path, args.token, layout, metadata)
-    remove(path)  # of this run, stopped after it was written and before the state was removed
-    header = {f"alchemy.{key}": value for key, value in metadata.items()}
-    # bfloat16 would round away most of small steps.
-    dtype = torch.float16 if sdxl.dtype.itemsize == 2 else None
-    return save_checkpoint(sdxl, path, header, dtype)
+# The state
 
 
 def samples_per_step(args: Namespace) -> int:
     return args.batch * args.accumulation * distributed.world()
 
 
-def open_state(args: Namespace):
-    """The state of an interrupted run, an open file, and its header; None and {} without one."""
+def open_state(args: Namespace) -> "safe_open | None":
+    """The saved state of the run that --resume continues; None without one.
+
+    Sets the number of threads to the state's: the order of additions, and so the last bit,
+    depends on it. Raises ValueError where the run is finished or the state is of another kind.
+    """
+    import torch
+
     from ..formats.tensors import open_safetensors
 
-    path = Path(args.out) / STATE
-    if not args.resume or not path.exists():
-        return None, {}
+    path, result = run_folder(args) / STATE, result_path(args)
+    if not args.resume:
+        return None
+    finished = json.loads(path.with_name(SETTINGS).read_text(encoding="utf-8-sig")).get("finished")
+    if result.exists() and (finished == args.steps or not path.exists()):
+        remove_unfinished(path.parent)
+        more = (
+            f"--steps above {finished} continues it"
+            if path.exists()
+            else ("--init-lora continues its LoRA in another --out")
+        )
+        raise ValueError(f"{args.out}: this run is finished; {more}, --overwrite starts again")
+    if not path.exists():
+        return None
     saved = open_safetensors(path, "--overwrite starts again")
     header = saved.metadata() or {}
     if header.get("kind") != args.method:
@@ -153,18 +160,73 @@ def open_state(args: Namespace):
     threads = header.get("threads", "")
     if not threads.isdecimal() or not 1 <= int(threads) <= 1024:
         raise ValueError(f"{path}: the state is damaged (its thread count); --overwrite it")
-    return saved, header
+    torch.set_num_threads(int(threads))
+    return saved
 
 
-def restore(args: Namespace, state, saved, header: dict) -> None:
+def restore(args: Namespace, state: "TrainState", saved: "safe_open") -> None:
     try:
         state.restore(saved, args.steps)
     except (ValueError, KeyError) as error:
-        raise ValueError(f"{Path(args.out) / STATE}: {error}") from None
+        raise ValueError(f"{run_folder(args) / STATE}: {error}") from None
     cli.log(f"resuming at step {state.step} of {args.steps}")
-    before, now = header.get("batch"), str(samples_per_step(args))
+    before, now = saved.metadata().get("batch"), str(samples_per_step(args))
     if before != now:
         cli.log(f"warning: a step had {before} samples before and has {now} now; they differ")
+
+
+# The results
+
+
+def metadata_of(args: Namespace, prompt: str) -> dict:
+    """What the trained file says of its training."""
+    metadata = {"base": Path(args.weights).name, "steps": args.steps, "seed": args.seed}
+    metadata["name"] = run_folder(args).name
+    if not args.captions:
+        metadata |= {"prompt": prompt, "token": args.token}
+    if args.class_word:
+        metadata["class_word"] = args.class_word
+    return metadata
+
+
+def save_result(args: Namespace, sdxl: "SDXL", metadata: dict) -> list[Path]:
+    """Write the trained weights; returns the paths. Replaces what this run has written before."""
+    import torch
+
+    from .. import lora
+    from ..formats.embeddings import save_embedding
+    from ..formats.lora import save_lora
+    from ..formats.saving import save_checkpoint
+
+    result, new = result_path(args), run_folder(args) / "new.safetensors"
+    one_file = args.out.endswith(".safetensors")
+    path = new if one_file else result
+    if args.method == "lora":
+        metadata = metadata | {"targets": list(lora.ATTENTION)}
+        save_lora(sdxl, path, format=args.format, metadata=metadata)
+        written = [path]
+    elif args.method == "textual-inversion":
+        layout = "diffusers" if args.format == "diffusers" else "kohya"
+        written = save_embedding(sdxl, path, args.token, layout, metadata)
+    else:
+        remove(path)  # of this run, stopped after it was written and before the state was removed
+        header = {f"alchemy.{key}": value for key, value in metadata.items()}
+        # bfloat16 would round away most of small steps.
+        dtype = torch.float16 if sdxl.dtype.itemsize == 2 else None
+        written = save_checkpoint(sdxl, path, header, dtype)
+    if one_file:
+        os.replace(new, result)
+        return [result]
+    return written
+
+
+def mark_finished(args: Namespace) -> None:
+    """The last act of a run. --method full drops its state, of 31 GB for SDXL; others keep it."""
+    out = run_folder(args)
+    if args.method == "full":
+        (out / STATE).unlink(missing_ok=True)
+    remove_unfinished(out)
+    save_json(cli.settings(args) | {"finished": args.steps}, out / SETTINGS)
 
 
 class Log:
@@ -188,9 +250,9 @@ class Log:
                 self.rows.append(values | {"step": int(row["step"])})
         self.write()
 
-    def add(self, step: int, loss: float, learning_rate: float, seconds: float) -> None:
-        row = (step, loss, learning_rate, seconds)
-        self.rows.append(dict(zip(self.COLUMNS, row, strict=True)))
+    def add(self, *values: float) -> None:
+        """A row with the values of COLUMNS."""
+        self.rows.append(dict(zip(self.COLUMNS, values, strict=True)))
         self.append(self.rows[-1])
 
     def add_scores(self, step: int, scores: dict[str, float]) -> None:
@@ -207,10 +269,10 @@ class Log:
         for row in self.rows:
             self.append(row)
 
-    def append(self, row: dict) -> None:
-        with open(self.path, "a", newline="", encoding="utf-8") as file:
-            csv.writer(file).writerow([row.get(name) for name in self.columns])
+    def append(self, row: dict[str, float]) -> None:
         values = {name: row.get(name) for name in self.columns}
+        with open(self.path, "a", newline="", encoding="utf-8") as file:
+            csv.writer(file).writerow(values.values())
         if values["loss"] != values["loss"]:  # NaN
             values["loss"] = None
         with open(self.path.with_suffix(".jsonl"), "a", encoding="utf-8") as file:

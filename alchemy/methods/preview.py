@@ -12,11 +12,9 @@ from PIL import Image
 
 from .. import cli, pipeline
 from ..extras import distributed
-from ..extras.inspect import preflight, sheets
+from ..extras.inspect import preflight
 from ..extras.optimizations import cached_steps
-from ..files import free_path
 from ..formats import png
-from ..formats.lora import save_lora
 from ..sdxl import SDXL, Conditioning
 from ..training import TrainingTask, TrainState, train
 from . import masks
@@ -68,35 +66,6 @@ def preview(args: Namespace, sdxl: SDXL, task: TrainingTask, step: int) -> Row:
     for prompt, image in zip(prompts, distributed.all_reduce_sum(pixels), strict=True):
         row.append((f"step {step}: {prompt}", Image.fromarray(image.numpy())))
     return row
-
-
-class Previews:
-    """A row of images for every preview, in preview.png, and the LoRA of that step beside it."""
-
-    def __init__(self, args, out, sdxl, task, state, watcher, validation=None):
-        self.args, self.out, self.sdxl, self.task = args, out, sdxl, task
-        self.state, self.watcher, self.rows = state, watcher, []
-        self.validation = validation
-
-    def add(self) -> None:
-        step, path = self.state.step, self.out / "preview.png"
-        row = preview(self.args, self.sdxl, self.task, step)
-        if distributed.rank():
-            return
-        curve = sheets.curve(self.state.losses)
-        if self.validation:
-            self.validation.add(step, subject=row[0][1], class_=row[1][1])
-            curve = self.validation.draw(curve, step)
-        if not self.rows and path.exists():
-            path.rename(free_path(path))  # of the run before it was interrupted
-        self.rows.append(row)
-        if self.watcher:
-            self.watcher.previews[step] = row
-        png.save(sheets.sheet([*self.rows, [("loss", curve)]]), path, cli.metadata(self.args))
-        if self.args.method == "lora" and step:
-            lora = self.out / "previews" / f"step-{step:06d}.safetensors"
-            lora.parent.mkdir(exist_ok=True)
-            save_lora(self.sdxl, lora, format=self.args.format)
 
 
 def inspect_photos(args: Namespace, sdxl: SDXL, examples: Sequence, out: Path) -> None:

@@ -9,7 +9,7 @@ from ..dataset import Batch, TrainingImage
 from ..extras import distributed
 from ..sdxl import SDXL
 from ..training import TrainingTask
-from . import captions, masks, prior, textual_inversion
+from . import captions, flags, masks, prior, textual_inversion
 
 UNRELATED_PROMPT = "a photo of a car"  # of the previews: what training should not change
 Example = tuple[Path, str]  # an image and its prompt
@@ -29,7 +29,7 @@ def list_examples(args: Namespace) -> list[Example]:
             names = ", ".join(missing[:3])
             cli.log(f"skipped {cli.count_of(len(missing), 'image')} without a caption ({names})")
         return examples
-    photos, skipped = captions.find_photos(args.photos)
+    photos, skipped = find_photos(args.photos)
     for name in skipped:
         cli.log(f"skipped {name}: not a JPEG, PNG or WebP image")
     if args.method == "textual-inversion":
@@ -37,6 +37,17 @@ def list_examples(args: Namespace) -> list[Example]:
     else:
         prompt = args.caption.replace("{}", f"{args.token} {args.class_word}")
     return [(path, prompt) for path in photos]
+
+
+def find_photos(folder: str | Path) -> tuple[list[Path], list[str]]:
+    """The photos of a subject and the names of skipped files. Of kohya's layout, a folder with
+    "10_sks dog" inside, each photo 10 times."""
+    photos, skipped = [], []
+    for repeats, _, inner in flags.kohya_folders(folder) or [(1, "", folder)]:
+        found, others = captions.find_photos(inner)
+        photos += found * repeats
+        skipped += others
+    return photos, skipped
 
 
 def prepare(args: Namespace, sdxl: SDXL, examples: list[Example], out: Path) -> TrainingTask:
@@ -140,17 +151,15 @@ def encode_photos(
 ) -> list[TrainingImage]:
     """The photos with their masks; each file is encoded once, however often it is listed."""
     used = examples[:1] if args.check else examples
-    encoded, photos = {}, []
-    sizes = sizes or [args.size] * len(used)
-    for (path, prompt), size in cli.progress(zip(used, sizes, strict=True), len(used), "encoding"):
-        if (path, prompt) not in encoded:
-            mask = None
-            if args.mask:
-                mask = masks.mask_of(args.mask, path, sdxl, args.class_word or args.init_word)
-            photo = dataset.encode_image(sdxl, path, size, prompt, args.mirror, mask)
-            encoded[path, prompt] = photo
-        photos.append(encoded[path, prompt])
-    return photos
+    sizes = dict(zip(used, sizes or [args.size] * len(used), strict=True))
+    encoded = {}
+    for path, prompt in cli.progress(sizes, len(sizes), "encoding"):
+        mask, size = None, sizes[path, prompt]
+        if args.mask:
+            mask = masks.mask_of(args.mask, path, sdxl, args.class_word or args.init_word)
+        photo = dataset.encode_image(sdxl, path, size, prompt, args.mirror, mask)
+        encoded[path, prompt] = photo
+    return [encoded[example] for example in used]
 
 
 def encode_prompts(args: Namespace, sdxl: SDXL, prompts: list[str]):

@@ -2,6 +2,7 @@
 
 import json
 import signal
+from pathlib import Path
 
 import pytest
 import torch
@@ -105,7 +106,20 @@ def test_a_resumed_run_ends_in_the_same_file(flags, expected, step, action, stat
     assert step_of("run/state.safetensors") == saved
     assert f"resuming at step {saved} of {STEPS}" in good(call(*RESUME)).err
     assert contents("run")["lora.safetensors"] == expected
-    assert not [name for name in contents("run") if name.startswith(".") or "state" in name]
+    assert not [name for name in contents("run") if name.startswith(".")]
+
+
+def test_a_finished_run_continues_to_that_of_more_steps(flags, expected):
+    flags = (*flags, "--schedule", "constant")
+    good(call(*flags, "--out", "whole/run"))
+    good(call(*flags, "--steps", 3))
+    line = refused(call(*RESUME), "run: this run is finished", "--steps above 3 continues it")
+    assert "--init-lora" not in line
+    good(call(*RESUME, "--steps", STEPS))
+    names = ("lora.safetensors", "state.safetensors")
+    assert [contents("run")[n] for n in names] == [contents("whole/run")[n] for n in names]
+    (Path("run") / "state.safetensors").unlink()
+    refused(call(*RESUME, "--steps", 9), "run: this run is finished", "--init-lora")
 
 
 def test_interrupted_after_every_step_it_ends_in_the_same_file(flags, expected, stopped):
@@ -192,7 +206,7 @@ def test_a_folder_with_a_run_is_left_alone_without_overwrite(flags, folder):
     good(call(*flags))
     before = contents("run")
     refused(call(*flags), "run holds a run already", "--resume", "--overwrite", "--out")
-    refused(call(*RESUME), "run: this run is finished", "--overwrite", "--init-lora")
+    refused(call(*RESUME), "run: this run is finished", "--steps above 1", "--overwrite")
     refused(call(*flags, "--resume", "--overwrite"), "not allowed with")
     # Where the new run cannot begin, the old one is kept too.
     refused(call(*flags, "--overwrite", "--size", 30), "30x30", "multiples of 4")

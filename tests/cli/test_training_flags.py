@@ -7,7 +7,7 @@ from helpers.checkpoints import refused
 from helpers.running import call, good, photos, quick, tiny  # noqa: F401
 
 import train
-from alchemy.methods import flags
+from alchemy.methods import flags, task
 
 SUBJECT = ("a", "--class-word", "dog")
 CAPTIONS = ("a", "--captions")
@@ -34,9 +34,13 @@ REFUSED = [
 ]
 
 
+def read_args(argv):
+    return flags.read_args(train.parser(), argv)
+
+
 @pytest.mark.parametrize("base, text, word", REFUSED)
 def test_a_flag_that_does_not_apply_is_refused_by_name(base, text, word):
-    refused(lambda: train.read_args([*base, *text.split()]), text.split()[0], word)
+    refused(lambda: read_args([*base, *text.split()]), text.split()[0], word)
 
 
 @pytest.mark.parametrize(
@@ -52,7 +56,7 @@ def test_a_flag_that_does_not_apply_is_refused_by_name(base, text, word):
     ],
 )
 def test_a_flag_without_its_value_is_refused(argv, words):
-    refused(lambda: train.read_args(argv), *words)
+    refused(lambda: read_args(argv), *words)
 
 
 @pytest.mark.parametrize(
@@ -69,15 +73,29 @@ def test_a_flag_without_its_value_is_refused(argv, words):
 )
 def test_flags_that_apply_together_are_accepted(base, text, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    args = train.read_args([*base, *text.split()])
+    args = read_args([*base, *text.split()])
     assert args.method in flags.METHODS and args.out.startswith("out/")
+
+
+def test_kohyas_parent_folder_gives_repeats_token_class_word_and_prompt(tmp_path):
+    parent = tmp_path / "parent"
+    photos(parent / "3_zwx small dog", 2)
+    args = read_args([str(parent)])
+    assert (args.token, args.class_word, args.caption) == ("zwx", "small dog", "{}")
+    examples = task.list_examples(args)
+    assert [(path.name, prompt) for path, prompt in examples] == [
+        (f"{i}.png", "zwx small dog") for i in (0, 1)
+    ] * 3
+    args = read_args([str(parent), "--class-word", "dog"])
+    assert {prompt for _, prompt in task.list_examples(args)} == {"a photo of a sks dog"}
+    photos(parent / "1_sks cat", 1)
+    refused(lambda: read_args([str(parent)]), "sks cat, zwx small dog", "--class-word")
 
 
 def test_every_flag_of_the_table_exists():
     known = vars(train.parser().parse_args([]))
-    assert flags.APPLIES_TO.keys() <= known.keys()
-    methods = {method for several in flags.APPLIES_TO.values() for method in several}
-    assert methods == flags.METHODS.keys()
+    for methods, names in flags.APPLIES_TO.items():
+        assert set(names) <= known.keys() and set(methods) <= flags.METHODS.keys()
 
 
 @pytest.mark.parametrize(
@@ -94,9 +112,9 @@ def test_a_run_that_would_remove_its_own_input_is_refused(tmp_path, monkeypatch,
     (tmp_path / "run/checkpoint").mkdir(parents=True)
     images = ("--method", "full", "--class-images", "2", flag, given)
     base = [*SUBJECT, *images, "--overwrite", "--out"]
-    refused(lambda: train.read_args([*base, "run"]), f"{flag} {given}", "--out run")
-    assert train.read_args([*base, "other"]).overwrite
-    assert train.read_args([*base, "run", "--check"]).check
+    refused(lambda: read_args([*base, "run"]), f"{flag} {given}", "--out run")
+    assert read_args([*base, "other"]).overwrite
+    assert read_args([*base, "run", "--check"]).check
 
 
 def test_the_checkpoint_of_an_earlier_run_is_not_removed_by_its_reader(tmp_path, monkeypatch):
@@ -104,7 +122,7 @@ def test_the_checkpoint_of_an_earlier_run_is_not_removed_by_its_reader(tmp_path,
     (tmp_path / "run/checkpoint").mkdir(parents=True)
     (tmp_path / "run/settings.json").write_text('{"method": "full"}')
     argv = [*SUBJECT, "--weights", "run/checkpoint", "--overwrite", "--out", "run"]
-    refused(lambda: train.read_args(argv), "--weights run/checkpoint", "--out run")
+    refused(lambda: read_args(argv), "--weights run/checkpoint", "--out run")
 
 
 @pytest.mark.parametrize(
@@ -125,14 +143,14 @@ def test_a_setting_that_cannot_be_is_refused_by_its_name(tmp_path, name, value):
     settings = {"photos": "a", "class_word": "dog", "size": [64, 32], "learning_rate": 3e-5}
     (tmp_path / "settings.json").write_text(json.dumps(settings | {name: value}))
     resume = ["--resume", "--out", str(tmp_path)]
-    refused(lambda: train.read_args(resume), "settings.json", name)
+    refused(lambda: read_args(resume), "settings.json", name)
 
 
 def test_resuming_with_another_method_is_refused(tmp_path):
     settings = {"photos": "a", "class_word": "dog", "method": "lora", "rank": 4}
     (tmp_path / "settings.json").write_text(json.dumps(settings))
     argv = ["--resume", "--method", "full", "--out", str(tmp_path)]
-    refused(lambda: train.read_args(argv), "--method full", "lora")
+    refused(lambda: read_args(argv), "--method full", "lora")
 
 
 @pytest.mark.parametrize(

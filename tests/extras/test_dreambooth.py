@@ -152,13 +152,17 @@ def test_a_half_precision_run_writes_float16(taught):
 
 def test_a_single_file_has_the_weights_of_the_folder(taught):
     good(taught(*BARE, "--out", "a/run"))
-    good(taught(*BARE, "--single-file", "--out", "b/run"))
-    file = ("b/run/checkpoint.safetensors", "cpu")
+    run = good(taught(*BARE, "--out", "b/run.safetensors"))
+    assert str(run.wrote[0]) == "b/run.safetensors" and "b/run/log.csv" in contents(".")
+    file = ("b/run.safetensors", "cpu")
     folder = alchemy.load("a/run/checkpoint", "cpu")
     single = alchemy.load(*file, config="a/run/checkpoint")
     for name in ("unet", "vae", *dreambooth.TEXT_ENCODERS):
         assert not any(moved(single, folder, name).values())
-    refused(taught(*BARE, "--out", "run.safetensors"), "--out run.safetensors", "--single-file")
+    refused(taught(*BARE, "--out", "b/run.safetensors"), "b/run.safetensors holds a run already")
+    refused(
+        call("train.py", "--out", "b/run", "--resume"), "b/run.safetensors: this run is finished"
+    )
 
 
 def test_previews_of_full_run_the_unet_in_the_training_dtype(taught, monkeypatch):

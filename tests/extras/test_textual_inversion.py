@@ -22,6 +22,7 @@ TOKEN, EOS = "<my-dog>", 49407
 METHOD = ("--method", "textual-inversion", "--token", TOKEN, "--preview-every", 0)
 FLAGS = (*METHOD, "--class-word", "dog", "--vectors", 2, "--steps", 3)
 LOGS = ["log.csv", "log.jsonl", "loss.png"]
+KEPT = ["settings.json", "state.safetensors"]
 
 
 @pytest.fixture
@@ -160,7 +161,7 @@ def test_an_embeddings_file_is_named_after_its_token(token, name):
 
 def test_train_py_writes_an_embedding_that_sample_py_uses(base, tiny, lora_file):
     run = good(call(*base, *FLAGS, "--out", "run"))
-    assert sorted(contents("run")) == [*LOGS, "my-dog.safetensors", "settings.json"]
+    assert sorted(contents("run")) == [*LOGS, "my-dog.safetensors", *KEPT]
     assert f"'{TOKEN}' starts from 'dog', 2 vectors" in run.err
     sample = ("sample.py", f"a photo of a {TOKEN}", "--weights", tiny)
     embedding = ("--embedding", "run/my-dog.safetensors")
@@ -197,7 +198,7 @@ def test_overwriting_removes_the_earlier_embedding_and_no_other_file(base, tmp_p
     (tmp_path / "run/my-dog.safetensors").write_bytes(b"of someone else")
     run_refused(call(*flags), "run holds a run already")
     (tmp_path / "run/other.safetensors").write_bytes(b"of someone else")
-    kept = [*LOGS, "other.safetensors", "settings.json"]
+    kept = [*LOGS, "other.safetensors", *KEPT]
     for more, written in (
         ((), ["my-dog.safetensors"]),
         (("--token", "<cat>"), ["cat.safetensors"]),

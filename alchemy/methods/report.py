@@ -1,0 +1,121 @@
+"""What a training run shows and leaves: log, previews, loss curve, scores, page, and results."""
+
+import time
+from argparse import Namespace
+from collections.abc import Iterator
+from pathlib import Path
+
+from .. import cli
+from ..extras import distributed
+from ..extras.inspect import sheets
+from ..files import free_path, save_json
+from ..formats import png
+from ..formats.lora import save_lora
+from ..sdxl import SDXL
+from ..training import TrainingTask, TrainState, denoising_loss
+from . import outputs
+from .preview import preview
+
+
+class Report:
+    """Follows a run and writes its files, all but the state; rank 0 alone does."""
+
+    def __init__(
+        self,
+        args: Namespace,
+        out: Path,
+        page: Path | None,
+        sdxl: SDXL,
+        task: TrainingTask,
+        state: TrainState,
+    ):
+        self.args, self.out, self.page = args, out, page
+        self.sdxl, self.task, self.state = sdxl, task, state
+        self.is_main = not distributed.rank()
+        self.rows, self.log = [], None
+        self.recorder = self.validation = None
+        if page:
+            from ..extras.inspect.training_page import TrainingRecorder
+
+            self.recorder = TrainingRecorder(sdxl, self.loss_at, args.steps, state.step)
+        if args.validate and self.is_main:
+            from ..extras.validation import Validation
+
+            self.validation = Validation.create(args, sdxl, out)
+
+    def begin(self, p: cli.Parser) -> None:
+        """Remove the results of an earlier run, and write the settings of this one."""
+        distributed.barrier()
+        if not self.is_main:
+            return
+        outputs.remove_unfinished(self.out)
+        if not self.args.resume:
+            outputs.remove_old(self.args, p)
+        save_json(cli.settings(self.args), self.out / outputs.SETTINGS)
+        scores = outputs.SCORES if self.args.validate else ()
+        self.log = outputs.Log(self.out, self.state.step, scores)
+        if self.validation:
+            self.validation.begin(self.log)
+
+    def loss_at(self, t: int) -> float:
+        """Of one batch, always the same, at timestep t, without weighting and prior."""
+        batch = self.task.get_batch(0, 0).at_timestep(self.sdxl.schedule, t)
+        return float(denoising_loss(self.sdxl, batch, self.task.prompts, 0).mean().detach())
+
+    def follow(self, steps: Iterator[tuple[int, float]]) -> Iterator[tuple[int, float]]:
+        """The steps, logged and recorded for the page."""
+        last = time.monotonic()
+        for step, loss in self.recorder.follow(steps) if self.recorder else steps:
+            now = time.monotonic()
+            if self.log:
+                rate = self.state.optimizer.param_groups[0]["lr"]
+                self.log.add(step, loss, rate, round(now - last, 4))
+            last = now
+            yield step, loss
+
+    def add_previews(self) -> None:
+        """A row of preview.png, and the LoRA of this step beside it."""
+        step, path = self.state.step, self.out / "preview.png"
+        row = preview(self.args, self.sdxl, self.task, step)
+        if not self.is_main:
+            return
+        if self.validation:
+            self.validation.add(step, subject=row[0][1], class_=row[1][1])
+        if not self.rows and path.exists():
+            path.rename(free_path(path))  # of the run before it was interrupted
+        self.rows.append(row)
+        if self.recorder:
+            self.recorder.previews[step] = row
+        sheet = sheets.sheet([*self.rows, [("loss", self.curve())]])
+        png.save(sheet, path, cli.metadata(self.args))
+        if self.args.method == "lora" and step:
+            lora = self.out / "previews" / f"step-{step:06d}.safetensors"
+            lora.parent.mkdir(exist_ok=True)
+            save_lora(self.sdxl, lora, format=self.args.format)
+
+    def curve(self):
+        """The loss, and the scores of --validate, over the steps: a PIL image."""
+        curve = sheets.curve(self.state.losses)
+        return self.validation.draw(curve, self.state.step) if self.validation else curve
+
+    def finish(self) -> None:
+        """Save the results; the state goes last, so that a run killed here can be resumed."""
+        title, out = self.task.preview_prompts[0], self.out
+        metadata = outputs.metadata_of(self.args, title)
+        if self.validation:
+            self.validation.log_best()
+        facts = {key: value for key, value in metadata.items() if key != "name"}
+        png.save(self.curve(), out / "loss.png", facts)
+        written = outputs.save_result(self.args, self.sdxl, metadata)
+        names = ("preview.png", "loss.png", "log.csv", outputs.SETTINGS)
+        written += [out / name for name in names if (out / name).exists()]
+        if self.page:
+            from ..extras.inspect.training_page import write_training_page
+
+            about, losses = cli.metadata(self.args), self.state.losses
+            written += write_training_page(
+                self.page, self.recorder, losses, title, about, self.args.inspect_full
+            )
+        outputs.mark_finished(self.args)
+        sheet = out / "preview.png"
+        cli.log_written(*written, main=sheet if sheet.exists() else out / "loss.png")
