@@ -13,52 +13,59 @@ import _signal
 if __name__ == "__main__":  # Ctrl-C during the imports, that of signal too: no traceback
     _signal.signal(_signal.SIGINT, _signal.SIG_DFL)
 
+from argparse import Namespace
 from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from alchemy import cli
 from alchemy.extras import distributed
 
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+    from alchemy.extras.image_sets import Job
+    from alchemy.extras.inspect.page import Recorder
+    from alchemy.sdxl import SDXL
+
 
 def parser() -> cli.Parser:
     p = cli.parser(__doc__)
-    add = p.add_argument
-    add("prompt", nargs="?", help=f"(default: the example subject {cli.EXAMPLE_SCENE})")
-    text = "folder, or a .png file (default: out/samples)"
-    add("--out", default="out/samples", metavar="PATH", help=text)
+    add = p.group("")
+    add("prompt", f"(default: the example subject {cli.EXAMPLE_SCENE})", nargs="?")
+    add("--out", "folder, or a .png file (default: out/samples)", default="out/samples")
     text = "number of images, with the seeds --seed, --seed + 1, ... (default: 1)"
-    add("--count", type=cli.COUNT, default=1, metavar="N", help=text)
+    add("--count", text, type=cli.COUNT, default=1, metavar="N")
     text = "file with one prompt per line: --count images of each and metadata.jsonl, which "
     text += "train.py --captions reads; a second call continues the set"
-    add("--prompts", metavar="FILE", help=text)
+    add("--prompts", text, metavar="FILE")
     text = "image to start from (Img2Img); it is scaled and cropped to --size"
-    add("--image", metavar="FILE", help=text)
+    add("--image", text, metavar="FILE")
     text = cli.by_checkpoint("strength", "above 0, to 1: how far the image is noised")
-    add("--strength", type=cli.STRENGTH, metavar="S", help=text)
+    add("--strength", text, type=cli.STRENGTH, metavar="S")
     text = "take the settings from this image by sample.py; other flags override them"
-    add("--like", metavar="IMAGE", help=text)
+    add("--like", text, metavar="IMAGE")
+    text = "add the LoRAs to the weights first: faster steps, results equal but for rounding"
+    add("--merge", text, action="store_true")
     cli.add_checkpoint(p)
     cli.add_sampling(p)
-    text = "add the LoRAs to the weights first: faster steps, results equal but for rounding"
-    p.add_argument("--merge", action="store_true", help=text)
     cli.add_inspect(p)
     return p
 
 
-def parse(argv: list[str] | None) -> cli.argparse.Namespace:
+def parse(argv: list[str] | None) -> Namespace:
     p = parser()
     args = cli.parse(p, argv)
     if args.prompts and (args.prompt or args.like or cli.is_image_path(Path(args.out))):
         raise ValueError("--prompts: leave out the prompt and --like, and give a folder as --out")
-    given_strength = args.strength
+    if args.strength is not None and not args.image:
+        raise ValueError("--strength needs an image to start from; give it with --image")
     if args.like:
         from alchemy.extras import image_sets
 
         values = image_sets.read_like(args.like, p, args)
         args = p.parse_over(argv, values)
         args.lora = values.get("lora", args.lora)
-    if given_strength is not None and not args.image:
-        raise ValueError("--strength needs an image to start from; give it with --image")
     cli.check_sampling(args)
     cli.choose_seed(args)
     if args.prompt is None and not args.prompts:
@@ -79,101 +86,116 @@ def main(argv: list[str] | None = None) -> None:
         generate(args, folder, page)
 
 
-def generate(args: cli.argparse.Namespace, folder: Path, page: Path | None) -> None:
-    from PIL import Image, ImageOps
-
-    from alchemy import files, images, pipeline, samplers
+def generate(args: Namespace, folder: Path, page: Path | None) -> None:
+    from alchemy import pipeline
     from alchemy.extras import image_sets, memory
-    from alchemy.formats import png
 
     # Load the checkpoint and add the LoRAs, before a prompt is encoded: they may change that too.
     jobs = image_sets.list_jobs(args)
     if args.prompts:
         image_sets.check_list(folder, jobs)
-    start = images.read(args.image) if args.image else None
     sdxl = cli.load(args)
     prompts = list(dict.fromkeys(job.prompt for job in jobs))
-    cli.apply_loras(
-        sdxl, args.lora, args.embedding, [*prompts, args.negative_prompt], merge=args.merge
-    )
+    used = [*prompts, args.negative_prompt]
+    cli.apply_loras(sdxl, args.lora, args.embedding, used, merge=args.merge)
 
     # Fill in the checkpoint's defaults.
     options = pipeline.resolve_options(sdxl, **cli.sampling_options(args))
-    args.size = size = pipeline.resolve_size(sdxl, args.size)
+    args.size = pipeline.resolve_size(sdxl, args.size)
     memory.choose_memory_mode(args, sdxl)
-    strength = 1.0
-    if start:
-        strength = sdxl.defaults["strength"] if args.strength is None else args.strength
-        start = ImageOps.fit(start, size[::-1], Image.LANCZOS)
-    sampler = samplers.find_sampler(options["sampler"])
-    timesteps = sampler.timesteps(sdxl.schedule, options["steps"], args.spacing, strength)
+    start, strength = read_start(args, sdxl.defaults["strength"])
+    timesteps = cli.timesteps(args, sdxl, options, strength)
     metadata = cli.metadata(args) | options
     metadata |= {"script": "sample.py", "strength": strength, "count": 1}
     metadata["digests"] = image_sets.file_digests(args)
 
     # Leave out what a set has already, and take this process's share of the rest.
-    jobs_left = jobs
+    missing = jobs
     if args.prompts:
-        jobs_left = [job for job in jobs if not image_sets.is_done(job, metadata)]
-    count = f"{cli.count_of(len(jobs_left), 'image')} of {size[1]}x{size[0]}"
+        missing = [job for job in jobs if not image_sets.is_done(job, metadata)]
+    count = f"{cli.count_of(len(missing), 'image')} of {args.size[1]}x{args.size[0]}"
     what = cli.describe_steps(sdxl.schedule, timesteps, options["steps"])
     cli.log(f"{cli.describe(sdxl, args)}: {count}, {options['sampler']}, {what}")
-    jobs_left = jobs_left[distributed.rank_slice()]
+    mine = missing[distributed.rank_slice()]
     distributed.barrier()  # all have seen what exists before one writes
 
     # Encode each prompt once, then free the text encoders: the UNet can use the memory.
-    conditioning = {prompt: sdxl.encode_prompt([prompt], size) for prompt in prompts}
-    unconditional = sdxl.encode_prompt([args.negative_prompt], size)
+    conditioning = {prompt: sdxl.encode_prompt([prompt], args.size) for prompt in prompts}
+    unconditional = sdxl.encode_prompt([args.negative_prompt], args.size)
     sdxl.free("text_encoders")
 
+    # Generate and save one image after the other.
     follow = partial(cli.follow_steps, args, sdxl, total=len(timesteps))
-    suggest = partial(memory.suggest_flags, args, sdxl)
-    for job in jobs_left:
-        recorder = None
-        if page:
-            recorder = new_recorder(sdxl, args, job.prompt, len(timesteps), options)
-        with cli.suggest_when_out_of_memory(suggest):
+    for job in mine:
+        recorder = new_recorder(args, sdxl, job, len(timesteps), options) if page else None
+        with cli.suggest_when_out_of_memory(partial(memory.suggest_flags, args, sdxl)):
             image = pipeline.sample(
                 sdxl,
                 conditioning[job.prompt],
                 unconditional,
                 job.seed,
-                size,
+                args.size,
                 image=start,
                 strength=strength,
                 progress=partial(follow, name=f"seed {job.seed}", recorder=recorder),
                 **options,
             )
-        image_metadata = metadata | {"prompt": job.prompt, "seed": job.seed}
-        write = files.replace if args.prompts else files.create
-        path = png.save(image, job.path, image_metadata, write)
-        cli.log_written(path)
-        if recorder:
-            write_page(page, len(jobs), path, recorder, image, image_metadata)
-        if args.prompts and not distributed.rank():
-            image_sets.write_list(folder, jobs)  # of use even if the run is stopped
-
+        save(args, jobs, job, image, metadata, page, recorder)
     distributed.barrier()
-    if page and not jobs_left:
+    if page and not mine:
         cli.log("all images exist already, so there is no page")
     if args.prompts and not distributed.rank():
         cli.log_written(image_sets.write_list(folder, jobs))
 
 
-def new_recorder(sdxl, args, prompt, total, options):
+def read_start(args: Namespace, strength: float) -> "tuple[Image | None, float]":
+    """--image, scaled and cropped to --size, and its strength; None and 1.0 without one."""
+    from PIL import ImageOps
+    from PIL.Image import Resampling
+
+    from alchemy import images
+
+    if not args.image:
+        return None, 1.0
+    image = ImageOps.fit(images.read(args.image), args.size[::-1], Resampling.LANCZOS)
+    return image, strength if args.strength is None else args.strength
+
+
+def new_recorder(
+    args: Namespace, sdxl: "SDXL", job: "Job", total: int, options: dict
+) -> "Recorder":
+    """Of the steps of an image, for --inspect."""
     from alchemy.extras.inspect.page import Recorder
 
-    full, negative_prompt = args.inspect_full, args.negative_prompt
-    return Recorder(sdxl, prompt, total, negative_prompt=negative_prompt, full=full, **options)
+    options = options | {"negative_prompt": args.negative_prompt, "full": args.inspect_full}
+    return Recorder(sdxl, job.prompt, total, **options)
 
 
-def write_page(page: Path, count: int, path: Path, recorder, image, metadata: dict) -> None:
-    """The page of one image; of several, each has a folder of its own."""
-    from alchemy.extras.inspect import page as pages
+def save(
+    args: Namespace,
+    jobs: list["Job"],
+    job: "Job",
+    image: "Image",
+    metadata: dict,
+    page: Path | None,
+    recorder: "Recorder | None",
+) -> None:
+    """Write an image, its page, and the list of its set."""
+    from alchemy import files
+    from alchemy.extras import image_sets
+    from alchemy.extras.inspect.page import write_page
+    from alchemy.formats import png
 
-    folder = page if count == 1 else page / path.stem
-    paths = pages.write_page(folder, metadata["prompt"], [("", recorder, image)], metadata)
-    cli.log_written(*paths, main=paths[-1])
+    metadata = metadata | {"prompt": job.prompt, "seed": job.seed}
+    write = files.replace if args.prompts else files.create
+    path = png.save(image, job.path, metadata, write)
+    cli.log_written(path)
+    if page:
+        inner = page if len(jobs) == 1 else page / path.stem
+        paths = write_page(inner, job.prompt, [("", recorder, image)], metadata)
+        cli.log_written(*paths, main=paths[-1])
+    if args.prompts and not distributed.rank():
+        image_sets.write_list(path.parent, jobs)  # of use even if the run is stopped
 
 
 if __name__ == "__main__":

@@ -5,7 +5,6 @@ output folders. Imports no torch, so that --help answers at once.
 import argparse
 import errno
 import json
-import math
 import os
 import re
 import signal
@@ -15,13 +14,21 @@ import time
 import warnings
 from argparse import BooleanOptionalAction  # noqa: F401  for the scripts
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from pathlib import Path
+from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 
+from . import samplers
 from .defaults import TABLE
 from .extras import distributed
 from .samplers import SAMPLERS
 
+if TYPE_CHECKING:
+    from .sampling import Step
+    from .schedule import Schedule
+    from .sdxl import SDXL
+
+Item = TypeVar("Item")
 ROOT = Path(__file__).resolve().parents[1]
 MINI = "weights/mini"  # relative to the repository, wherever the script is called from
 
@@ -36,48 +43,38 @@ MAX_MESSAGE = 380  # characters
 SAMPLING_OPTIONS = ("sampler", "spacing", "steps", "guidance", "eta")  # of alchemy.denoise
 OUT_OF_MEMORY = ("out of memory", "can't allocate memory", "alloc_failed")  # CUDA, CPU, cuBLAS
 
-# Flags of diffusers' scripts, kohya's, A1111 and ComfyUI: what they are called here.
+# What the flags and samplers of diffusers, kohya's scripts, A1111 and ComfyUI are called here.
 OTHER_TOOLS = {
-    "batch-size": "--batch",
-    "cfg": "--guidance",
-    "cfg-scale": "--guidance",
-    "class-data-dir": "--class-folder",
-    "ckpt": "--weights",
-    "denoising-strength": "--strength",
-    "gradient-accumulation-steps": "--accumulation",
-    "gradient-checkpointing": "--checkpointing",
-    "grid": "--timestep-spacing",
-    "guidance-scale": "--guidance",
-    "init-image": "--image",
-    "instance-data-dir": "the first argument, SUBJECT_DIR",
-    "instance-prompt": "--class-word and --token (or --caption)",
-    "lora-scale": "--lora FILE:SCALE",
-    "lr": "--learning-rate",
-    "max-train-steps": "--steps",
-    "mixed-precision": "--dtype",
-    "network-alpha": "--alpha",
-    "network-dim": "--rank",
-    "num-class-images": "--class-images",
-    "num-images": "--count",
-    "num-inference-steps": "--steps",
-    "output-dir": "--out",
-    "pretrained-model-name-or-path": "--weights",
-    "prompt": "the first argument, the prompt itself",
-    "report-to": "log.csv, which every training run writes",
-    "resolution": "--size",
-    "scheduler": "--sampler",
-    "train-batch-size": "--batch",
-    "validation-prompt": "--preview-prompt",
-    "variant": "not needed: .fp16. files are found by themselves",
-    "width": "--size WIDTHxHEIGHT",
+    "--accumulation": ("gradient-accumulation-steps",),
+    "--alpha": ("network-alpha",),
+    "--batch": ("batch-size", "train-batch-size"),
+    "--checkpointing": ("gradient-checkpointing",),
+    "--class-folder": ("class-data-dir",),
+    "--class-images": ("num-class-images",),
+    "--class-word and --token (or --caption)": ("instance-prompt",),
+    "--count": ("num-images",),
+    "--dtype": ("mixed-precision",),
+    "--guidance": ("cfg", "cfg-scale", "guidance-scale"),
+    "--image": ("init-image",),
+    "--learning-rate": ("lr",),
+    "--lora FILE:SCALE": ("lora-scale",),
+    "--out": ("output-dir",),
+    "--preview-prompt": ("validation-prompt",),
+    "--rank": ("network-dim",),
+    "--sampler": ("scheduler",),
+    "--size": ("resolution",),
+    "--size WIDTHxHEIGHT": ("width", "height"),
+    "--steps": ("max-train-steps", "num-inference-steps"),
+    "--strength": ("denoising-strength",),
+    "--weights": ("ckpt", "pretrained-model-name-or-path"),
+    "log.csv, which every training run writes": ("report-to",),
+    "not needed: .fp16. files are found by themselves": ("variant",),
+    "the first argument, SUBJECT_DIR": ("instance-data-dir",),
+    "the first argument, the prompt itself": ("prompt",),
 }
 OTHER_SAMPLERS = {
-    "euler_a": "euler_ancestral",
-    "euler-ancestral": "euler_ancestral",
-    "dpm++": "dpmpp_2m",
-    "dpm++_2m": "dpmpp_2m",
-    "dpm++_2m_karras": "dpmpp_2m",
-    "dpmsolver++": "dpmpp_2m",
+    "euler_ancestral": ("euler_a", "euler-ancestral"),
+    "dpmpp_2m": ("dpm++", "dpm++_2m", "dpm++_2m_karras", "dpmsolver++"),
 }
 
 
@@ -87,21 +84,26 @@ OTHER_SAMPLERS = {
 class Parser(argparse.ArgumentParser):
     """argparse, with errors of one line, hints for other tools' flags, and values from JSON."""
 
-    def error(self, message):
-        log_error(f"{message}{self.hint(message)} (--help shows every flag)")
-        sys.exit(2)
+    def group(self, title: str) -> Callable[..., None]:
+        """A function add(flag, help, **options) for the flags of a group of --help."""
+        group = self.add_argument_group(title) if title else self
+
+        def add(flag: str, text: str, **options: Any) -> None:
+            group.add_argument(flag, help=text, **options)
+
+        return add
+
+    def error(self, message: str) -> NoReturn:
+        raise ValueError(f"{message}{self.hint(message)} (--help shows every flag)")
 
     def hint(self, message: str) -> str:
         """The name here of the first flag that argparse did not recognize, if it is known."""
         match = re.match(r"unrecognized arguments: .*?--?([\w-]+)", message)
         if not match:
             return ""
-        name = match[1].lower().replace("_", "-")
-        known = self._option_string_actions
-        advice = f"--{name}" if f"--{name}" in known else OTHER_TOOLS.get(name, "")
-        if advice.startswith("--") and advice.split()[0] not in known:
-            advice = ""
-        if not advice:
+        name, known = match[1].lower().replace("_", "-"), self._option_string_actions
+        advice = f"--{name}" if f"--{name}" in known else name_here(name, OTHER_TOOLS)
+        if not advice or advice.startswith("--") and advice.split()[0] not in known:
             import difflib
 
             advice = " ".join(difflib.get_close_matches(f"--{name}", known, n=1))
@@ -110,35 +112,30 @@ class Parser(argparse.ArgumentParser):
     def from_json(self, name: str, value: object) -> object:
         """A flag's value as JSON has it, checked as on the command line; ValueError if refused."""
         action = next(action for action in self._actions if action.dest == name)
+        is_list = isinstance(action, argparse._AppendAction)
         if value is None and action.default is None:
             return None
-        if action.nargs == 0:  # a switch
-            if type(value) is not bool:
-                raise ValueError(f"{name} is {quoted(value)}, not true or false")
+        if action.nargs == 0 and type(value) is bool:  # a switch
             return value
-        if isinstance(action, argparse._AppendAction):
-            if not isinstance(value, list):
-                raise ValueError(f"{name} is {quoted(value)}, not a list")
-            return [self.one_from_json(action, item) for item in value]
-        return self.one_from_json(action, value)
+        if action.nargs == 0 or is_list and not isinstance(value, list):
+            raise ValueError(f"{name} is {quoted(value)}")
+        if is_list:
+            return [self.item_from_json(action, item) for item in value]
+        return self.item_from_json(action, value)
 
-    def one_from_json(self, action: argparse.Action, value: object) -> object:
-        refused = ValueError(f"{action.dest} is {quoted(value)}")
-        if isinstance(value, (bool, dict)) or value is None:
-            raise refused
-        if action.type is None and not isinstance(value, str):
-            raise refused
-        text = str(value)
-        if isinstance(value, (list, tuple)):  # a size [H, W], or a file and its scale
-            reverse = action.type is size
-            text = ("x" if reverse else ":").join(map(str, value[::-1] if reverse else value))
+    def item_from_json(self, action: argparse.Action, value: object) -> object:
+        """Read the value as the text that the command line would have, and compare."""
+        text, expected = str(value), value
+        if isinstance(value, list):  # a size [H, W], or a file and its scale
+            parts = value[::-1] if action.type is size else value
+            text, expected = ("x" if action.type is size else ":").join(map(str, parts)), (*value,)
         try:
-            result = action.type(text) if action.type else text
-        except argparse.ArgumentTypeError as error:
-            raise ValueError(f"{action.dest}: {error}") from None
-        expected = tuple(value) if isinstance(value, list) else value
-        if result != expected or action.choices and result not in action.choices:
-            raise refused
+            result = self._get_value(action, text)
+            self._check_value(action, result)
+        except argparse.ArgumentError as error:
+            raise ValueError(f"{action.dest}: {error.message}") from None
+        if result != expected:
+            raise ValueError(f"{action.dest} is {quoted(value)}")
         return result
 
     def parse_over(self, argv: list[str] | None, values: dict) -> argparse.Namespace:
@@ -152,6 +149,11 @@ class Parser(argparse.ArgumentParser):
             if isinstance(action, argparse._AppendAction) and getattr(given, action.dest):
                 setattr(args, action.dest, getattr(given, action.dest))
         return args
+
+
+def name_here(name: str, table: dict[str, tuple[str, ...]]) -> str:
+    """The key of OTHER_TOOLS or OTHER_SAMPLERS under which a name stands, or ""."""
+    return next((here for here, names in table.items() if name in names), "")
 
 
 def parser(description: str) -> Parser:
@@ -213,19 +215,18 @@ def quoted(value: object) -> str:
     return text if len(text) <= 80 else f"{text[:76]}..."
 
 
-def number(kind: type, low: float, high: float = math.inf, above: bool = False) -> Callable:
+def number(kind: type, low: float, high: float, above: bool = False) -> Callable:
     """An argument type: int or float in [low, high], or in (low, high] with above=True."""
 
-    def read(text):
+    def read(text: str) -> float:
         try:
             value = kind(text)
         except ValueError:
             whole = "whole " if kind is int else ""
             raise argparse.ArgumentTypeError(f"{quoted(text)} is not a {whole}number") from None
-        too_low = value <= low if above else value < low
-        if too_low or value > high or value != value:
-            limit = f"{'above' if above else 'at least'} {low}"
-            limit += "" if high == math.inf else f" and at most {high:g}"
+        is_low = value <= low if above else value < low
+        if is_low or value > high or value != value:
+            limit = f"{'above' if above else 'at least'} {low} and at most {high:g}"
             raise argparse.ArgumentTypeError(f"{quoted(text)} is out of range; it must be {limit}")
         return value
 
@@ -240,27 +241,24 @@ STRENGTH, SHARE = number(float, 0, 1, above=True), number(float, 0, 1)
 
 def size(text: str) -> tuple[int, int]:
     """ "1024" or "WIDTHxHEIGHT" to (H, W) in pixels."""
-    if not re.fullmatch(r"[0-9]{1,9}(x[0-9]{1,9})?", text.lower()):
-        raise argparse.ArgumentTypeError(
-            f"{quoted(text)} is not a size; give 1024, or WIDTHxHEIGHT"
-        )
-    sides = [int(side) for side in text.lower().split("x")]
-    if not all(1 <= side <= MAX_SIDE for side in sides):
+    match = re.fullmatch(r"([0-9]{1,9})(?:x([0-9]{1,9}))?", text.lower())
+    width, height = (int(side or match[1]) for side in match.groups()) if match else (0, 0)
+    if not (1 <= width <= MAX_SIDE and 1 <= height <= MAX_SIDE):
         raise argparse.ArgumentTypeError(
             f"{quoted(text)} is not a size; give 1024, or WIDTHxHEIGHT, of 1 to {MAX_SIDE}"
         )
-    return sides[-1], sides[0]
+    return height, width
 
 
 def scaled_file(text: str) -> tuple[str, float | None]:
     """ "FILE" or "FILE:0.8" to (path, scale); None where no scale is given (find_loras)."""
-    path, colon, scale = text.rpartition(":")
+    path, colon, end = text.rpartition(":")
     try:
-        path, scale = (path, float(scale)) if colon else (text, None)
+        scale = float(end)
     except ValueError:
         return text, None  # the colon belongs to the path
-    if scale is None:
-        return path, scale
+    if not colon:
+        return text, None
     if not abs(scale) <= 1e6:
         raise argparse.ArgumentTypeError(
             f"{quoted(text)} has no finite scale; give FILE, or FILE:0.8"
@@ -272,7 +270,7 @@ def sampler(text: str) -> str:
     """The name of a sampler; the names of other tools get a hint."""
     if text in SAMPLERS:
         return text
-    name = OTHER_SAMPLERS.get(text.lower().replace(" ", "_"))
+    name = name_here(text.lower().replace(" ", "_"), OTHER_SAMPLERS)
     hint = f"; here it is {name}" if name else ""
     raise argparse.ArgumentTypeError(f"{quoted(text)} is not one of {', '.join(SAMPLERS)}{hint}")
 
@@ -290,59 +288,56 @@ def by_checkpoint(name: str, text: str) -> str:
 
 def add_checkpoint(p: Parser) -> None:
     """The flags that say which checkpoint, where it runs, and how fast."""
-    add = p.add_argument_group("checkpoint").add_argument
+    add = p.group("checkpoint")
     text = "folder, .safetensors file or Hub id of an SDXL checkpoint (default: the miniature)"
-    add("--weights", default=MINI, metavar="PATH|ID", help=text)
-    add("--vae", metavar="PATH|ID", help="another VAE")
+    add("--weights", text, default=MINI, metavar="PATH|ID")
+    add("--vae", "another VAE", metavar="PATH|ID")
     text = "configurations for a single file (default: SDXL base's)"
-    add("--model-config", metavar="FOLDER", help=text)
-    add("--revision", metavar="NAME", help="branch, tag or commit on the Hub")
-    add("--device", default="auto", help="auto, cuda, mps, cpu (default: auto)")
+    add("--model-config", text, metavar="FOLDER")
+    add("--revision", "branch, tag or commit on the Hub", metavar="NAME")
+    add("--device", "auto, cuda, mps, cpu (default: auto)", default="auto")
     dtypes = ("auto", "float32", "bfloat16", "float16")
-    text = "of the networks: float32, bfloat16, float16 (default: auto, float32 on the CPU)"
-    add("--dtype", default="auto", choices=dtypes, metavar="NAME", help=text)
+    text = "of the networks (default: auto, float32 on the CPU)"
+    add("--dtype", text, default="auto", choices=dtypes)
     text = "JSON file with flags, such as settings.json of a run; flags given here override it"
-    add("--config", metavar="FILE", help=text)
-
-    add = p.add_argument_group("speed and memory").add_argument
+    add("--config", text, metavar="FILE")
+    add = p.group("speed and memory")
     text = "store the UNet's linear layers in 8 bits: half of bfloat16's memory (default: no)"
-    add("--fp8-base", action=BooleanOptionalAction, default=None, help=text)
+    add("--fp8-base", text, action=BooleanOptionalAction, default=None)
     text = "compile the UNet's blocks: faster steps after a first one of minutes (default: no)"
-    add("--compile", action=BooleanOptionalAction, default=None, help=text)
+    add("--compile", text, action=BooleanOptionalAction, default=None)
 
 
 def add_sampling(p: Parser) -> None:
     """The flags of denoising, of sample.py and insert.py."""
-    add = p.add_argument_group("sampling").add_argument
+    add = p.group("sampling")
     text = "LoRA file, or the folder of a run; may be repeated"
-    add("--lora", type=scaled_file, action="append", metavar="FILE[:SCALE]", help=text)
+    add("--lora", text, type=scaled_file, action="append", metavar="FILE[:SCALE]")
     text = "textual-inversion embedding; its token is the file's own, or its name; may be repeated"
-    add("--embedding", action="append", metavar="FILE", help=text)
+    add("--embedding", text, action="append", metavar="FILE")
     text = "what guidance leads away from (default: zeros, as SDXL was trained)"
-    add("--negative-prompt", metavar="TEXT", help=text)
+    add("--negative-prompt", text, metavar="TEXT")
     text = by_checkpoint("sampler", ", ".join(SAMPLERS))
-    add("--sampler", type=sampler, metavar="NAME", help=text)
+    add("--sampler", text, type=sampler, metavar="NAME")
     spacings = ("leading", "trailing", "linspace")
-    text = "leading, trailing or linspace (default: the checkpoint's; lcm has its own)"
-    add("--timestep-spacing", dest="spacing", metavar="NAME", choices=spacings, help=text)
-    text = by_checkpoint("steps", "denoising steps")
-    add("--steps", type=COUNT, metavar="N", help=text)
+    text = "of the sampler's timesteps (default: the checkpoint's; lcm has its own)"
+    add("--timestep-spacing", text, dest="spacing", choices=spacings)
+    add("--steps", by_checkpoint("steps", "denoising steps"), type=COUNT, metavar="N")
     text = by_checkpoint("guidance", "classifier-free guidance; 1 is none")
-    add("--guidance", type=WEIGHT, metavar="G", help=text)
+    add("--guidance", text, type=WEIGHT, metavar="G")
     text = "share of fresh noise at each step, 0 to 1 (default: the sampler's)"
-    add("--eta", type=SHARE, metavar="E", help=text)
-    add("--size", type=size, metavar="N|WxH", help=by_checkpoint("size", "pixels"))
+    add("--eta", text, type=SHARE, metavar="E")
+    add("--size", by_checkpoint("size", "pixels"), type=size, metavar="N|WxH")
     text = "of the noise; the same seed gives the same image; -1 draws one (default: 0)"
-    add("--seed", type=SEED, default=0, metavar="N", help=text)
+    add("--seed", text, type=SEED, default=0, metavar="N")
 
 
 def add_inspect(p: Parser) -> None:
-    add = p.add_argument_group("inspection").add_argument
-    text = "write an HTML page that shows every step into this folder (or, if it is "
-    text += "not empty, the next free number)"
-    add("--inspect", metavar="FOLDER", help=text)
+    add = p.group("inspection")
+    text = "folder for an HTML page that shows every step; if not empty, the next free number"
+    add("--inspect", text, metavar="FOLDER")
     text = "with --inspect: all arrays too, as safetensors beside the page"
-    add("--inspect-full", action="store_true", help=text)
+    add("--inspect-full", text, action="store_true")
 
 
 def sampling_options(args: argparse.Namespace) -> dict:
@@ -397,8 +392,8 @@ def metadata(args: argparse.Namespace) -> dict:
 # Loading
 
 
-def load(args: argparse.Namespace):
-    """The checkpoint of the flags, an SDXL. Its networks are read on first use."""
+def load(args: argparse.Namespace) -> "SDXL":
+    """The checkpoint of the flags. Its networks are read on first use."""
     import alchemy
 
     from .extras import optimizations
@@ -474,7 +469,7 @@ def default_lora() -> list[tuple[str, float]]:
 
 
 def apply_loras(
-    sdxl,
+    sdxl: "SDXL",
     loras: list[tuple[str, float]] | None,
     embeddings: list[str] | None = None,
     prompts: list[str | None] | None = None,
@@ -507,12 +502,20 @@ def apply_loras(
 # Progress and messages
 
 
-def describe(sdxl, args: argparse.Namespace) -> str:
+def describe(sdxl: "SDXL", args: argparse.Namespace) -> str:
     """Where a run takes place: "cpu, float32, weights/mini"."""
     return f"{sdxl.device}, {str(sdxl.dtype).removeprefix('torch.')}, {args.weights}"
 
 
-def describe_steps(schedule, timesteps: list, steps: int) -> str:
+def timesteps(
+    args: argparse.Namespace, sdxl: "SDXL", options: dict, strength: float
+) -> list[tuple[float, float]]:
+    """The (t, t_prev) of each step that will run."""
+    found = samplers.find_sampler(options["sampler"])
+    return found.timesteps(sdxl.schedule, options["steps"], args.spacing, strength)
+
+
+def describe_steps(schedule: "Schedule", timesteps: list, steps: int) -> str:
     """What really runs, in a line: "29 of 50 steps, first t 561 (sigma 3.02)"."""
     t = timesteps[0][0]
     alpha_bar = schedule.alpha_bar_at(t)
@@ -520,35 +523,43 @@ def describe_steps(schedule, timesteps: list, steps: int) -> str:
     return f"{len(timesteps)} of {steps} steps, first t {t:g} (sigma {sigma})"
 
 
-def progress(iterable: Iterable, total: int, name: str, describe: Callable = str) -> Iterator:
+def progress(
+    items: Iterable[Item], total: int, name: str, describe: Callable[[Item], str] | None = None
+) -> Iterator[Item]:
     """Yield the items beside a progress bar, or, without a terminal, a line every 10 seconds.
 
     describe(item): what else to show. The first line comes after a second, with the time left.
     """
-    if describe is str:
-        describe = no_description
+    bar = None
     if sys.stderr.isatty():
         from tqdm import tqdm
 
-        with tqdm(total=total, desc=name, dynamic_ncols=True) as bar:
-            for item in iterable:
-                bar.set_postfix_str(describe(item), refresh=False)
-                bar.update()
-                yield item
-        return
+        bar = tqdm(total=total, desc=name, dynamic_ncols=True)
     start = time.monotonic()
     reported = start - 9
-    for count, item in enumerate(iterable, 1):
-        now = time.monotonic()
-        if now - reported > 10 or count == total:
-            rate = count / max(now - start, 1e-9)
-            left = duration((total - count) / rate)
-            log(f"{name}: {count}/{total}, {rate:.2f}/s, {left} left {describe(item)}".rstrip())
-            reported = now
-        yield item
+    with bar or nullcontext():
+        for count, item in enumerate(items, 1):
+            now, text = time.monotonic(), describe(item) if describe else ""
+            if bar:
+                bar.set_postfix_str(text, refresh=False)
+                bar.update()
+            elif now - reported > 10 or count == total:
+                rate = count / max(now - start, 1e-9)
+                left = f", about {duration((total - count) / rate)} left" if count < total else ""
+                log(f"{name}: {count}/{total}, {rate:.2f}/s{left} {text}".rstrip())
+                reported = now
+            yield item
 
 
-def follow_steps(args, sdxl, steps: Iterable, *, total: int, name: str, recorder=None) -> Iterator:
+def follow_steps(
+    args: argparse.Namespace,
+    sdxl: "SDXL",
+    steps: Iterable["Step"],
+    *,
+    total: int,
+    name: str,
+    recorder: Any = None,
+) -> Iterator["Step"]:
     """The Steps of one image with progress, recorded for --inspect, with cached keys and values."""
     from .extras import compile, optimizations
 
@@ -556,10 +567,6 @@ def follow_steps(args, sdxl, steps: Iterable, *, total: int, name: str, recorder
     steps = optimizations.cached_steps(sdxl.unet, steps)
     steps = compile.report_compile_time(steps, log) if args.compile else steps
     return progress(steps, total, name)
-
-
-def no_description(item: object) -> str:
-    return ""
 
 
 def duration(seconds: float) -> str:

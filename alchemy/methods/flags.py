@@ -42,27 +42,7 @@ DEFAULT_RATE = {"lora": "learning_rate", "full": "full_rate", "textual-inversion
 
 def parser(description: str) -> cli.Parser:
     p = cli.parser(description)
-    text = "folder of photos, or one with 10_sks dog/ inside (default: the example subject)"
-    p.add_argument("photos", nargs="?", metavar="SUBJECT_DIR", help=text)
-    text = "what the subject is: dog, backpack (default: bear, with the example)"
-    p.add_argument("--class-word", metavar="WORD", help=text)
-    text = "rare word that will name the subject (default: sks), or the new token of "
-    text += "textual-inversion (default: <subject>)"
-    p.add_argument("--token", metavar="WORD", help=text)
-    text = 'prompt of each photo, {} is token and class word (default: "a photo of a {}")'
-    p.add_argument("--caption", default="a photo of a {}", metavar="TEXT", help=text)
-    text = "the images have captions of their own; there is no subject and no class"
-    p.add_argument("--captions", action="store_true", help=text)
-    text = "train on a part of each photo: its alpha channel, the class word's region, or masks "
-    text += "with the photos' names (default: all of it)"
-    p.add_argument("--mask", metavar="alpha|segment|FOLDER", help=text)
-    text = "folder for all results (default: out/ and the name of SUBJECT_DIR), or a .safetensors "
-    text += "file for the weights and a folder of its name for the rest"
-    p.add_argument("--out", metavar="PATH", help=text)
-    add = p.add_mutually_exclusive_group().add_argument
-    add("--overwrite", action="store_true", help="start again where --out holds a run")
-    text = "continue the run in --out, with its settings; a finished one with more --steps"
-    add("--resume", action="store_true", help=text)
+    add_subject(p)
     add_training(p)
     add_files(p)
     cli.add_checkpoint(p)
@@ -70,75 +50,97 @@ def parser(description: str) -> cli.Parser:
     return p
 
 
+def add_subject(p: cli.Parser) -> None:
+    add = p.group("")
+    text = "folder of photos, or one with 10_sks dog/ inside (default: the example subject)"
+    add("photos", text, nargs="?", metavar="SUBJECT_DIR")
+    text = "what the subject is: dog, backpack (default: bear, with the example)"
+    add("--class-word", text, metavar="WORD")
+    text = "rare word for the subject (default: sks; <subject> with textual-inversion)"
+    add("--token", text, metavar="WORD")
+    text = 'prompt of each photo, {} is token and class word (default: "a photo of a {}")'
+    add("--caption", text, default="a photo of a {}", metavar="TEXT")
+    text = "the images have captions of their own; there is no subject and no class"
+    add("--captions", text, action="store_true")
+    text = "train on a part of each photo: its alpha channel, the class word's region, or masks "
+    text += "with the photos' names (default: all of it)"
+    add("--mask", text, metavar="alpha|segment|FOLDER")
+    text = "folder for all results (default: out/ and the name of SUBJECT_DIR), or a .safetensors "
+    text += "file for the weights and a folder of its name for the rest"
+    add("--out", text, metavar="PATH")
+    start = p.add_mutually_exclusive_group().add_argument
+    start("--overwrite", action="store_true", help="start again where --out holds a run")
+    text = "continue the run in --out, with its settings; a finished one with more --steps"
+    start("--resume", action="store_true", help=text)
+
+
 def add_training(p: cli.Parser) -> None:
-    add = p.add_argument_group("training").add_argument
+    add = p.group("training")
     text = "train a LoRA on the attention layers, the whole UNet (as DreamBooth), or the embedding "
     text += "of a new token (default: lora)"
-    add("--method", default="lora", choices=tuple(DEFAULT_RATE), help=text)
+    add("--method", text, default="lora", choices=tuple(DEFAULT_RATE))
     text = cli.by_checkpoint("training_steps", "optimizer steps")
-    add("--steps", type=cli.COUNT, metavar="N", help=text)
+    add("--steps", text, type=cli.COUNT, metavar="N")
     text = cli.by_checkpoint("learning_rate", "of AdamW") + ", "
     text += cli.by_checkpoint("full_rate", "with --method full") + ", "
     text += cli.by_checkpoint("word_rate", "with textual-inversion")
-    add("--learning-rate", type=cli.POSITIVE, metavar="X", help=text)
-    text = "learning rate after the warm-up: constant, or cosine down to 0 (default: constant)"
-    add("--schedule", default="constant", choices=("constant", "cosine"), help=text)
+    add("--learning-rate", text, type=cli.POSITIVE, metavar="X")
+    text = "learning rate after the warm-up, cosine ends at 0 (default: constant)"
+    add("--schedule", text, default="constant", choices=("constant", "cosine"))
     text = "steps over which the learning rate rises (default: 0)"
-    add("--warmup", type=cli.WHOLE, default=0, metavar="N", help=text)
-    text = cli.by_checkpoint("batch", "photos per batch")
-    add("--batch", type=cli.COUNT, metavar="N", help=text)
+    add("--warmup", text, type=cli.WHOLE, default=0, metavar="N")
+    add("--batch", cli.by_checkpoint("batch", "photos per batch"), type=cli.COUNT, metavar="N")
     text = "batches per optimizer step (default: 1)"
-    add("--accumulation", type=cli.COUNT, default=1, metavar="N", help=text)
-    add("--size", type=cli.size, metavar="N|WxH", help=cli.by_checkpoint("size", "pixels"))
-    rank = cli.number(int, 1, 4096)
-    add("--rank", type=rank, metavar="N", help=cli.by_checkpoint("rank", "of the LoRA"))
+    add("--accumulation", text, type=cli.COUNT, default=1, metavar="N")
+    add("--size", cli.by_checkpoint("size", "pixels"), type=cli.size, metavar="N|WxH")
+    text = cli.by_checkpoint("rank", "of the LoRA")
+    add("--rank", text, type=cli.number(int, 1, 4096), metavar="N")
     text = "the LoRA is scaled by alpha/rank (default: rank)"
-    add("--alpha", type=cli.POSITIVE, metavar="X", help=text)
-    add("--init-lora", metavar="FILE", help="continue training this LoRA (default: a new one)")
+    add("--alpha", text, type=cli.POSITIVE, metavar="X")
+    add("--init-lora", "continue training this LoRA (default: a new one)", metavar="FILE")
     text = "with --method full: train both text encoders too"
-    add("--text-encoders", action="store_true", help=text)
+    add("--text-encoders", text, action="store_true")
     text = "weight of prior preservation, which keeps the class word; 0 is none (default: 1)"
-    add("--prior-weight", type=cli.WEIGHT, default=1.0, metavar="X", help=text)
+    add("--prior-weight", text, type=cli.WEIGHT, default=1.0, metavar="X")
     text = "prior preservation with N class images, generated first, instead of the model's own "
     text += "prediction (default: 0; 100 with --method full)"
-    add("--class-images", type=cli.WHOLE, metavar="N", help=text)
+    add("--class-images", text, type=cli.WHOLE, metavar="N")
     text = "where they are kept, to be used again (default: class/ in --out)"
-    add("--class-folder", metavar="FOLDER", help=text)
+    add("--class-folder", text, metavar="FOLDER")
     text = "share of captions that are dropped, with --captions (default: 0.1)"
-    add("--caption-dropout", type=cli.SHARE, default=0.1, metavar="X", help=text)
+    add("--caption-dropout", text, type=cli.SHARE, default=0.1, metavar="X")
     text = "vectors of the new token in each text encoder (default: 2)"
-    add("--vectors", type=cli.number(int, 1, 75), default=2, metavar="N", help=text)
+    add("--vectors", text, type=cli.number(int, 1, 75), default=2, metavar="N")
     text = "word that the new token starts from (default: the class word)"
-    add("--init-word", metavar="WORD", help=text)
-    add("--style", action="store_true", help="the new token is a style, not an object")
+    add("--init-word", text, metavar="WORD")
+    add("--style", "the new token is a style, not an object", action="store_true")
     text = "min-SNR weighting of the loss; 0 is none (default: 5)"
-    add("--snr-gamma", type=cli.WEIGHT, default=5.0, metavar="X", help=text)
+    add("--snr-gamma", text, type=cli.WEIGHT, default=5.0, metavar="X")
     text = "mirror the photos at random; not for subjects with text on them"
-    add("--mirror", action=cli.BooleanOptionalAction, default=False, help=text)
+    add("--mirror", text, action=cli.BooleanOptionalAction, default=False)
     text = "less memory, a third more time (default: by free GPU memory; on a CPU for SDXL)"
-    add("--checkpointing", action=cli.BooleanOptionalAction, default=None, help=text)
+    add("--checkpointing", text, action=cli.BooleanOptionalAction)
     text = "of crops, noise and timesteps; -1 draws one (default: 0)"
-    add("--seed", type=cli.SEED, default=0, metavar="N", help=text)
+    add("--seed", text, type=cli.SEED, default=0, metavar="N")
 
 
 def add_files(p: cli.Parser) -> None:
-    add = p.add_argument_group("files").add_argument
+    add = p.group("files")
     text = "look at the photos, write check.png, time one step, and stop"
-    add("--check", action="store_true", help=text)
+    add("--check", text, action="store_true")
     text = "key names in lora.safetensors (default: kohya, which all tools read)"
-    add("--format", default="kohya", choices=("kohya", "diffusers", "peft"), help=text)
+    add("--format", text, default="kohya", choices=("kohya", "diffusers", "peft"))
     text = "steps between previews; 0 is none (default: a quarter of the steps)"
-    add("--preview-every", type=cli.WHOLE, metavar="N", help=text)
+    add("--preview-every", text, type=cli.WHOLE, metavar="N")
     text = "prompt of the previews; may be repeated (default: subject, class, something unrelated)"
-    add("--preview-prompt", action="append", metavar="TEXT", help=text)
+    add("--preview-prompt", text, action="append", metavar="TEXT")
     text = "score each preview: likeness of the subject to the photos, and of the class to the "
     text += "base model's; the best step is named at the end"
-    add("--validate", action="store_true", help=text)
-    text = "folder or Hub id of DINO ViT-S/16 for --validate (default: facebook/dino-vits16; on "
-    text += "the miniature its toy classifier, offline)"
-    add("--dino", metavar="PATH|ID", help=text)
+    add("--validate", text, action="store_true")
+    text = "DINO ViT-S/16 for --validate (default: facebook/dino-vits16; offline on the miniature)"
+    add("--dino", text, metavar="PATH|ID")
     text = "steps between saved states (default: 100; with --method full only at the end)"
-    add("--save-every", type=cli.COUNT, metavar="N", help=text)
+    add("--save-every", text, type=cli.COUNT, metavar="N")
 
 
 # Reading

@@ -101,7 +101,7 @@ def test_an_image_of_any_size_keeps_every_bit_outside_the_mask(insert, own):
 
 def test_a_mask_of_another_size_is_refused(inserted, own):
     picture(8, 8).save("mask.png")
-    refused(inserted(*OWN[1:]), "mask.png is 8x8", "resize the mask")
+    refused(inserted(*OWN[1:]), "the mask is 8x8, the image 83x50")
 
 
 def test_zero_is_a_value_of_threshold_dilate_and_guidance(insert, own, monkeypatch):

@@ -120,6 +120,9 @@ FAULTS = {
     ("methods/task", "core/prior"): (
         ("class images are generated again", "jobs if not job[0].exists()]", "jobs]"),
     ),
+    ("methods/task", "cli/training_flags"): (
+        ("repeats of a subject's folder count once", "found * repeats", "found"),
+    ),
     ("methods/dreambooth", "extras/dreambooth"): (
         (
             "text encoders are frozen",
@@ -170,7 +173,7 @@ FAULTS = {
             "range(cells // h, ",
         ),
         ("small buckets too", "range(-(-3 * cells // (4 * h)), ", "range(1, "),
-        ("repeats count once", "* int(match[1])", "* 1"),
+        ("repeats count once", "prompt)] * repeats", "prompt)]"),
         ("a file outside the folder is read", 'or ".." in Path(name).parts', ""),
     ),
     ("methods/captions", "extras/distributed"): (
@@ -181,6 +184,12 @@ FAULTS = {
     ),
     ("methods/outputs", "cli/resume"): (
         ("a user's files are replaced", "if args.overwrite or not existing:", "if True:"),
+        (
+            "the state of a finished run is lost",
+            'if args.method == "full":\n        (',
+            "if True:\n        (",
+        ),
+        ("a finished run does not say so", "finished == args.steps or", "False or"),
     ),
     ("methods/outputs", "cli/crash_points"): (
         (
