@@ -131,10 +131,9 @@ class Parser(argparse.ArgumentParser):
             text, expected = ("x" if action.type is size else ":").join(map(str, parts)), (*value,)
         try:
             result = self._get_value(action, text)
-            self._check_value(action, result)
         except argparse.ArgumentError as error:
             raise ValueError(f"{action.dest}: {error.message}") from None
-        if result != expected:
+        if result != expected or action.choices and result not in action.choices:
             raise ValueError(f"{action.dest} is {quoted(value)}")
         return result
 

@@ -1,10 +1,13 @@
 """README, WALK.md and CLI.md agree with the code."""
 
+import itertools
 import re
 
 import pytest
 from helpers import flags
 from helpers.comparison import ROOT
+
+from alchemy import cli
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 WALK = (ROOT / "alchemy" / "WALK.md").read_text(encoding="utf-8")
@@ -28,6 +31,11 @@ def test_every_relative_link_leads_to_a_file(document):
 
 def test_the_readme_has_at_most_150_lines():
     assert len(README.splitlines()) <= 150
+
+
+def test_the_readme_lists_every_flag_of_another_tool():
+    for name in itertools.chain(*cli.OTHER_TOOLS.values()):
+        assert re.search(rf"`--{name}[` ]", README), name
 
 
 def test_the_table_of_flags_is_that_of_the_parsers():
