@@ -88,11 +88,13 @@ def parse(argv: list[str] | None) -> Namespace:
 
 def name_subject(args: Namespace) -> None:
     """Take class word and token from the LoRA where they are not given, and check the prompt."""
+    from alchemy.formats.tensors import open_safetensors
+
     trained, files = {}, list(args.embedding or ())
     if args.lora:
         cli.find_loras(args)
-        trained = cli.lora_metadata(args.lora[0][0])
         files.append(args.lora[0][0])
+        trained = open_safetensors(files[-1]).metadata() or {}
     if not args.token and len(files) > 1:
         raise ValueError("--token is missing: with several files, which token is the subject's?")
     for name in ("class_word", "token"):

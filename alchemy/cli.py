@@ -444,13 +444,6 @@ def find_loras(args: argparse.Namespace) -> None:
         args.lora[i] = (path, 1.0 if scale is None else scale)
 
 
-def lora_metadata(path: str) -> dict[str, str]:
-    """The metadata in the header of a LoRA file."""
-    from .formats.tensors import open_safetensors
-
-    return open_safetensors(path).metadata() or {}
-
-
 def single_token(token: str, class_word: str) -> str:
     """The token without the class word, which some write behind it; several words are refused."""
     words = token.split()

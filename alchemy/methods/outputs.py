@@ -142,11 +142,9 @@ def open_state(args: Namespace) -> "safe_open | None":
     finished = json.loads(path.with_name(SETTINGS).read_text(encoding="utf-8-sig")).get("finished")
     if result.exists() and (finished == args.steps or not path.exists()):
         remove_unfinished(path.parent)
-        more = (
-            f"--steps above {finished} continues it"
-            if path.exists()
-            else ("--init-lora continues its LoRA in another --out")
-        )
+        more = "--init-lora continues its LoRA in another --out"
+        if path.exists():
+            more = f"--steps above {finished} continues it"
         raise ValueError(f"{args.out}: this run is finished; {more}, --overwrite starts again")
     if not path.exists():
         return None

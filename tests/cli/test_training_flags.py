@@ -125,20 +125,12 @@ def test_the_checkpoint_of_an_earlier_run_is_not_removed_by_its_reader(tmp_path,
     refused(lambda: read_args(argv), "--weights run/checkpoint", "--out run")
 
 
-@pytest.mark.parametrize(
-    "name, value",
-    [
-        ("mask", 5),
-        ("rank", "4"),
-        ("batch", 0),
-        ("caption", None),
-        ("mirror", "yes"),
-        ("method", "other"),
-        ("size", ["a", 2]),
-        ("preview_prompt", "one"),
-        ("prior_weight", 2**70),
-    ],
-)
+NO_SETTINGS = [("mask", 5), ("rank", "4"), ("batch", 0), ("caption", None), ("mirror", "yes")]
+NO_SETTINGS += [("method", "other"), ("size", ["a", 2]), ("preview_prompt", "one")]
+NO_SETTINGS += [("prior_weight", 2**70)]
+
+
+@pytest.mark.parametrize("name, value", NO_SETTINGS)
 def test_a_setting_that_cannot_be_is_refused_by_its_name(tmp_path, name, value):
     settings = {"photos": "a", "class_word": "dog", "size": [64, 32], "learning_rate": 3e-5}
     (tmp_path / "settings.json").write_text(json.dumps(settings | {name: value}))

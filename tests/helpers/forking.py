@@ -1,4 +1,5 @@
-"""Ranks for the tests: forked from this process, where torch is loaded already; a store as torchrun keeps one. Needs fork (Linux, macOS)."""
+"""Ranks for the tests: forked from this process, where torch is loaded already, with a store as
+torchrun keeps one. Needs fork (Linux, macOS)."""
 
 import multiprocessing
 import os
@@ -24,7 +25,7 @@ def read_once(tiny, vocabulary_read_once):  # noqa: F811
 
 
 def forked(world, work):
-    """Call work(rank) in as many ranks, with the store that torchrun would keep: a Run of each. world 0: in one process without any."""
+    """Call work(rank) in as many ranks: a Run of each. world 0: in one process without any."""
     store = torch.distributed.TCPStore("localhost", 0, is_master=True, wait_for_workers=False)
 
     def one(rank):
@@ -39,19 +40,17 @@ def forked(world, work):
         sys.stdout, sys.stderr = (open(f".{rank}.{name}", "w") for name in ("out", "err"))
         work(rank)
 
-    processes = [
-        multiprocessing.get_context("fork").Process(target=one, args=(rank,))
-        for rank in range(world or 1)
-    ]
+    fork = multiprocessing.get_context("fork").Process
+    processes = [fork(target=one, args=(rank,)) for rank in range(world or 1)]
     for process in processes:
         process.start()
-    for process in processes:
+    runs = []
+    for rank, process in enumerate(processes):
         process.join(120)
         process.kill()
-    return [
-        Run(process.exitcode, *(Path(f".{rank}.{name}").read_text() for name in ("out", "err")))
-        for rank, process in enumerate(processes)
-    ]
+        out, err = (Path(f".{rank}.{name}").read_text() for name in ("out", "err"))
+        runs.append(Run(process.exitcode, out, err))
+    return runs
 
 
 def called(world, script, *argv, before=lambda rank: None):
@@ -72,20 +71,11 @@ def all_good(runs):
 
 SUBJECT = ("--class-word", "dog")
 FULL = ("--method", "full", "--prior-weight", 0)
+CLASS = "--class-images 3 --prior-weight 0.5 --mask masks --mirror"
+COMMON = "--learning-rate 1e-3 --accumulation 2 --preview-every 0 --steps 2 --save-every 2"
 WAYS = {
     "prior": (*SUBJECT, "--rank", 2),
-    "class": (
-        *SUBJECT,
-        "--rank",
-        2,
-        "--class-images",
-        3,
-        "--prior-weight",
-        0.5,
-        "--mask",
-        "masks",
-        "--mirror",
-    ),
+    "class": (*SUBJECT, "--rank", 2, *CLASS.split()),
     "full": (*SUBJECT, *FULL, "--text-encoders"),
     "word": (*SUBJECT, "--method", "textual-inversion"),
     "captions": ("--captions", "--rank", 2, "--caption-dropout", 0.3),
@@ -99,21 +89,4 @@ def flags(tiny, way, *more):
         Path("masks").mkdir()
         for path in folder.glob("*.png"):
             left_half(*pixels(path).shape[:2]).save(Path("masks") / path.name)
-    return (
-        "train.py",
-        "photos",
-        *WAYS[way],
-        "--weights",
-        tiny,
-        "--learning-rate",
-        1e-3,
-        "--accumulation",
-        2,
-        "--preview-every",
-        0,
-        "--steps",
-        2,
-        "--save-every",
-        2,
-        *more,
-    )
+    return ("train.py", "photos", *WAYS[way], "--weights", tiny, *COMMON.split(), *more)

@@ -1,4 +1,5 @@
-"""The three scripts as the tests run them: on a tiny checkpoint of random weights, in this process or in one of their own."""
+"""The three scripts as the tests run them: on a tiny checkpoint of random weights, in this process
+or in one of their own."""
 
 import contextlib
 import io
@@ -26,8 +27,8 @@ from helpers import checkpoints
 ROOT = Path(__file__).resolve().parents[2]
 MAIN = {"train.py": train.main, "sample.py": sample.main, "insert.py": insert.main}
 PROMPT, SCENE = "a photo of a sks dog in a park", "a photo of a dog in a park"
-MADE = {}  # what one session makes but once, though a fixture that is imported is another one in each file
-STEPS = 3  # of a picture, where a test does not say otherwise
+MADE = {}  # what is made once a session; an imported fixture is another one in each file
+STEPS = 3  # of an image, where a test does not say otherwise
 
 
 @dataclass
@@ -65,8 +66,9 @@ def call_main(main, *argv):
 
 
 def process(*argv, before="", **options):
-    """Run a script as a process, on one thread as the tests are; before: Python that comes first."""
-    code = f"import runpy, sys; sys.path.insert(0, {str(ROOT)!r}); sys.argv = sys.argv[1:]\n{before}\nrunpy.run_path(sys.argv[0], run_name='__main__')"
+    """Run a script as a process of one thread; before: Python that comes first."""
+    code = f"import runpy, sys; sys.path.insert(0, {str(ROOT)!r}); sys.argv = sys.argv[1:]\n"
+    code += f"{before}\nrunpy.run_path(sys.argv[0], run_name='__main__')"
     done = subprocess.run(
         [sys.executable, "-c", code, str(ROOT / argv[0]), *map(str, argv[1:])],
         capture_output=True,
@@ -84,13 +86,11 @@ def good(run):
 
 
 def refused(run, *words):
-    """The run ended as bad input has to: status 2 and one line, which holds these words; returns the line."""
+    """The run ended with status 2 and one line, the last, that holds these words; returns it."""
     lines = [line for line in run.err.splitlines() if line.startswith("error:")]
-    assert run.status == 2 and len(lines) == 1 and "Traceback" not in run.err and not run.out, (
-        run.status,
-        run.err,
-    )
+    assert (run.status, len(lines), run.out) == (2, 1, ""), run
     assert run.err.splitlines()[-1] == lines[0] and len(lines[0]) < 400
+    assert "Traceback" not in run.err
     for word in words:
         assert str(word) in lines[0], f"{word!r} is not in: {lines[0]}"
     return lines[0]
@@ -98,11 +98,8 @@ def refused(run, *words):
 
 def contents(folder):
     """{path: bytes} of all files below a folder, hidden ones too."""
-    return {
-        p.relative_to(folder).as_posix(): p.read_bytes()
-        for p in Path(folder).rglob("*")
-        if p.is_file()
-    }
+    paths = [path for path in Path(folder).rglob("*") if path.is_file()]
+    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in paths}
 
 
 def picture(height, width, seed=0):
@@ -129,7 +126,8 @@ def tiny(tmp_path_factory):
 
 @pytest.fixture(autouse=True)
 def quick(monkeypatch, tmp_path):
-    """Pictures of few steps, a folder of its own to run in, and interrupts as at a terminal (in the background they may be ignored)."""
+    """Images of few steps, a folder of its own to run in, and interrupts as at a terminal (in the
+    background they may be ignored)."""
     whole, before = SDXL.defaults.fget, signal.signal(signal.SIGINT, signal.default_int_handler)
     monkeypatch.setattr(SDXL, "defaults", property(lambda self: whole(self) | {"steps": STEPS}))
     monkeypatch.chdir(tmp_path)
@@ -154,21 +152,9 @@ def lora_file(tiny, tmp_path_factory):
 @pytest.fixture
 def taught(tiny, tmp_path):
     """taught(flags): train.py on good photos."""
-    folder = photos(tmp_path / "photos")
-    return lambda *argv: call(
-        "train.py",
-        folder,
-        "--class-word",
-        "dog",
-        "--weights",
-        tiny,
-        "--steps",
-        1,
-        "--preview-every",
-        0,
-        *(() if "--method" in argv else ("--rank", 2)),
-        *argv,
-    )
+    base = ("train.py", photos(tmp_path / "photos"), "--class-word", "dog", "--weights", tiny)
+    base = (*base, "--steps", 1, "--preview-every", 0)
+    return lambda *argv: call(*base, *(() if "--method" in argv else ("--rank", 2)), *argv)
 
 
 @pytest.fixture
@@ -195,12 +181,8 @@ def pictures(tiny):
 
 
 def nothing_written(folder="."):
-    """No file anywhere below, but those of the test's own making."""
-    return not [
-        name
-        for name in contents(folder)
-        if name.startswith("out/") or "/." in name or name.startswith(".")
-    ]
+    """Whether there is no result and no hidden file below."""
+    return not any(name.startswith(("out/", ".")) or "/." in name for name in contents(folder))
 
 
 def pixels(path):

@@ -1,5 +1,7 @@
-"""The Python of README.md and WALK.md runs as it is written, and does what the text claims."""
+"""README.md, WALK.md, CLI.md and the notebook agree with the code, and their Python runs."""
 
+import itertools
+import json
 import math
 import re
 from functools import cache, partial
@@ -7,14 +9,49 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from helpers import flags
 from helpers.comparison import ROOT, deviation
+from helpers.notebook import NOTEBOOK, run
 
 import alchemy
+from alchemy import cli
 from alchemy.schedule import Schedule
 from alchemy.sdxl import Conditioning
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 WALK = (ROOT / "alchemy" / "WALK.md").read_text(encoding="utf-8")
+STOPS = re.findall(r"\[([\w/]+\.py)\]\([\w/]+\.py\) `(\w+)`", WALK)
+DOCUMENTS = ("README.md", "alchemy/WALK.md", "alchemy/GUIDE.md", "alchemy/CLI.md")
+
+
+@pytest.mark.parametrize("file, name", STOPS)
+def test_every_function_that_the_walk_names_is_defined_in_that_file(file, name):
+    text = (ROOT / "alchemy" / file).read_text(encoding="utf-8")
+    assert re.search(rf"^\s*(def|class) {name}\b", text, re.M)
+
+
+@pytest.mark.parametrize("document", DOCUMENTS)
+def test_every_relative_link_leads_to_a_file(document):
+    path = ROOT / document
+    links = re.findall(r"\]\((?!https?:|#)([^)#]+)", path.read_text(encoding="utf-8"))
+    missing = [link for link in links if not (path.parent / link).exists()]
+    assert not missing
+
+
+def test_the_readme_has_at_most_150_lines():
+    assert len(README.splitlines()) <= 150
+
+
+def test_the_readme_lists_every_flag_of_another_tool():
+    for name in itertools.chain(*cli.OTHER_TOOLS.values()):
+        assert re.search(rf"`--{name}[` ]", README), name
+
+
+def test_the_table_of_flags_is_that_of_the_parsers():
+    assert flags.CLI_MD.read_text(encoding="utf-8") == flags.document()
+
+
+# The Python of README.md and WALK.md
 
 
 def blocks(text):
@@ -108,3 +145,18 @@ def test_the_hook_pulls_the_mean_colour_by_a_tenth_of_the_difference(walk, close
         plain = ab**0.5 * step.x_0 + (1 - ab) ** 0.5 * step.eps
         difference = walk.goal - step.x_0.mean((2, 3), keepdim=True)
         close(step.x_prev, plain + 0.1 * ab**0.5 * difference, 1e-6)
+
+
+# The notebook
+
+
+def test_every_cell_of_the_notebook_runs_and_each_section_ends_in_an_image():
+    notebook = json.loads(NOTEBOOK.read_text(encoding="utf-8"))
+    images = [image for _, _, image in run(notebook) if image is not None]
+    sections = [c for c in notebook["cells"] if "".join(c["source"]).startswith("## ")]
+    assert len(sections) == 7
+    assert len(images) >= 7
+
+
+def test_the_notebook_is_stored_with_the_image_of_each_section():
+    assert NOTEBOOK.read_text(encoding="utf-8").count('"image/png":') >= 7
