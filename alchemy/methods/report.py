@@ -12,7 +12,7 @@ from ..files import free_path, save_json
 from ..formats import png
 from ..formats.lora import save_lora
 from ..sdxl import SDXL
-from ..training import TrainingTask, TrainState, denoising_loss
+from ..training import TrainingTask, TrainState
 from . import outputs
 from .preview import preview
 
@@ -37,7 +37,7 @@ class Report:
         if page:
             from ..extras.inspect.training_page import TrainingRecorder
 
-            self.recorder = TrainingRecorder(sdxl, self.loss_at, args.steps, state.step)
+            self.recorder = TrainingRecorder(sdxl, args.steps, state.step)
         if args.validate and self.is_main:
             from ..extras.validation import Validation
 
@@ -56,11 +56,6 @@ class Report:
         self.log = outputs.Log(self.out, self.state.step, scores)
         if self.validation:
             self.validation.begin(self.log)
-
-    def loss_at(self, t: int) -> float:
-        """Of one batch, always the same, at timestep t, without weighting and prior."""
-        batch = self.task.get_batch(0, 0).at_timestep(self.sdxl.schedule, t)
-        return float(denoising_loss(self.sdxl, batch, self.task.prompts, 0).mean().detach())
 
     def follow(self, steps: Iterator[tuple[int, float]]) -> Iterator[tuple[int, float]]:
         """The steps, logged and recorded for the page."""
