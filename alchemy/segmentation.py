@@ -6,6 +6,7 @@ object (Wang et al. 2023, DiffSegmenter). At the image's resolution, a guided fi
 2010) moves the edges of the mask to those of the image.
 """
 
+import itertools
 import math
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
@@ -15,7 +16,7 @@ from os import PathLike
 import torch
 import torch.nn.functional as F
 from PIL import Image
-from torch import Tensor
+from torch import Tensor, nn
 
 from . import attention, images, sampling
 from .sampling import Step
@@ -36,7 +37,7 @@ def token_positions(sdxl: SDXL, prompt: str, word: str) -> list[int]:
         truncated = sdxl.tokenizers[0].truncated_text(prompt)
         note = f", of which {truncated!r} is cut off" if truncated else ""
         raise ValueError(f"the word {word!r} is not in the prompt {prompt!r}{note}")
-    return sorted({position for occurrence in occurrences for position in occurrence})
+    return sorted(set(itertools.chain(*occurrences)))
 
 
 class AttentionMaps:
@@ -55,17 +56,20 @@ class AttentionMaps:
 
     def __init__(
         self,
-        unet,
+        unet: nn.Module,
         positions: Sequence[int],
         latent_size: tuple[int, int],
         timesteps: int = 1000,
         window: tuple[float, float] = (0.0, 1.0),
     ):
-        self.unet, self.positions, self.latent_size = unet, positions, latent_size
-        self.window = window[0] * timesteps, window[1] * timesteps
-        self.cross: dict = {}
-        self.self_attn: dict = {}
-        self.pending: list = []
+        self.unet = unet
+        self.positions = positions
+        self.latent_size = latent_size
+        self.first_t = window[0] * timesteps
+        self.last_t = window[1] * timesteps
+        self.cross: dict[tuple[int, int], tuple[Tensor, int]] = {}
+        self.self_attn: dict[tuple[int, int], tuple[Tensor, int]] = {}
+        self.pending: list[tuple[str, Tensor]] = []
 
     def layer_size(self, name: str) -> tuple[int, int]:
         """(h, w) of a layer: the latents' sides, halved and rounded up at each level down."""
@@ -75,16 +79,19 @@ class AttentionMaps:
             level = int(index)
         elif block == "up_blocks":
             level -= int(index)
-        height, width = (-(-side // 2**level) for side in self.latent_size)
-        return height, width
+        height, width = self.latent_size
+        return math.ceil(height / 2**level), math.ceil(width / 2**level)
 
     def layers(self) -> list[str]:
         """The layers to record: all of cross-attention, and one level of self-attention."""
         sizes = {name: self.layer_size(name) for name in attention.attentions(self.unet)}
         small = [size for size in sizes.values() if math.prod(size) <= MAX_SELF_ATTENTION]
         finest = max(small, default=None)
-        cross = [name for name in sizes if name.endswith("attn2")]
-        return cross + [name for name in sizes if name.endswith("attn1") and sizes[name] == finest]
+        chosen = []
+        for name, size in sizes.items():
+            if name.endswith("attn2") or size == finest:
+                chosen.append(name)
+        return chosen
 
     def record(self) -> AbstractContextManager:
         """Inside, each forward of the UNet adds to `pending`."""
@@ -93,22 +100,23 @@ class AttentionMaps:
     def collect(self, name: str, probabilities: Tensor) -> None:
         """Add one layer's probabilities (1, heads, N, M), of the conditional half of the batch."""
         p = probabilities[-1].mean(0)  # (N, M)
-        table = self.self_attn
         if name.endswith("attn2"):
-            table = self.cross
+            # One by one: to index by a list would wait for the device.
             p = torch.stack([p[:, position] for position in self.positions], dim=1).mean(1)  # (N,)
-        self.pending.append((table, self.layer_size(name), p))
+        self.pending.append((name, p))
 
     def accumulate(self, t: float) -> None:
         """Count what is pending, recorded at timestep t, if t is in the window; else discard it."""
         if self.in_window(t):
-            for table, size, p in self.pending:
+            for name, p in self.pending:
+                table = self.cross if name.endswith("attn2") else self.self_attn
+                size = self.layer_size(name)
                 total, count = table.get(size, (0, 0))
                 table[size] = (total + p, count + 1)
         self.pending = []
 
     def in_window(self, t: float) -> bool:
-        return self.window[0] <= t <= self.window[1]
+        return self.first_t <= t <= self.last_t
 
     def follow(self, steps: Iterable[Step]) -> Iterator[Step]:
         """Pass Steps through, while the attention of those in the window is recorded."""
@@ -128,20 +136,19 @@ class AttentionMaps:
         positions that belong together. Raises ValueError where no step was in the window.
         """
         if not self.cross:
-            low, high = self.window
             raise ValueError(
-                f"no step lies between timesteps {low:g} and {high:g}, "
+                f"no step lies between timesteps {self.first_t:g} and {self.last_t:g}, "
                 "where attention locates objects: raise --steps"
             )
         finest = max(self.cross)
-        maps = []
+        heat = 0
         for size, (total, count) in self.cross.items():
-            m = (total / count).view(1, 1, *size)
-            maps.append(F.interpolate(m / m.mean(), finest, mode="bilinear", align_corners=False))
-        heat = sum(maps) / len(maps)  # (1, 1, h, w): all levels count alike
+            m = (total / count).view(size)
+            heat = heat + resize(m / m.mean(), finest, "bilinear")  # all levels count alike
+        heat = heat / len(self.cross)
         if walk_iterations:
             heat = self.walk(heat, walk_iterations)
-        return normalize_percentile(heat[0, 0])
+        return normalize_percentile(heat)
 
     def strength(self) -> float:
         """How strongly the word is attended to: its peak over uniform attention, 1/77 a token.
@@ -152,15 +159,20 @@ class AttentionMaps:
         return 77 * float(max(peaks))
 
     def walk(self, heat: Tensor, iterations: int) -> Tensor:
-        """Multiply heat (1,1,h,w) by the self-attention matrix, at the size of that."""
+        """Multiply heat (h, w) by the self-attention matrix, at the size of that."""
         for size, (total, _) in self.self_attn.items():
             transition = total / total.sum(1, keepdim=True)  # (N, N), rows of sum 1
-            p = F.interpolate(heat, size, mode="area").flatten()
+            p = resize(heat, size, "area").flatten()
             for _ in range(iterations):
                 p = transition @ p
-            p = p.view(1, 1, *size)
-            heat = F.interpolate(p, heat.shape[-2:], mode="bilinear", align_corners=False)
+            heat = resize(p.view(size), heat.shape, "bilinear")
         return heat
+
+
+def resize(x: Tensor, size: tuple[int, int], mode: str) -> Tensor:
+    """x (h, w) interpolated to size (H, W)."""
+    align_corners = None if mode in ("area", "nearest") else False
+    return F.interpolate(x[None, None], size, mode=mode, align_corners=align_corners)[0, 0]
 
 
 def normalize_percentile(x: Tensor) -> Tensor:
@@ -210,8 +222,7 @@ def warn_if_weak(word: str, maps: AttentionMaps, least: float) -> None:
 def to_pixels(heat: Tensor, image: Image.Image) -> Tensor:
     """A map (h, w) at the image's resolution, its edges at the image's: (H,W) in [0,1]."""
     size = image.size[::-1]
-    heat = heat[None, None].float().cpu()
-    large = F.interpolate(heat, size, mode="bicubic", align_corners=False)[0, 0].clamp(0, 1)
+    large = resize(heat.float().cpu(), size, "bicubic").clamp(0, 1)
     grey = images.to_tensor(image).mean(1)[0] / 2 + 0.5
     return guided_filter(large, grey, radius=max(2, min(size) // 32))
 
@@ -239,10 +250,9 @@ def segment(
     image = images.as_image(image)
     prompt = prompt or f"a photo of a {word}"
     positions = token_positions(sdxl, prompt, word)
-    if noise_level is None:
-        noise_level = sdxl.defaults["noise_level"]
-    if walk_iterations is None:
-        walk_iterations = sdxl.defaults["walk_iterations"]
+    defaults = sdxl.defaults
+    noise_level = defaults["noise_level"] if noise_level is None else noise_level
+    walk_iterations = defaults["walk_iterations"] if walk_iterations is None else walk_iterations
 
     # All of the image, at a size that the model knows: slightly stretched, not cropped.
     size = model_resolution(sdxl, image.size[::-1])
@@ -256,7 +266,7 @@ def segment(
     with maps.record():
         sdxl.unet(x_t, t.to(sdxl.device), *conditioning.parts())
     maps.accumulate(int(t))
-    warn_if_weak(word, maps, sdxl.defaults["image_word_strength"])
+    warn_if_weak(word, maps, defaults["image_word_strength"])
     return to_pixels(maps.heatmap(walk_iterations), image)
 
 
@@ -266,13 +276,15 @@ def model_resolution(sdxl: SDXL, size: tuple[int, int]) -> tuple[int, int]:
     About the area that the checkpoint was trained at, in the aspect ratio of size, both sides
     multiples of 4 latents. A size that is as good (a generated scene's) stays.
     """
-    cell = 4 * sdxl.vae_scale_factor
-    scale = size[0] * size[1] / (sdxl.size[0] * sdxl.size[1])
-    whole_latents = all(side % sdxl.vae_scale_factor == 0 for side in size)
-    if 0.5 <= scale <= 1.5 and whole_latents:
-        return tuple(size)
-    height, width = (max(round(side / scale**0.5 / cell), 2) * cell for side in size)
-    return height, width
+    height, width = size
+    f = sdxl.vae_scale_factor
+    scale = height * width / math.prod(sdxl.size)
+    if 0.5 <= scale <= 1.5 and height % f == width % f == 0:
+        return height, width
+    cell = 4 * f
+    rows = max(round(height / scale**0.5 / cell), 2)
+    columns = max(round(width / scale**0.5 / cell), 2)
+    return rows * cell, columns * cell
 
 
 def connected_components(mask: Tensor) -> Tensor:
@@ -302,8 +314,8 @@ def remove_specks_and_holes(mask: Tensor, min_share: float = 0.2) -> Tensor:
     enclosed = F.max_pool2d(reached, 3, 1)[0] == 0
 
     def enlarge(x: Tensor) -> Tensor:
-        large = F.interpolate(x[None, None].float(), scale_factor=scale, mode="nearest")[0, 0]
-        return large[: mask.shape[0], : mask.shape[1]] > 0
+        x = x.repeat_interleave(scale, 0).repeat_interleave(scale, 1)
+        return x[: mask.shape[0], : mask.shape[1]]
 
     return (mask & enlarge(kept)) | enlarge(enclosed)
 

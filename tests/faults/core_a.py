@@ -231,7 +231,7 @@ FAULTS = {
         ("the window is ignored", "if self.in_window(t):", "if True:"),
         ("attention is recorded outside the window", " and self.in_window(step.t_prev)", ""),
         ("recorded to the end", "                recording.close()\n", ""),
-        ("all levels halve down", "-(-side // 2**level)", "side // 2**level"),
+        ("all levels halve down", "math.ceil(height / 2**level)", "height // 2**level"),
         ("self-attention transposed", "p = transition @ p", "p = transition.T @ p"),
         ("self-attention is not normalized", "total / total.sum(1, keepdim=True)", "total"),
         ("levels count by their scale", "m / m.mean()", "m"),
@@ -242,7 +242,7 @@ FAULTS = {
         ("the region is not grown", "round(dilate * min(mask.shape))", "0"),
         (
             "an unknown word is no warning",
-            '    warn_if_weak(word, maps, sdxl.defaults["image_word_strength"])\n',
+            '    warn_if_weak(word, maps, defaults["image_word_strength"])\n',
             "",
         ),
         ("strength is a probability", "return 77 * float(", "return float("),
