@@ -16,10 +16,6 @@ A tour; each name has its own help():
     made = alchemy.insert(sdxl, "a photo of a bear on grass", "bear", "sks")
     made.result.save("panda.png")
 
-    photos = sorted(Path("weights/subjects/bear-panda").glob("*.jpg"))
-    for step, loss in alchemy.train_lora(sdxl, photos, class_word="bear", token="sks"):
-        print(step, loss)
-
 The denoising loop is a generator of Steps, for whoever wants to look inside or change it:
 
     cond, uncond = sdxl.encode_prompt(["a bear"]), sdxl.encode_prompt([None])

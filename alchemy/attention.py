@@ -102,8 +102,10 @@ class GEGLU(nn.Module):
 class FeedForward(nn.Module):
     def __init__(self, dim: int):
         super().__init__()
-        # net.1 is a dropout in the official list; it has no weights and is inactive.
-        self.net = nn.ModuleList([GEGLU(dim, 4 * dim), nn.Identity(), LoRALinear(4 * dim, dim)])
+        self.net = nn.ModuleList()
+        self.net.append(GEGLU(dim, 4 * dim))
+        self.net.append(nn.Identity())  # a dropout in the official list, inactive
+        self.net.append(LoRALinear(4 * dim, dim))
 
     def forward(self, x: Tensor) -> Tensor:
         return self.net[2](self.net[0](x))

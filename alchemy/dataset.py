@@ -113,9 +113,10 @@ def encode_view(sdxl: SDXL, photo: Image.Image, mask: Image.Image) -> View:
     # from the corner of what is seen.
     f = sdxl.vae_scale_factor
     box = (0, 0, photo.width // f * f, photo.height // f * f)
-    mean, std = sdxl.vae.encode(images.to_tensor(photo.crop(box)).to(sdxl.device))
-    weights = torch.from_numpy(np.array(mask.crop(box))[None]).float() / 255
-    return mean[0].cpu(), std[0].cpu(), F.avg_pool2d(weights, f)
+    pixels = images.to_tensor(photo.crop(box))
+    mean, std = sdxl.vae.encode(pixels.to(sdxl.device))
+    weights = images.mask_to_tensor(mask.crop(box))
+    return mean[0].cpu(), std[0].cpu(), F.avg_pool2d(weights[None], f)
 
 
 def encode_prompts(
@@ -164,18 +165,23 @@ def get_sample(
     photo = photos[order[index % len(photos)]]
     rng = generator(seed, 2, step, index)
 
+    def draw(count: int) -> int:
+        return int(torch.randint(count, (), generator=rng))
+
     # Choose the view and the crop.
-    view = photo.views[torch.randint(len(photo.views), (), generator=rng)]
+    view = photo.views[draw(len(photo.views))]
+    _, rows, columns = view[0].shape
     h, w = size[0] // factor, size[1] // factor
-    top = int(torch.randint(view[0].shape[1] - h + 1, (), generator=rng))
-    left = int(torch.randint(view[0].shape[2] - w + 1, (), generator=rng))
+    top = draw(rows - h + 1)
+    left = draw(columns - w + 1)
     mean, std, loss_mask = (part[None, :, top : top + h, left : left + w] for part in view)
 
     # A fresh sample of the posterior each time, then the noise and the timestep.
     x_0 = mean + std * torch.randn(mean.shape, generator=rng)
     eps = torch.randn(mean.shape, generator=rng)
-    t = torch.randint(len(schedule.alpha_bar), (1,), generator=rng)
-    time_ids = torch.tensor([[*photo.original, top * factor, left * factor, *size]]).float()
+    t = torch.tensor([draw(len(schedule.alpha_bar))])
+    time_ids = [*photo.original, top * factor, left * factor, *size]
+    time_ids = torch.tensor([time_ids], dtype=torch.float32)
     target = schedule.target(x_0, eps, t)
     return Batch(x_0, eps, target, loss_mask, t, time_ids, [photo.prompt])
 

@@ -83,7 +83,7 @@ def as_mask(mask: Tensor | Image.Image | str | PathLike, size: tuple[int, int]) 
     if isinstance(mask, (str, PathLike)):
         mask = read(mask, "L")
     if isinstance(mask, Image.Image):
-        mask = torch.from_numpy(np.array(flatten(mask, "L"))).float() / 255
+        mask = mask_to_tensor(flatten(mask, "L"))
     mask = torch.as_tensor(mask)
     if mask.shape != size:
         shape = "x".join(str(side) for side in reversed(mask.shape))
@@ -97,6 +97,11 @@ def to_tensor(image: Image.Image) -> Tensor:
     """An image to (1,3,H,W) float32 in [-1,1]."""
     pixels = torch.from_numpy(np.array(image.convert("RGB")))  # (H,W,3)
     return pixels.permute(2, 0, 1)[None].float() / 127.5 - 1
+
+
+def mask_to_tensor(mask: Image.Image) -> Tensor:
+    """An image of mode "L" to (H,W) float32 in [0,1]."""
+    return torch.from_numpy(np.array(mask)).float() / 255
 
 
 def to_image(tensor: Tensor) -> Image.Image:

@@ -217,7 +217,8 @@ def insert_subject(
     fade = round(FADE_LATENTS * sdxl.vae_scale_factor * box.height / size[0])
     weight = composite_weight(mask, box, fade if fade_outwards else None)
     pasted = scene.copy()
-    pasted.paste(generated.resize(box.size[::-1], Image.LANCZOS), (box.left, box.top))
+    resized = generated.resize(box.size[::-1], Image.LANCZOS)
+    pasted.paste(resized, (box.left, box.top))
     result = images.composite(scene, pasted, weight)
     return Insertion(scene, mask, mask, weight, box, part, generated, result)
 

@@ -156,8 +156,10 @@ def add_lora(
     parameters = []
     for layer in attention_layers(sdxl.unet).values():
         bound = layer.in_features**-0.5
-        down = (torch.rand(rank, layer.in_features, generator=generator) * 2 - 1) * bound
-        add_adapter(layer, name, down, torch.zeros(layer.out_features, rank), alpha)
+        unit = torch.rand(rank, layer.in_features, generator=generator)
+        down = (unit * 2 - 1) * bound
+        up = torch.zeros(layer.out_features, rank)
+        add_adapter(layer, name, down, up, alpha)
         parameters += layer.lora[name].parameters()
     return parameters
 

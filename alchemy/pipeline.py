@@ -75,10 +75,12 @@ def sample(
     if mask is not None and image is None:
         raise ValueError("a mask needs an image: it says what of the image may change")
     rngs = generators([secrets.randbits(31) if seed is None else seed])
-    start = noise((1, 4, size[0] // f, size[1] // f), rngs).to(sdxl.device)
+    shape = (1, 4, size[0] // f, size[1] // f)
+    start = noise(shape, rngs).to(sdxl.device)
     latents = None
     if image is not None:
-        latents = sdxl.vae.encode(images.to_tensor(image).to(sdxl.device))[0]
+        pixels = images.to_tensor(image).to(sdxl.device)
+        latents, _ = sdxl.vae.encode(pixels)
     if mask is not None:
         hook = keep_background(latents, start, latent_mask(mask.to(start), f))
     steps = denoise(

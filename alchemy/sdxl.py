@@ -92,7 +92,9 @@ class SDXL:
 
     def __repr__(self) -> str:
         dtype = str(self.dtype).removeprefix("torch.")
-        loras = dict.fromkeys(name for layer in layers(self).values() for name in layer.lora)
+        loras = {}
+        for layer in layers(self).values():
+            loras |= dict.fromkeys(layer.lora)
         parts = [f"networks in memory: {', '.join(self.loaded) or 'none'}"]
         if loras:
             parts.append(f"LoRAs: {', '.join(loras)}")

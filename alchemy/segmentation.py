@@ -102,7 +102,8 @@ class AttentionMaps:
         p = probabilities[-1].mean(0)  # (N, M)
         if name.endswith("attn2"):
             # One by one: to index by a list would wait for the device.
-            p = torch.stack([p[:, position] for position in self.positions], dim=1).mean(1)  # (N,)
+            columns = [p[:, position] for position in self.positions]
+            p = torch.stack(columns, dim=1).mean(1)  # (N,)
         self.pending.append((name, p))
 
     def accumulate(self, t: float) -> None:
@@ -177,8 +178,10 @@ def resize(x: Tensor, size: tuple[int, int], mode: str) -> Tensor:
 
 def normalize_percentile(x: Tensor) -> Tensor:
     """Scale to [0,1] between the 1st and the 99th percentile, and clip."""
-    low, high = torch.quantile(x.flatten(), torch.tensor([0.01, 0.99], device=x.device))
-    return ((x - low) / (high - low).clamp(min=1e-8)).clamp(0, 1)
+    low = torch.quantile(x, 0.01)
+    high = torch.quantile(x, 0.99)
+    scaled = (x - low) / (high - low).clamp(min=1e-8)
+    return scaled.clamp(0, 1)
 
 
 def box_mean(x: Tensor, radius: int) -> Tensor:
@@ -191,7 +194,8 @@ def box_mean(x: Tensor, radius: int) -> Tensor:
         sums = F.pad(x.double().cumsum(0), (0, 0, 1, 0))
         first = (index - radius).clamp(min=0)
         end = (index + radius + 1).clamp(max=len(x))
-        x = ((sums[end] - sums[first]) / (end - first)[:, None]).to(x.dtype).T
+        means = (sums[end] - sums[first]) / (end - first)[:, None]
+        x = means.to(x.dtype).T
     return x
 
 
@@ -257,9 +261,11 @@ def segment(
     # All of the image, at a size that the model knows: slightly stretched, not cropped.
     size = model_resolution(sdxl, image.size[::-1])
     pixels = images.to_tensor(image.resize(size[::-1]))
-    x_0 = sdxl.vae.encode(pixels.to(sdxl.device))[0]
-    t = torch.tensor([int(noise_level * (len(sdxl.schedule.alpha_bar) - 1))])
-    x_t = sdxl.schedule.add_noise(x_0, sampling.noise(x_0.shape, [seed]).to(x_0), t)
+    x_0, _ = sdxl.vae.encode(pixels.to(sdxl.device))
+    eps = sampling.noise(x_0.shape, [seed]).to(x_0)
+    last_t = len(sdxl.schedule.alpha_bar) - 1
+    t = torch.tensor([int(noise_level * last_t)])
+    x_t = sdxl.schedule.add_noise(x_0, eps, t)
 
     conditioning = conditioning or sdxl.encode_prompt([prompt], size)
     maps = AttentionMaps(sdxl.unet, positions, x_0.shape[-2:])
@@ -289,7 +295,8 @@ def model_resolution(sdxl: SDXL, size: tuple[int, int]) -> tuple[int, int]:
 
 def connected_components(mask: Tensor) -> Tensor:
     """Label each 8-connected part of a bool mask (H,W), 0 outside: its largest flat index + 1."""
-    label = (torch.arange(mask.numel(), dtype=torch.float64).view(mask.shape) + 1) * mask
+    numbers = torch.arange(1, mask.numel() + 1, dtype=torch.float64)
+    label = numbers.view(mask.shape) * mask
     while True:  # the largest label spreads by a pixel a time, until nothing changes
         spread = F.max_pool2d(label[None], 3, 1, 1)[0] * mask
         if torch.equal(spread, label):

@@ -87,7 +87,9 @@ def split_words(text: str) -> Iterator[tuple[str, bool]]:
         word = text[start:end]
         if literal and word.startswith("<"):
             # "<|ENDOFTEXT|>" is not special, but its "|>" does not absorb the signs that follow.
-            yield from [(word[:2], False), (word[2:-2], False), (word[-2:], False)]
+            yield word[:2], False
+            yield word[2:-2], False
+            yield word[-2:], False
         else:
             touches = start > 0 and char_class(text[start - 1]) not in " S"
             yield word, touches and char_class(text[start]) != "S"
@@ -107,7 +109,10 @@ def read(file: Path, default: str | None = None) -> Any:
         raise ValueError(f"{file}: cannot be read ({reason})") from None
 
 
-def read_vocabulary(folder: Path) -> tuple[dict[str, int], list[tuple[str, str]], dict[str, int]]:
+Vocabulary = tuple[dict[str, int], list[tuple[str, str]], dict[str, int]]
+
+
+def read_vocabulary(folder: Path) -> Vocabulary:
     """(vocab, merges, added tokens) from vocab.json and merges.txt, or from tokenizer.json."""
     if (folder / "vocab.json").exists() or not (folder / "tokenizer.json").exists():
         vocab = read(folder / "vocab.json")

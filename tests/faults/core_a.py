@@ -246,7 +246,7 @@ FAULTS = {
             "",
         ),
         ("strength is a probability", "return 77 * float(", "return float("),
-        ("an image is segmented without noise", "int(noise_level * (", "int(0 * ("),
+        ("an image is segmented without noise", "int(noise_level * ", "int(0 * "),
     ),
     ("insertion", "core/insertion core/segmentation"): (
         (
