@@ -61,9 +61,7 @@ class VisionConfig:
         chosen = {field.name: config[field.name] for field in fields(cls) if field.name in config}
         act = chosen.get("hidden_act", cls.hidden_act)
         if act not in ACTIVATIONS:
-            raise ValueError(
-                f"config.json: hidden_act is {act!r}; known are {', '.join(ACTIVATIONS)}"
-            )
+            raise ValueError(f"config.json: hidden_act is {act!r}; known are {[*ACTIVATIONS]}")
         return cls(**chosen)
 
 

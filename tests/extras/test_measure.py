@@ -78,81 +78,45 @@ def test_frechet_distance_of_scaled_axes_is_the_sum_of_squared_differences():
 
 
 def test_a_batch_draws_what_single_pictures_draw(measuring):
-    prompts = [
-        "a photo of a dog on the grass",
-        "a photo of a cup in a room",
-        "a photo of a hat at night",
-    ]
-    for k, picture in enumerate(measure.generate(measuring.sdxl, prompts, 40)):
+    prompts = ["a photo of a dog on the grass", "a photo of a cup in a room", "a hat at night"]
+    for k, image in enumerate(measure.generate(measuring.sdxl, prompts, 40)):
         alone = alchemy.text_to_image(measuring.sdxl, prompts[k], seed=40 + k)
-        assert (
-            np.abs(np.int16(picture) - np.int16(alone)).max() <= 1
-        )  # a grey level: float32 sums in another order
+        # One grey level: float32 sums in another order.
+        assert np.abs(np.int16(image) - np.int16(alone)).max() <= 1
 
 
 def test_masks_that_are_the_truth_have_an_iou_of_1_and_hold_all_of_it(measuring, monkeypatch):
-    truth = {}
+    truth, scene = {}, world.scene
 
-    def scene(*args, **named):
-        made = world.scene(*args, **named)
-        truth[made.image.tobytes()] = torch.from_numpy(
-            (made.objects[0][2] > 0.5).astype(np.float32)
-        )
+    def noted(*args, **options):
+        made = scene(*args, **options)
+        mask = torch.from_numpy(made.objects[0][2])
+        truth[made.image.tobytes()] = (mask > 0.5).float()
         return made
 
-    monkeypatch.setattr(
-        measure,
-        "world",
-        type(
-            "World",
-            (),
-            {
-                "scene": staticmethod(scene),
-                "CLASSES": world.CLASSES,
-                "HELD_OUT_INSTANCES": world.HELD_OUT_INSTANCES,
-                "BACKGROUNDS": world.BACKGROUNDS,
-            },
-        ),
-    )
-    monkeypatch.setattr(
-        alchemy, "segment", lambda sdxl, picture, word: truth[np.asarray(picture).tobytes()]
-    )
+    def segment(sdxl, image, word):
+        return truth[np.asarray(image).tobytes()]
+
+    monkeypatch.setattr(world, "scene", noted)
+    monkeypatch.setattr(alchemy, "segment", segment)
     monkeypatch.setattr(measure.segmentation, "remove_specks_and_holes", lambda mask: mask)
     measuring.share = 0.1
     measuring.masks()
-    assert (
-        measuring.found["iou"] == 1
-        and measuring.found["inside"] == 1
-        and 1 < measuring.found["area"] < 2
-    )
+    found = measuring.found
+    assert found["iou"] == found["inside"] == 1 and 1 < found["area"] < 2
 
 
-def test_a_subject_is_measured_in_one_stage_and_in_two_and_nothing_changes_outside_the_mask(
-    measuring, monkeypatch
-):
-    monkeypatch.setattr(
-        measure.Measure, "lora", lambda self, instance: WEIGHTS / "example.safetensors"
-    )
+def test_a_subject_is_measured_in_one_stage_and_in_two(measuring, monkeypatch):
+    lora = WEIGHTS / "example.safetensors"
+    monkeypatch.setattr(measure.Measure, "lora", lambda self, instance: lora)
     monkeypatch.setattr(world, "HELD_OUT_INSTANCES", (world.EXAMPLE,))
     measuring.subjects()
     found = measuring.found
-    assert (
-        found["outside"] == 0
-        and found["more"]
-        == found["two"] + found["two background"] - found["one"] - found["one background"]
-    )
-    assert all(
-        found[key] in (0, 1)
-        for key in (
-            "subject",
-            "subject background",
-            "prior",
-            "prior class",
-            "two",
-            "two background",
-            "failed",
-        )
-    )  # of one picture
+    assert found["outside"] == 0
+    one, two = found["one"] + found["one background"], found["two"] + found["two background"]
+    assert found["more"] == two - one
+    names = ("subject", "subject background", "prior", "prior class", "two", "two background")
+    assert all(found[name] in (0, 1) for name in (*names, "failed"))  # of one image
     assert not adapters(measuring.sdxl)  # the next subject finds the miniature as it ships
 
 
@@ -219,20 +183,15 @@ def test_training_resumes_from_a_saved_state_as_if_it_had_not_stopped(tmp_path):
 
 def test_the_learning_rate_warms_up_stays_and_falls_linearly(tmp_path):
     state = small_state(tmp_path / "state")
-    rates = {}
-    for step, seconds in ((0, 0), (99, 1), (1000, 50), (1000, 60), (1000, 80), (1000, 100)):
-        state.step, state.seconds = step, seconds
-        rates[step, seconds] = training.learning_rate(state, 100, 2.0, 0.6)
-    assert rates == pytest.approx(
-        {
-            (0, 0): 0.01,
-            (99, 1): 1.0,
-            (1000, 50): 2.0,
-            (1000, 60): 2.0,
-            (1000, 80): 1.0,
-            (1000, 100): 0.04,
-        }
-    )
+    for state.step, state.seconds, rate in (
+        (0, 0, 0.01),
+        (99, 1, 1.0),
+        (1000, 50, 2.0),
+        (1000, 60, 2.0),
+        (1000, 80, 1.0),
+        (1000, 100, 0.04),
+    ):
+        assert training.learning_rate(state, 100, 2.0, 0.6) == pytest.approx(rate)
 
 
 def test_training_stops_when_the_time_is_spent_and_refuses_a_loss_of_nan(tmp_path):
@@ -243,8 +202,7 @@ def test_training_stops_when_the_time_is_spent_and_refuses_a_loss_of_nan(tmp_pat
     training.train(state, 0.1, 0.1, 0.6, lambda step: net(x).square().mean(), lines.append, clock)
     assert state.step == 6 and state.path.exists() and lines == ["done at step 6, 6 s"]
     with pytest.raises(FloatingPointError, match="step 6"):
-        nan = lambda step: net(x).mean() * float("nan")  # noqa: E731
-        training.train(state, 1, 0.1, 0.6, nan, lines.append)
+        training.train(state, 1, 0.1, 0.6, lambda step: net(x).mean() * torch.nan, lines.append)
 
 
 @pytest.fixture
@@ -269,14 +227,15 @@ def test_crops_lie_within_the_images_and_mostly_on_objects(scenes):
     assert crops.shape == (200, 3, 64, 64) and crops.min() >= -1 and crops.max() <= 1
     whole = scenes.crops(3, 128, torch.Generator().manual_seed(0))
     images = classifier.to_input(scenes.images)
-    assert all(any(torch.equal(one, image) for image in images) for one in whole)
+    for one in whole:
+        assert (images == one).flatten(1).all(1).any()
 
 
 def test_recolouring_turns_hues_and_leaves_greys_and_the_other_images():
     x = torch.rand(64, 3, 4, 4, generator=torch.Generator().manual_seed(0)) - 0.5
     grey = x[:, :1].expand(-1, 3, -1, -1)
     turned = recipe.recolour(x, torch.Generator().manual_seed(1), 0.5)
-    same = torch.tensor([torch.equal(a, b) for a, b in zip(x, turned, strict=True)])
+    same = (x == turned).flatten(1).all(1)
     assert 0.3 < same.float().mean() < 0.7
     kept = recipe.recolour(grey, torch.Generator().manual_seed(1), 1.0)
     assert torch.allclose(kept, grey, atol=1e-6)

@@ -17,41 +17,28 @@ def measuring(tmp_path):
     return methods.Methods(tmp_path, 0.05, str(WEIGHTS / "mini"))
 
 
-def test_pencil_and_sepia_as_the_vae_returns_them_are_told_from_all_other_styles_but_for_one_in_56(
-    measuring,
-):
+def test_pencil_and_sepia_are_told_from_all_other_styles_but_for_one_in_56(measuring):
     styles = methods.Styles(measuring.sdxl, measuring.classifier, 140)
-    x, truth = styles.renders(classifier.FRESH + 2**26, 56)
+    x, truth = styles.renders(classifier.FRESH + 2**26, 56)  # as the VAE returns them
     named = styles.name(x)
     for style in ("pencil", "sepia"):
-        assert (
-            sum((name == style) != (styles.names[k] == style) for name, k in zip(named, truth)) <= 1
-        )
-    assert (
-        styles.name(
-            [Image.fromarray(np.uint8((one.permute(1, 2, 0) + 1) * 127.5)) for one in x[:7]]
-        )
-        == named[:7]
-    )
+        wrong = [(n == style) != (styles.names[k] == style) for n, k in zip(named, truth)]
+        assert sum(wrong) <= 1
+    pixels = np.uint8((x[:7].movedim(1, -1) + 1) * 127.5)
+    assert styles.name(list(map(Image.fromarray, pixels))) == named[:7]
 
 
-def test_photos_of_one_background_differ_from_each_other_and_have_the_true_mask_of_their_size(
-    measuring,
-):
-    photos, masks = (
-        sorted(folder.iterdir()) for folder in measuring.photos_of_one_background("dog-poodle")
-    )
+def test_photos_of_one_background_differ_and_have_the_true_mask_of_their_size(measuring):
+    folders = measuring.photos_of_one_background("dog-poodle")
+    photos, masks = (sorted(folder.iterdir()) for folder in folders)
     assert [p.name for p in photos] == [p.name for p in masks] and len(photos) == 5
-    said = measuring.classifier.name([Image.open(p).resize((128, 128)) for p in photos])
-    assert {(instance, place) for _, instance, place in said} == {
-        ("dog-poodle", world.subject_photos("dog-poodle", 1)[0].background)
-    }
+    found = measuring.classifier.name([Image.open(p).resize((128, 128)) for p in photos])
+    place = world.subject_photos("dog-poodle", 1)[0].background
+    assert {(instance, place) for _, instance, place in found} == {("dog-poodle", place)}
     assert len({p.read_bytes() for p in photos}) == 5
-    for photo, mask in zip(photos, masks):
-        assert (
-            Image.open(photo).size == Image.open(mask).size
-            and 0.02 < np.mean(np.asarray(Image.open(mask)) > 127) < 0.6
-        )
+    for photo, mask in zip(photos, masks, strict=True):
+        assert Image.open(photo).size == Image.open(mask).size
+        assert 0.02 < np.mean(np.asarray(Image.open(mask)) > 127) < 0.6
 
 
 def test_a_row_of_a_subject_and_one_of_a_style_are_measured_with_what_was_taught(
@@ -67,35 +54,26 @@ def test_a_row_of_a_subject_and_one_of_a_style_are_measured_with_what_was_taught
     monkeypatch.setattr(methods.Styles, "name", lambda self, pictures: ["photo"] * len(pictures))
     monkeypatch.setattr(methods.Styles, "accuracy", lambda self: 0.5)
     found = measuring.of_subjects("lora", *methods.OF_SUBJECTS["lora"])
-    assert all(
-        found[key] in (0, 1) for key in ("subject", "background", "prior", "class")
-    )  # of one picture
-    assert measuring.of_styles("style-lora", *methods.OF_STYLES["style-lora"]) == {
-        "style": 0,
-        "plain": 1,
-        "classifier": 0.5,
-    }
+    assert set(found.values()) <= {0, 1}  # of one image
+    assert {"subject", "background", "prior", "class"} <= set(found)
+    found = measuring.of_styles("style-lora", *methods.OF_STYLES["style-lora"])
+    assert found == {"style": 0, "plain": 1, "classifier": 0.5}
 
 
 def test_rows_that_are_named_are_measured_and_kept_beside_what_was(monkeypatch, tmp_path, capsys):
-    monkeypatch.setattr(
-        methods.Methods,
-        "__init__",
-        lambda self, out, share, weights: setattr(self, "out", Path(out)),
-    )
-    monkeypatch.setattr(
-        methods.Methods,
-        "of_subjects",
-        lambda self, row, *_: {"subject": 0.5, "background": 1, "prior": 0, "class": len(row) / 10},
-    )
+    def start(self, out, share, weights):
+        self.out = Path(out)
+
+    def of_subjects(self, row, *_):
+        return {"subject": 0.5, "background": 1, "prior": 0, "class": len(row) / 10}
+
+    monkeypatch.setattr(methods.Methods, "__init__", start)
+    monkeypatch.setattr(methods.Methods, "of_subjects", of_subjects)
     for row in ("word", "lora", "lora"):
         methods.main([row, "--out", str(tmp_path)])
     assert list(json.loads((tmp_path / "methods-1.json").read_text())) == ["word", "lora"]
-    assert (
-        capsys.readouterr()
-        .out.strip()
-        .endswith("| Textual inversion (`word`) | 50% | 100% | 0% | 40% |")
-    )
+    last = "| Textual inversion (`word`) | 50% | 100% | 0% | 40% |"
+    assert capsys.readouterr().out.strip().endswith(last)
     with pytest.raises(ValueError, match="no row lara; there are lora-alone, "):
         methods.main(["lara"])
 

@@ -1,6 +1,7 @@
-"""The toy world (weights/toy/world.py): what its scenes promise to whoever trains on them or measures against them."""
+"""The toy world (weights/toy/world.py): what its scenes promise to training and measuring."""
 
 import re
+from itertools import product
 
 import numpy as np
 import pytest
@@ -8,107 +9,96 @@ import pytest
 from alchemy.methods import captions
 from weights.toy import WEIGHTS, styles, world
 
-ALL = [instance for instances in world.CLASSES.values() for instance in instances]
+ALL = sum(map(list, world.CLASSES.values()), [])
+PHRASES = {}  # {phrase of a caption: background}
+for background, texts in world.BACKGROUNDS.items():
+    PHRASES |= dict.fromkeys(texts, background)
 
 
 @pytest.fixture(scope="module")
 def train_scenes():
-    """3000 scenes of the training stream, small: what is drawn and said does not depend on the size."""
+    """3000 small scenes of the training stream: their content does not depend on the size."""
     return [world.scene(seed, size=(32, 32)) for seed in range(3000)]
+
+
+def words_of(scene):
+    return [word for word, _, _ in scene.objects]
 
 
 def test_same_arguments_give_the_same_bits():
     for seed in range(8):
         one, two = world.scene(seed, "any"), world.scene(seed, "any")
         assert np.array_equal(one.image, two.image) and one.caption == two.caption
-        assert all(np.array_equal(a[2], b[2]) for a, b in zip(one.objects, two.objects))
+        for a, b in zip(one.objects, two.objects, strict=True):
+            assert np.array_equal(a[2], b[2])
     assert not np.array_equal(world.scene(0).image, world.scene(1).image)
 
 
-def test_training_scenes_hold_no_held_out_instance_pair_or_style(train_scenes):
+def test_training_scenes_and_captions_hold_nothing_held_out(train_scenes):
+    held_out_styles = [styles.STYLES[style][0] for style in world.HELD_OUT_STYLES]
     for one in train_scenes:
         assert one.style not in world.HELD_OUT_STYLES
-        for word, instance, _ in one.objects:
-            assert (
-                instance not in world.HELD_OUT_INSTANCES
-                and (word, one.background) not in world.HELD_OUT_PAIRS
-            )
-
-
-def test_training_captions_name_no_held_out_pair_or_style(train_scenes):
-    phrases = {phrase: name for name, those in world.BACKGROUNDS.items() for phrase in those}
-    for one in train_scenes:
-        assert not any(styles.STYLES[style][0] in one.caption for style in world.HELD_OUT_STYLES)
-        named = {name for phrase, name in phrases.items() if phrase in one.caption}
+        assert not any(text in one.caption for text in held_out_styles)
+        named = {place for phrase, place in PHRASES.items() if phrase in one.caption}
         assert named == {one.background}
-        assert not any(
-            (word, one.background) in world.HELD_OUT_PAIRS
-            for word in re.findall("[a-z]+", one.caption)
-        )
+        mentioned = [word for word in re.findall("[a-z]+", one.caption) if word in world.CLASSES]
+        assert mentioned == words_of(one), one.caption
+        for word, instance, _ in one.objects:
+            assert instance not in world.HELD_OUT_INSTANCES
+            assert (word, one.background) not in world.HELD_OUT_PAIRS
 
 
-def test_every_caption_names_its_class_words_and_no_other(train_scenes):
-    for one in train_scenes:
-        said = [word for word in re.findall("[a-z]+", one.caption) if word in world.CLASSES]
-        assert said == [word for word, _, _ in one.objects], one.caption
-
-
-def test_the_plain_caption_is_six_in_ten_of_the_training_stream(train_scenes):
-    plain = {
-        f"a photo of a {word} {phrase}"
-        for word in world.CLASSES
-        for those in world.BACKGROUNDS.values()
-        for phrase in those
-    }
+def test_the_training_stream_has_every_instance_place_and_style_and_plain_captions(train_scenes):
+    plain = {f"a photo of a {word} {phrase}" for word, phrase in product(world.CLASSES, PHRASES)}
     assert 0.5 < np.mean([one.caption in plain for one in train_scenes]) < 0.7
-
-
-def test_every_training_instance_place_and_style_is_drawn(train_scenes):
-    assert {instance for one in train_scenes for _, instance, _ in one.objects} == set(ALL) - set(
-        world.HELD_OUT_INSTANCES
-    )
+    instances = set()
+    for one in train_scenes:
+        instances |= {instance for _, instance, _ in one.objects}
+    assert instances == set(ALL) - set(world.HELD_OUT_INSTANCES)
     assert {one.background for one in train_scenes} == set(world.BACKGROUNDS)
     assert {one.style for one in train_scenes} == set(styles.STYLES) - set(world.HELD_OUT_STYLES)
 
 
-def test_held_out_tables_leave_enough_to_learn_every_class_and_place():
+def test_held_out_tables_leave_enough_to_train_on_every_class_and_place():
+    pairs = list(world.HELD_OUT_PAIRS)
     assert len(world.HELD_OUT_INSTANCES) >= 8 and world.EXAMPLE in world.HELD_OUT_INSTANCES
-    assert len(world.HELD_OUT_PAIRS) == round(len(world.CLASSES) * len(world.BACKGROUNDS) / 10)
+    assert len(pairs) == round(len(world.CLASSES) * len(world.BACKGROUNDS) / 10)
     for word, instances in world.CLASSES.items():
         assert len(set(instances) - set(world.HELD_OUT_INSTANCES)) >= 3
-        assert sum(pair[0] == word for pair in world.HELD_OUT_PAIRS) <= 1
-    assert all(
-        sum(pair[1] == name for pair in world.HELD_OUT_PAIRS) <= 2 for name in world.BACKGROUNDS
-    )
+        assert sum(pair[0] == word for pair in pairs) <= 1
+    for name in world.BACKGROUNDS:
+        assert sum(pair[1] == name for pair in pairs) <= 2
 
 
 @pytest.mark.parametrize("objects", [("ball-eight",), ("cup-bubble",), ("dog-poodle", "car-taxi")])
 def test_mask_is_the_matte_between_a_black_and_a_grey_place(objects, monkeypatch):
-    """Over grey minus over black is grey * (1 - alpha): that is how a matte is measured on any picture."""
+    """Over grey minus over black is grey * (1 - alpha): how a matte of any image is measured."""
     monkeypatch.setattr(world, "shadow", lambda *_: None)
-    pictures = {}
-    for key, tone, things in (("black", 0.0, objects), ("grey", 0.8, objects), ("bare", 0.8, ())):
-        monkeypatch.setattr(
-            world, "draw", lambda name, rng, size: (np.full((3, *size), tone, np.float32), 60.0)
-        )
-        pictures[key] = world.scene(3, "any", background="room", style="photo", objects=things)
-    level = pictures["bare"].image.astype(np.float64)
-    matte = 1 - (pictures["grey"].image.astype(np.float64) - pictures["black"].image) / level
-    masks = [mask for _, _, mask in pictures["grey"].objects]
-    assert len(masks) == len(objects) and all(
-        mask.dtype == np.float32 and mask.min() >= 0 and mask.max() <= 1 for mask in masks
-    )
-    error = np.abs(matte - sum(masks)[..., None]).max()
+
+    def scene(tone, objects):
+        def draw(name, rng, size):
+            return np.full((3, *size), tone, np.float32), 60.0
+
+        monkeypatch.setattr(world, "draw", draw)
+        made = world.scene(3, "any", background="room", style="photo", objects=objects)
+        return made, made.image.astype(np.float64)
+
+    _, black = scene(0.0, objects)
+    grey, over_grey = scene(0.8, objects)
+    _, level = scene(0.8, ())
+    masks = [mask for _, _, mask in grey.objects]
+    assert len(masks) == len(objects)
+    for mask in masks:
+        assert mask.dtype == np.float32 and mask.min() >= 0 and mask.max() <= 1
+    error = np.abs(1 - (over_grey - black) / level - sum(masks)[..., None]).max()
     assert error <= 1.51 / level.min()  # three roundings to 8 bits
 
 
 def test_without_its_object_a_scene_is_the_same_place_without_mask_and_shadow():
     for seed in range(6):
-        forced = dict(background="grass", style="photo")
-        full, bare = (
-            world.scene(seed, objects=("ball-eight",), **forced),
-            world.scene(seed, objects=(), **forced),
-        )
+        forced = {"background": "grass", "style": "photo"}
+        full = world.scene(seed, objects=("ball-eight",), **forced)
+        bare = world.scene(seed, objects=(), **forced)
         mask = full.objects[0][2]
         changed = (full.image != bare.image).any(-1)
         assert bare.objects == () and changed[mask > 0.5].mean() > 0.99
@@ -117,7 +107,7 @@ def test_without_its_object_a_scene_is_the_same_place_without_mask_and_shadow():
         assert not changed[: int(top)][mask[: int(top)] == 0].any()  # and lies at the foot
 
 
-def test_every_instance_stands_wholly_in_the_picture_with_a_mask_of_its_own():
+def test_every_instance_stands_wholly_in_the_image_with_its_mask():
     for seed, instance in enumerate(ALL):
         ((word, name, mask),) = world.scene(seed, "any", instance=instance).objects
         assert name == instance and instance.startswith(word + "-") and 0.02 < mask.mean() < 0.6
@@ -126,38 +116,23 @@ def test_every_instance_stands_wholly_in_the_picture_with_a_mask_of_its_own():
 
 @pytest.mark.parametrize("size", [(96, 160), (160, 96), (160, 160), (64, 64), (97, 131)])
 def test_scenes_are_drawn_at_any_size_in_every_place_and_style(size):
-    for seed, (name, style) in enumerate(
-        (name, style) for name in world.BACKGROUNDS for style in styles.STYLES
-    ):
+    for seed, (name, style) in enumerate(product(world.BACKGROUNDS, styles.STYLES)):
         one = world.scene(seed, "any", size, background=name, style=style)
-        assert (
-            one.image.shape == (*size, 3)
-            and one.image.dtype == np.uint8
-            and one.background == name
-            and one.style == style
-        )
+        assert one.image.shape == (*size, 3) and one.image.dtype == np.uint8
+        assert (one.background, one.style) == (name, style)
         assert all(mask.shape == size for _, _, mask in one.objects)
 
 
 def test_forced_arguments_override_the_split():
-    one = world.scene(
-        5,
-        "train",
-        objects=("dog-poodle", "hat-straw"),
-        background="desert",
-        style="pencil",
-        caption="",
-    )
+    forced = {"background": "desert", "style": "pencil", "caption": ""}
+    one = world.scene(5, "train", objects=("dog-poodle", "hat-straw"), **forced)
     assert [name for _, name, _ in one.objects] == ["dog-poodle", "hat-straw"]
     assert (one.background, one.style, one.caption) == ("desert", "pencil", "")
 
 
-def test_sprites_folder_holds_exactly_the_listed_instances_and_their_licence():
+def test_the_folders_hold_each_sprite_and_five_photos_of_192_pixels_per_subject():
     files = {path.name for path in (WEIGHTS / "sprites").iterdir()}
     assert files == {f"{instance}.webp" for instance in ALL} | {"LICENSE"}
-
-
-def test_each_subject_folder_holds_five_photos_of_192_pixels():
     subjects = WEIGHTS / "subjects"
     assert {path.name for path in subjects.iterdir()} == set(world.HELD_OUT_INSTANCES)
     for instance in world.HELD_OUT_INSTANCES:
@@ -176,34 +151,27 @@ def test_subject_photos_show_the_subject_on_five_backgrounds_without_a_held_out_
             assert (word, photo.background) not in world.HELD_OUT_PAIRS
 
 
-def test_captioned_scenes_are_of_a_style_that_no_training_saw_and_are_read_with_their_captions(
-    tmp_path,
-):
+def test_captioned_scenes_are_of_a_held_out_style_and_are_read_with_their_captions(tmp_path):
     for folder in ("one", "two"):
         world.main(["captioned", str(tmp_path / folder), "--count", "12"])
-    pictures = captions.read(tmp_path / "one")
-    assert len(pictures) == 12 and captions.unlisted(tmp_path / "one", pictures) == []
-    assert all(
-        path.read_bytes() == (tmp_path / "two" / path.name).read_bytes() for path, _ in pictures
-    )
-    phrases = [phrase for those in world.BACKGROUNDS.values() for phrase in those]
-    for path, caption in pictures:
-        assert (
-            world.Image.open(path).size == (192, 192)
-            and caption.startswith("a pencil drawing of a")
-            and any(p in caption for p in phrases)
-        )
-    assert "pencil" in world.HELD_OUT_STYLES and len(set(caption for _, caption in pictures)) > 6
+    examples = captions.read(tmp_path / "one")
+    assert len(examples) == 12 and captions.unlisted(tmp_path / "one", examples) == []
+    for path, caption in examples:
+        assert path.read_bytes() == (tmp_path / "two" / path.name).read_bytes()
+        assert world.Image.open(path).size == (192, 192)
+        assert caption.startswith("a pencil drawing of a")
+        assert any(phrase in caption for phrase in PHRASES)
+    assert "pencil" in world.HELD_OUT_STYLES and len({caption for _, caption in examples}) > 6
 
 
-def test_captions_of_ones_own_name_what_is_there(tmp_path):
-    lines = captions.read(world.captioned(tmp_path, 12, "pixel", "a sks drawing of a {}"))
+def test_captions_of_a_given_form_name_the_objects_of_the_scene(tmp_path):
+    path, caption = captions.read(world.captioned(tmp_path, 12, "pixel", "a sks drawing of a {}"))[
+        0
+    ]
     scene = world.scene(world.FRESH + 2**31 + 2**25, style="pixel", size=(192, 192))
-    assert np.array_equal(scene.image, np.asarray(world.Image.open(lines[0][0])))
-    assert (
-        lines[0][1]
-        == f"a sks drawing of a {' and a '.join(word for word, _, _ in scene.objects)} {world.BACKGROUNDS[scene.background][0]}"
-    )
+    assert np.array_equal(scene.image, np.asarray(world.Image.open(path)))
+    place = world.BACKGROUNDS[scene.background][0]
+    assert caption == f"a sks drawing of a {' and a '.join(words_of(scene))} {place}"
 
 
 @pytest.mark.parametrize(

@@ -19,7 +19,7 @@ FAULTS = {
         ),
         ("no LayerNorm before the layers", "x = model.pre_layrnorm(x)", "pass"),
         ("no LayerNorm after them", "cls = model.post_layernorm(x[:, 0])", "cls = x[:, 0]"),
-        ("eps is the default's", "eps=config.layer_norm_eps)", "eps=1e-5)"),
+        ("eps is the default's", '"eps": config.layer_norm_eps}', '"eps": 1e-5}'),
         ("CLIP is not projected", "self.visual_projection(cls) if", "cls if"),
         (
             "the half's own projection_dim",
