@@ -115,7 +115,10 @@ def plan_embeddings(args: argparse.Namespace) -> dict[Path, tuple[str, list]]:
         if path == Path(args.target):
             path = path.with_name(f"{path.stem}-embedding{suffix}")
         if path.exists() or path in planned:
-            raise ValueError(f"{path} exists already; the bundled embedding {token!r} goes there")
+            raise ValueError(
+                f"{path} exists already, where the bundled embedding {token!r} goes; "
+                "move it, or name an OUT in another folder"
+            )
         planned[path] = token, rows
     return planned
 

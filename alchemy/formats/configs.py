@@ -13,41 +13,28 @@ BLOCK_TYPES = {
     "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D"),
     "up_block_types": ("UpBlock2D", "CrossAttnUpBlock2D"),
 }
-# The least and the largest value of each number that is read from any of the files. Two integers
-# accept integers, two floats any number.
-RANGES = {
-    "addition_time_embed_dim": (2, 65536),
-    "attention_head_dim": (1, 1024),
-    "beta_end": (1e-8, 0.999),
-    "beta_start": (1e-8, 0.999),
-    "block_out_channels": SIZE,
-    "cross_attention_dim": SIZE,
-    "force_upcast": (False, True),
-    "force_zeros_for_empty_prompt": (False, True),
-    "hidden_size": SIZE,
-    "image_size": (1, 4096),
-    "in_channels": (1, 64),
-    "intermediate_size": (1, 1 << 20),
-    "latent_channels": (4, 4),
-    "layer_norm_eps": (1e-12, 1.0),
-    "layers_per_block": (1, 16),
-    "max_position_embeddings": (77, 65536),  # a prompt has 77 positions
-    "norm_eps": (1e-12, 1.0),
-    "norm_num_groups": SIZE,
-    "num_attention_heads": (1, 1024),
-    "num_hidden_layers": (1, 256),
-    "num_train_timesteps": (50, 100_000),
-    "out_channels": (1, 64),
-    "patch_size": (1, 1024),
-    "projection_class_embeddings_input_dim": (1, 1 << 20),
-    "projection_dim": SIZE,
-    "rescale_betas_zero_snr": (False, True),
-    "sample_size": (1, 8192),
-    "scaling_factor": (1e-6, 1e6),
-    "steps_offset": (0, 49),
-    "transformer_layers_per_block": (1, 64),
-    "vocab_size": (49408, 1 << 20),  # CLIP's vocabulary has 49408 tokens
+# {(least, largest): the numbers of the files}. Two integers accept integers, two floats any number.
+# What is not named here is not read.
+LIMITS = {
+    (1, 1024): ("layers_per_block", "transformer_layers_per_block", "num_hidden_layers")
+    + ("attention_head_dim", "num_attention_heads", "patch_size", "in_channels", "out_channels"),
+    (1, 1 << 16): ("block_out_channels", "cross_attention_dim", "hidden_size", "projection_dim")
+    + ("norm_num_groups", "addition_time_embed_dim"),
+    (1, 1 << 20): ("intermediate_size", "projection_class_embeddings_input_dim"),
+    (1, 8192): ("image_size", "sample_size"),
+    (4, 4): ("latent_channels",),
+    (77, 1 << 16): ("max_position_embeddings",),  # a prompt has 77 positions
+    (49408, 1 << 20): ("vocab_size",),  # CLIP's vocabulary has 49408 tokens
+    (50, 100_000): ("num_train_timesteps",),
+    (0, 49): ("steps_offset",),
+    (1e-12, 1.0): ("layer_norm_eps", "norm_eps"),
+    (1e-8, 0.999): ("beta_start", "beta_end"),
+    (1e-6, 1e6): ("scaling_factor",),
+    (False, True): ("force_upcast", "force_zeros_for_empty_prompt", "rescale_betas_zero_snr"),
 }
+RANGES = {}
+for limits, names in LIMITS.items():
+    RANGES |= dict.fromkeys(names, limits)
 
 
 def problem_of(value: object, low: float, high: float) -> str | None:
@@ -71,10 +58,7 @@ def without_nulls(config: dict[str, Any]) -> dict[str, Any]:
 
 
 def check_config(path: Path, config: dict[str, Any]) -> None:
-    """Raise ValueError, with the path, for a value of a wrong type or out of range.
-
-    What is not in RANGES is not read.
-    """
+    """Raise ValueError, with the path, for a value of a wrong type or out of range."""
     config = without_nulls(config)
 
     def check(name: str, problem: str | None) -> None:

@@ -158,3 +158,12 @@ def bundled_embeddings(path: str | Path) -> dict[str, list[Tensor]]:
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from None
     return found
+
+
+def load_bundle(sdxl: SDXL, path: str | Path) -> None:
+    """Add the embeddings that a LoRA is bundled with to sdxl; see load_embedding."""
+    for token, rows in bundled_embeddings(path).items():
+        try:
+            add_word(sdxl, token, rows)
+        except ValueError as error:
+            raise ValueError(f"{path}: {error}") from None

@@ -7,6 +7,7 @@ that are also stored differently.
 """
 
 import re
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -123,7 +124,7 @@ def text_encoder_2(name: str) -> str:
     return re.sub(r"attn\.[qkv]_proj\.", "attn.in_proj_", replace_all(name, OPEN_CLIP))
 
 
-def single_file_name(network: str, name: str, config) -> str:
+def single_file_name(network: str, name: str, config: Any) -> str:
     """The place of a network's tensor or module `name` in the single file, without its PREFIX."""
     if network == "unet":
         return unet(name, config.layers_per_block)
@@ -148,7 +149,7 @@ def adapt(network: str, name: str, tensor: Tensor) -> Tensor:
     return tensor
 
 
-def to_single_file(network: str, tensors: dict[str, Tensor], config) -> dict[str, Tensor]:
+def to_single_file(network: str, tensors: dict[str, Tensor], config: Any) -> dict[str, Tensor]:
     """All tensors of a network, {name in the folder layout: tensor}, as the single file has them.
 
     The inverse of `adapt` under the names of `single_file_name`, PREFIX included.

@@ -24,12 +24,11 @@ from torch import Tensor, nn
 
 from .. import lora
 from ..files import save_tensors
-from ..methods.textual_inversion import add_word
 from ..sdxl import SDXL
 from ..unet import UNetConfig
 from . import layout
 from .configs import read_config
-from .embeddings import BUNDLE, KEYS, METADATA, bundled_embeddings
+from .embeddings import BUNDLE, KEYS, METADATA, load_bundle
 from .tensors import first_names, open_safetensors, read_tensor
 from .text import parse_json_object, shorten
 from .updates import FullAdapter, build_adapter, split_key
@@ -248,10 +247,12 @@ def load_lora(
     layers = lora.layers(sdxl)
     if any(layer.base_weight is not None for layer in layers.values()):
         raise ValueError(f"{path}: adapters are merged; unmerge before another one is added")
-    for token, rows in bundled_embeddings(path).items() if embeddings else ():
-        add_word(sdxl, token, rows)
+    if embeddings:
+        load_bundle(sdxl, path)
+    taken = set()
+    for layer in layers.values():
+        taken |= {*layer.lora}
     if name is None:
-        taken = {name for layer in layers.values() for name in layer.lora}
         name = next(number for number in map(str, count()) if number not in taken)
     for layer, adapter in adapters.items():
         adapter.scale = scale

@@ -3,6 +3,7 @@
 One line that names it, exit status 2, nothing written.
 """
 
+# ruff: noqa: F401, F811  fixtures are imported and given as arguments
 import io
 import json
 import pickle
@@ -14,7 +15,7 @@ from pathlib import Path
 import pytest
 import torch
 from helpers.checkpoints import UNET, write_folder, write_json
-from helpers.running import (  # noqa: F401
+from helpers.running import (
     call,
     contents,
     drawn,
@@ -68,7 +69,7 @@ DAMAGED = {
 
 
 @pytest.mark.parametrize("name", DAMAGED)
-def test_a_damaged_image_is_named(taught, drawn, inserted, tmp_path, name):  # noqa: F811
+def test_a_damaged_image_is_named(taught, drawn, inserted, tmp_path, name):
     content, words = DAMAGED[name]
     Path(name).write_bytes(content)
     picture(32, 32).save("scene.png")
@@ -91,7 +92,7 @@ def test_a_folder_that_is_missing_or_without_images_is_named(tiny, tmp_path):
     assert nothing_written()
 
 
-def test_a_file_that_is_not_there_is_named(drawn, inserted):  # noqa: F811
+def test_a_file_that_is_not_there_is_named(drawn, inserted):
     for run in (drawn, inserted):
         refused(run("--image", "none.png"), "none.png: no such file")
         refused(run("--lora", "none.safetensors:0.5"), "none.safetensors", "No such file")
@@ -99,7 +100,7 @@ def test_a_file_that_is_not_there_is_named(drawn, inserted):  # noqa: F811
     refused(drawn("--like", "none.png"), "none.png: no such file")
 
 
-def test_a_mask_of_another_size_is_refused_with_both_sizes(inserted):  # noqa: F811
+def test_a_mask_of_another_size_is_refused_with_both_sizes(inserted):
     picture(32, 40).save("scene.png")
     scene, mask = ("--image", "scene.png"), ("--mask", "mask.png")
     Image.new("L", (40, 31), 255).save("mask.png")
@@ -110,7 +111,7 @@ def test_a_mask_of_another_size_is_refused_with_both_sizes(inserted):  # noqa: F
     assert nothing_written()
 
 
-def test_like_takes_only_images_of_sample(drawn, taught):  # noqa: F811
+def test_like_takes_only_images_of_sample(drawn, taught):
     picture(8, 8).save("plain.png")
     refused(drawn("--like", "plain.png"), "plain.png", "no metadata")
     good(taught("--out", "run"))
@@ -143,7 +144,7 @@ BROKEN = {
 
 
 @pytest.mark.parametrize("fault", BROKEN)
-def test_a_damaged_lora_file_is_named(drawn, inserted, fault):  # noqa: F811
+def test_a_damaged_lora_file_is_named(drawn, inserted, fault):
     content, words = BROKEN[fault]
     Path("bad.safetensors").write_bytes(content)
     for run in (drawn, inserted):
@@ -151,7 +152,7 @@ def test_a_damaged_lora_file_is_named(drawn, inserted, fault):  # noqa: F811
     assert nothing_written() and not Path("pwned").exists()
 
 
-def test_a_lora_that_does_not_fit_is_named(drawn, inserted, lora_file, tiny):  # noqa: F811
+def test_a_lora_that_does_not_fit_is_named(drawn, inserted, lora_file, tiny):
     content, tensors = lora_file.read_bytes(), load_file(lora_file)
     Path("cut.safetensors").write_bytes(content[:-1])
     refused(drawn("--lora", "cut.safetensors"), "cut.safetensors", NOT_WHOLE)
@@ -173,7 +174,7 @@ def test_a_lora_that_does_not_fit_is_named(drawn, inserted, lora_file, tiny):  #
 
 @pytest.mark.parametrize("name", ["model.ckpt", "model.safetensors", "model"])
 @pytest.mark.parametrize("zipped", [True, False])
-def test_a_pickle_is_never_opened_under_any_name(drawn, name, zipped):  # noqa: F811
+def test_a_pickle_is_never_opened_under_any_name(drawn, name, zipped):
     if zipped:
         torch.save({"state_dict": Pwned()}, name)
     else:
@@ -190,7 +191,7 @@ OLD_UNET = {key: value for key, value in UNET.items() if key != "addition_embed_
 def test_a_checkpoint_that_is_not_there_or_of_another_kind_is_named(
     taught,
     copy,
-    tmp_path,  # noqa: F811
+    tmp_path,
 ):
     def refused_by_both(path, *words):
         refused(call("sample.py", "a dog", "--weights", path), path, *words)

@@ -233,7 +233,7 @@ def test_bundled_embeddings_are_written_beside_the_file(bundle, fresh, tiny, sou
 @pytest.mark.parametrize("flags", [("--to", "kohya"), ("--merge",)])
 def test_a_bundled_embedding_overwrites_nothing(bundle, tiny, source, target, flags):
     target.with_name("cat.safetensors").touch()
-    words = "cat.safetensors", "exists already", "'<cat>'"
+    words = "cat.safetensors exists already", "'<cat>'"
     refused(lambda: convert(source, target, *flags, "--weights", tiny), *words)
     assert not target.exists() and not target.with_name("my-dog.safetensors").exists()
 

@@ -300,7 +300,7 @@ def ldm_vae(tensors, config=VAE):
 
 
 def open_clip(tensors):
-    """The second encoder as OpenCLIP saves it: q, k and v in one in_proj, a projection for x @ P."""
+    """The second encoder as OpenCLIP saves it: q, k, v in one in_proj, a projection for x @ P."""
     model = "text_model."
     result = {
         "token_embedding.weight": tensors[model + "embeddings.token_embedding.weight"],

@@ -40,7 +40,7 @@ def unet_only(pairs):
 
 def adapters(model):
     """The names of the adapters on a model."""
-    return {name for layer in lora.layers(model).values() for name in layer.lora}
+    return set().union(*(layer.lora for layer in lora.layers(model).values()))
 
 
 def adapter(sdxl, name):

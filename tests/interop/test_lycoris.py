@@ -1,16 +1,17 @@
 """Files that LyCORIS itself trains and saves: the same change of the UNet's output here."""
 
+# ruff: noqa: E402, F401, F811  fixtures are imported and given as arguments
 import pytest
 
 lycoris = pytest.importorskip("lycoris")
 diffusers = pytest.importorskip("diffusers")
 
-import torch  # noqa: E402
-from safetensors.torch import save_file  # noqa: E402
-from test_checkpoints import built, pipe, saved  # noqa: E402, F401
-from test_lora_in_diffusers import agree, inputs, output  # noqa: E402, F401
+import torch
+from safetensors.torch import save_file
+from test_checkpoints import built, pipe, saved
+from test_lora_in_diffusers import agree, inputs, output
 
-import alchemy  # noqa: E402
+import alchemy
 
 PRESET = {
     "enable_conv": True,
@@ -21,7 +22,7 @@ PRESET = {
 @torch.no_grad()
 @pytest.mark.parametrize("tucker", [False, True])
 @pytest.mark.parametrize("algo", ["lora", "loha", "lokr", "full"])
-def test_a_network_by_lycoris_gives_the_same_output_here(saved, inputs, tmp_path, algo, tucker):  # noqa: F811
+def test_a_network_of_lycoris_has_the_same_output(saved, inputs, tmp_path, algo, tucker):
     unet = built().unet
     base = output(unet, *inputs)
     lycoris.LycorisNetwork.apply_preset(PRESET)
