@@ -2,6 +2,8 @@
 
 python -m weights.toy.showcase bear-panda --seeds 3 --out weights/example.png
 python -m weights.toy.showcase                     all held-out subjects, six seeds each
+python -m weights.toy.showcase --generated out/generated.png
+                                                   48 generated images beside 48 renders
 
 Each row shows a photo of the subject, then for one seed the scene, the region that may change,
 and the result. A LoRA that is missing is trained first, with train.py's defaults.
@@ -18,6 +20,7 @@ from alchemy import cli
 from alchemy.extras.inspect import sheets
 
 from . import WEIGHTS, world
+from .measure import generate, phrase
 
 TOKEN = cli.EXAMPLE_TOKEN
 LABELS = ("photo", "scene", "may change", "result")
@@ -59,6 +62,25 @@ def insertions(sdxl, instance: str, background: str, seeds: range) -> list[list]
     return rows
 
 
+def generated_beside_renders(sdxl, count: int = 48) -> list[list]:
+    """Rows of four generated images of seeds 0, 1, 2, ..., and four renders of the same words."""
+    words, backgrounds = list(world.CLASSES), list(world.BACKGROUNDS)
+    pairs = [(words[k % 16], backgrounds[(k + k // 16) % 8]) for k in range(count)]
+    prompts = [f"a photo of a {word} {phrase(background)}" for word, background in pairs]
+    generated, rows = generate(sdxl, prompts, 0), []
+    for start in range(0, count, 4):
+        chosen = range(start, start + 4)
+        row = [(f"{' '.join(pairs[k])}, seed {k}", generated[k]) for k in chosen]
+        for k in chosen:
+            word, background = pairs[k]
+            known = [i for i in world.CLASSES[word] if i not in world.HELD_OUT_INSTANCES]
+            given = {"instance": known[k % len(known)], "background": background}
+            scene = world.scene(world.FRESH + k, style="photo", **given)
+            row.append(("render", Image.fromarray(scene.image)))
+        rows.append(row)
+    return rows
+
+
 def main(argv=None) -> None:
     parser = cli.parser(__doc__)
     parser.add_argument("subjects", nargs="*", default=world.HELD_OUT_INSTANCES)
@@ -67,7 +89,13 @@ def main(argv=None) -> None:
     parser.add_argument("--loras", type=Path, default=Path("out"), metavar="FOLDER")
     parser.add_argument("--weights", default=str(WEIGHTS / "mini"), metavar="FOLDER")
     parser.add_argument("--out", type=Path, default=Path("out/showcase.png"), metavar="FILE")
+    parser.add_argument("--generated", type=Path, metavar="FILE", help="see above; nothing else")
     args = parser.parse_args(argv)
+    if args.generated:
+        rows = generated_beside_renders(alchemy.load(args.weights, dtype="float32"))
+        sheets.sheet(rows, least=128).save(args.generated)
+        print(args.generated)
+        return
     unknown = set(args.subjects) - set(world.HELD_OUT_INSTANCES)
     if unknown:
         known = ", ".join(world.HELD_OUT_INSTANCES)
