@@ -77,9 +77,11 @@ def phrase(background: str, kind: int = 0) -> str:
 
 
 @torch.no_grad()
-def generate(sdxl, prompts: list[str], first_seed: int) -> list[Image.Image]:
-    """An image per prompt at the defaults, of seeds first_seed, first_seed + 1, ..., in batches."""
-    options = {key: sdxl.defaults[key] for key in ("sampler", "steps", "guidance")}
+def generate(sdxl, prompts: list[str], first_seed: int, **options) -> list[Image.Image]:
+    """An image per prompt, of seeds first_seed, first_seed + 1, ..., in batches.
+
+    options: sampler, steps and guidance, where they are not the defaults."""
+    options = {key: sdxl.defaults[key] for key in ("sampler", "steps", "guidance")} | options
     size = [side // sdxl.vae_scale_factor for side in sdxl.size]
     generated = []
     for start in range(0, len(prompts), BATCH):
@@ -111,7 +113,7 @@ class Measure:
     def __init__(self, out: str, share: float, weights: str):
         self.sdxl = alchemy.load(weights, dtype="float32")
         self.classifier, self.weights, self.share = classifier.load(), weights, share
-        self.found = {}
+        self.found, self.known = {}, {}
         files = sorted(Path(weights).rglob("*.safetensors"))
         files += [WEIGHTS.parent / "alchemy" / "defaults.py", classifier.FILE]
         content = b"".join(path.read_bytes() for path in files)
@@ -159,12 +161,16 @@ class Measure:
         parts = [self.sdxl.vae.decode(self.sdxl.vae.encode(part)[0]) for part in x.split(16)]
         return torch.cat(parts).clamp(-1, 1)
 
+    def of_renders(self, count: int, offset: int) -> Tensor:
+        """Features of fresh renders, computed once."""
+        if (count, offset) not in self.known:
+            self.known[count, offset] = self.features(classifier.fresh(count, offset)[0])
+        return self.known[count, offset]
+
     def distances(self, key: str, generated: list) -> None:
         """Fréchet distance to 1000 fresh renders, over that of as many renders: the floor."""
-        reference, _, _ = classifier.fresh(1000, 2**22)
-        renders, _, _ = classifier.fresh(len(generated), 2**23)
-        reference = self.features(reference)
-        self.found["floor"] = frechet(self.features(renders), reference)
+        reference, renders = self.of_renders(1000, 2**22), self.of_renders(len(generated), 2**23)
+        self.found["floor"] = frechet(renders, reference)
         self.found[key] = frechet(self.features(generated), reference) / self.found["floor"]
 
     def renders(self) -> None:
@@ -205,14 +211,15 @@ class Measure:
             hits += [name[1] == instance for name in names]
         self.found["vae subject"] = share(hits)
 
-    def prompts(self) -> None:
+    def prompts(self, **options) -> None:
+        """Of pairs that were trained on; options as those of `generate`."""
         seen = list(itertools.product(world.CLASSES, world.BACKGROUNDS))
         seen = [pair for pair in seen if pair not in world.HELD_OUT_PAIRS]
         rng = np.random.default_rng(0)
         order = np.concatenate([rng.permutation(len(seen)) for _ in range(5)])
         expected = [seen[k] for k in order[: self.count(500)]]
         prompts = [f"a photo of a {word} {phrase(background)}" for word, background in expected]
-        generated = generate(self.sdxl, prompts, 1000)
+        generated = generate(self.sdxl, prompts, 1000, **options)
         labels = [(word, None, background) for word, background in expected]
         found = self.read("prompts", generated, labels)
         for k, head, names in ((0, "class", world.CLASSES), (1, "background", world.BACKGROUNDS)):
@@ -292,10 +299,12 @@ class Measure:
         self.found["best scale"] = best
         self.found["failed"], self.found["outside"] = sum(hits["failed"]), sum(hits["outside"])
 
-    def one_stage(self, instance: str, prompts: list, expected: list, seed: int) -> dict:
+    def one_stage(
+        self, instance: str, prompts: list, expected: list, seed: int, scales: tuple = SCALES
+    ) -> dict:
         word, hits = expected[0][0], {}
         named = [insertion.with_token(prompt, word, TOKEN) for prompt in prompts]
-        for scale in SCALES:
+        for scale in scales:
             with lora.lora_scale(self.sdxl, scale):
                 generated = generate(self.sdxl, named, seed)
             found = self.read(f"{instance}-one-{scale}", generated, expected)

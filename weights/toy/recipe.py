@@ -319,7 +319,7 @@ def train_unet(args, log, device, config=None, name="unet", clock=time.time) -> 
 
     def loss_of(step: int) -> Tensor:
         generator = Generator().manual_seed(step)
-        latents.grow(args.batch)
+        latents.grow(max(1, args.batch // 4))  # encoding costs half as much as a step
         batch = latents.batch(torch.randint(latents.ready, (args.batch,), generator=generator))
         # Objects are a third of an image and most of what there is to learn: they count
         # threefold until the learning rate falls.
