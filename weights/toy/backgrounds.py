@@ -71,31 +71,26 @@ class Canvas:
         view = self.rgb[:, rows, cols]
         view += strength * self.cover((1 - r) * min(rx, ry), soft) * (colour - view)
 
+    def circle(self, x, y, r, colour, soft=1.0, strength=1.0):
+        self.disc(x, y, r, r, colour, soft, strength)
+
+    def across(self, margin=0.0):
+        """A random x, `margin` away from both sides."""
+        return self.rng.uniform(margin, self.w - margin)
+
     def clouds(self, count, below, colour):
         for _ in range(count):
-            x, y, r = (
-                self.rng.uniform(0, self.w),
-                self.rng.uniform(0.04, below),
-                self.rng.uniform(0.05, 0.09),
-            )
+            x, y, r = self.across(), self.rng.uniform(0.04, below), self.rng.uniform(0.05, 0.09)
             for dx, k in ((-1.1, 0.6), (0.0, 1.0), (1.2, 0.7)):
-                self.disc(
-                    x + dx * r, y + (1 - k) * r * 0.6, 1.3 * k * r, 0.75 * k * r, colour, 3.0, 0.85
-                )
+                height = y + (1 - k) * r * 0.6
+                self.disc(x + dx * r, height, 1.3 * k * r, 0.75 * k * r, colour, 3.0, 0.85)
 
 
 def beach(c):
     horizon, rng = c.level(0.31, 0.47), c.rng
     c.ramp(c.colour(105, 185, 240), c.colour(215, 238, 250), -0.01, horizon)
     if rng.random() < 0.5:
-        c.disc(
-            rng.uniform(0.1, c.w - 0.1),
-            rng.uniform(0.08, 0.2),
-            0.07,
-            0.07,
-            c.colour(255, 240, 160),
-            2,
-        )
+        c.circle(c.across(0.1), rng.uniform(0.08, 0.2), 0.07, c.colour(255, 240, 160), 2)
     c.clouds(rng.integers(0, 3), horizon - 0.1, c.colour(250, 252, 255))
     c.ramp(c.colour(20, 110, 185), c.colour(60, 190, 205), horizon, horizon + 0.16)
     shore = horizon + rng.uniform(0.12, 0.17) + c.wave(0.018, 0.9)
@@ -122,19 +117,11 @@ def snow(c):
     horizon, rng = c.level(0.42, 0.55), c.rng
     c.ramp(c.colour(165, 190, 215), c.colour(225, 235, 245), -0.01, horizon)
     for _ in range(3):  # mountains
-        x, peak, slope = (
-            rng.uniform(0, c.w),
-            horizon - rng.uniform(0.14, 0.26),
-            rng.uniform(0.7, 1.1),
-        )
+        x, peak, slope = c.across(), horizon - rng.uniform(0.14, 0.26), rng.uniform(0.7, 1.1)
         inside = c.cover(c.y - peak - slope * abs(c.x - x) - 0.012 * np.sin(40 * c.x))
         c.paint(inside * (c.y < horizon + 0.05), c.colour(150, 170, 200) + 0.18 * (c.x < x))
     for _ in range(rng.integers(2, 6)):  # firs with white tips
-        x, foot, tall = (
-            rng.uniform(0, c.w),
-            horizon + rng.uniform(0.0, 0.05),
-            rng.uniform(0.14, 0.24),
-        )
+        x, foot, tall = c.across(), horizon + rng.uniform(0.0, 0.05), rng.uniform(0.14, 0.24)
         depth = c.y - foot + tall - 3.2 * abs(c.x - x)
         inside = c.cover(np.minimum(depth * 0.3, foot - c.y))
         c.paint(inside, c.colour(60, 95, 95))
@@ -145,28 +132,21 @@ def snow(c):
     c.shade(0.03 * c.noise(0.09, 3), c.y > edge)
     for _ in range(rng.integers(8, 26)):
         r = rng.uniform(0.006, 0.013)
-        c.disc(rng.uniform(0, c.w), rng.uniform(0, c.h), r, r, np.float32(1), 1.5, 0.9)
+        c.circle(c.across(), rng.uniform(0, c.h), r, np.float32(1), 1.5, 0.9)
     return horizon + 0.06
 
 
 def desert(c):
     horizon, rng = c.level(0.36, 0.53), c.rng
     c.ramp(c.colour(245, 165, 95), c.colour(255, 225, 150), -0.01, horizon)
-    r = rng.uniform(0.08, 0.13)
-    c.disc(
-        rng.uniform(0.1, c.w - 0.1),
-        horizon - rng.uniform(0.05, 0.25),
-        r,
-        r,
-        c.colour(255, 245, 205, 4),
-        3,
-    )
+    r, x = rng.uniform(0.08, 0.13), c.across(0.1)
+    height = rng.uniform(0.05, 0.25)
+    c.circle(x, horizon - height, r, c.colour(255, 245, 205, 4), 3)
     if rng.random() < 0.6:  # table mountains
         for _ in range(2):
             x, half, tall = rng.uniform(0, c.w), rng.uniform(0.08, 0.2), rng.uniform(0.08, 0.17)
-            depth = np.minimum(
-                half + 0.3 * (c.y - horizon + tall) - abs(c.x - x), c.y - horizon + tall
-            )
+            below = c.y - horizon + tall
+            depth = np.minimum(half + 0.3 * below - abs(c.x - x), below)
             c.paint(c.cover(depth), c.colour(190, 95, 60))
     for k, tone in enumerate(((222, 135, 65), (235, 152, 72), (214, 122, 50))):
         crest = horizon + 0.15 * k * (c.h - horizon) / 0.5 + c.wave(0.03 + 0.015 * k, 0.9 + 0.3 * k)
@@ -183,17 +163,13 @@ def forest(c):
     for k in np.linspace(0.2, 1, rng.integers(7, 11)).tolist():  # trunks, far ones pale and thin
         x, half = rng.uniform(0, c.w), 0.012 + 0.035 * k * rng.uniform(0.7, 1.2)
         foot = ground - 0.03 + 0.09 * k
-        depth = half * (1 + 0.5 * np.exp(-np.maximum(foot - c.y, 0) * 25)) - abs(
-            c.x - x - 0.01 * np.sin(9 * c.y + x)
-        )
+        root = half * (1 + 0.5 * np.exp(-np.maximum(foot - c.y, 0) * 25))
+        depth = root - abs(c.x - x - 0.01 * np.sin(9 * c.y + x))
         bark = c.colour(*(np.array([110, 120, 80]) * (1 - k) + np.array([84, 54, 34]) * k))
-        c.paint(
-            c.cover(np.minimum(depth, foot - c.y)),
-            bark * (1 + 0.25 * np.clip((x - c.x) / half, -1, 1)),
-        )
-    c.paint(
-        c.cover(0.13 + c.wave(0.05, 0.5) + c.wave(0.03, 0.2) - c.y, 2), c.colour(25, 75, 35)
-    )  # leaves overhead
+        lit = bark * (1 + 0.25 * np.clip((x - c.x) / half, -1, 1))
+        c.paint(c.cover(np.minimum(depth, foot - c.y)), lit)
+    leaves = 0.13 + c.wave(0.05, 0.5) + c.wave(0.03, 0.2)
+    c.paint(c.cover(leaves - c.y, 2), c.colour(25, 75, 35))
     edge = ground + c.wave(0.012, 0.5)
     under = c.cover(c.y - edge, 3) * 0.9
     c.paint(under, c.colour(92, 98, 42))
@@ -206,25 +182,13 @@ def night(c):
     c.ramp(c.colour(10, 12, 48, 5), c.colour(52, 48, 112, 7), -0.01, horizon)
     for _ in range(rng.integers(22, 42)):
         r = rng.uniform(0.005, 0.011)
-        c.disc(
-            rng.uniform(0, c.w),
-            rng.uniform(0, horizon - 0.06),
-            r,
-            r,
-            c.colour(255, 250, 215, 4),
-            1.2,
-        )
-    x, y, r = rng.uniform(0.12, c.w - 0.12), rng.uniform(0.12, 0.24), rng.uniform(0.06, 0.095)
+        c.circle(c.across(), rng.uniform(0, horizon - 0.06), r, c.colour(255, 250, 215, 4), 1.2)
+    x, y, r = c.across(0.12), rng.uniform(0.12, 0.24), rng.uniform(0.06, 0.095)
     before = c.rgb.copy()
-    c.disc(x, y, r, r, c.colour(252, 244, 205, 4))
+    c.circle(x, y, r, c.colour(252, 244, 205, 4))
     if rng.random() < 0.5:  # a crescent: the sky again over half the moon
-        c.disc(
-            x + 0.45 * r,
-            y - 0.15 * r,
-            0.9 * r,
-            0.9 * r,
-            before[:, int(y * c.m), int(min(x, c.w - 0.01) * c.m), None, None],
-        )
+        sky = before[:, int(y * c.m), int(min(x, c.w - 0.01) * c.m), None, None]
+        c.circle(x + 0.45 * r, y - 0.15 * r, 0.9 * r, sky)
     c.paint(c.cover(c.y - horizon + 0.05 - c.wave(0.04, 0.8)), c.colour(26, 28, 66, 4))
     edge = horizon + c.wave(0.012, 1.2)
     c.paint(c.cover(c.y - edge), c.colour(42, 60, 88, 6))
@@ -239,11 +203,8 @@ def wall(c):
     course = np.floor((c.y + 1 - foot) / tall)
     across = c.x / (2.3 * tall) + 0.5 * (course % 2) + rng.random()
     table = rng.uniform(-1, 1, (64, 64)).astype(np.float32)
-    c.paint(
-        1.0,
-        c.colour(172, 76, 56, 14)
-        * (1 + 0.13 * table[course.astype(int) % 64, across.astype(int) % 64]),
-    )
+    tone = table[course.astype(int) % 64, across.astype(int) % 64]
+    c.paint(1.0, c.colour(172, 76, 56, 14) * (1 + 0.13 * tone))
     beside = (across % 1) * 2.3 * tall
     above = (c.y + 1 - foot) % tall
     gap = np.minimum(np.minimum(beside, 2.3 * tall - beside), np.minimum(above, tall - above))
@@ -263,16 +224,12 @@ def room(c):
     c.shade(0.12 * (0.5 - c.y / foot))
     x, half, tall = rng.uniform(0.2, c.w - 0.2), rng.uniform(0.13, 0.2), rng.uniform(0.11, 0.16)
     box = np.minimum(half - abs(c.x - x), tall - abs(c.y - 0.24))
-    c.paint(
-        c.cover(box + 0.018), c.colour(*((250, 248, 242) if rng.random() < 0.6 else (120, 80, 50)))
-    )
-    c.paint(
-        c.cover(box), c.colour(175, 220, 248) + 0.25 * (c.y - 0.24)
-    )  # a window: sky and a cross of bars
-    c.paint(
-        c.cover(0.008 - np.minimum(abs(c.x - x), abs(c.y - 0.24))) * (box > 0),
-        c.colour(250, 248, 242),
-    )
+    frame = (250, 248, 242) if rng.random() < 0.6 else (120, 80, 50)
+    c.paint(c.cover(box + 0.018), c.colour(*frame))
+    # A window: sky and a cross of bars.
+    c.paint(c.cover(box), c.colour(175, 220, 248) + 0.25 * (c.y - 0.24))
+    bars = c.cover(0.008 - np.minimum(abs(c.x - x), abs(c.y - 0.24))) * (box > 0)
+    c.paint(bars, c.colour(250, 248, 242))
     depth = c.y - foot + 0.35  # boards run to a point above the skirting
     along = (c.x - rng.uniform(0.3, 0.7) * c.w) / depth * 3.2 + 40
     tone = rng.uniform(-1, 1, 96).astype(np.float32)[np.clip(along, 0, 95).astype(int)]
@@ -280,22 +237,13 @@ def room(c):
     c.paint(floor, c.colour(184, 122, 68, 14) * (1 + 0.1 * tone))
     seam = np.minimum(along % 1, 1 - along % 1) * depth / 3.2
     c.paint(floor * c.cover(0.005 - seam) * 0.6, c.colour(96, 58, 30))
-    c.paint(
-        c.cover(np.minimum(c.y - foot + 0.035, foot - c.y)), c.colour(248, 246, 240, 4)
-    )  # skirting board
+    skirting = np.minimum(c.y - foot + 0.035, foot - c.y)
+    c.paint(c.cover(skirting), c.colour(248, 246, 240, 4))
     return foot + 0.06
 
 
-DRAW = {
-    "beach": beach,
-    "grass": grass,
-    "snow": snow,
-    "desert": desert,
-    "forest": forest,
-    "night": night,
-    "wall": wall,
-    "room": room,
-}
+BACKGROUNDS = (beach, grass, snow, desert, forest, night, wall, room)
+DRAW = {function.__name__: function for function in BACKGROUNDS}
 
 
 def draw(name, rng, size):

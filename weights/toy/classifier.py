@@ -25,7 +25,7 @@ from .training import bfloat16
 
 FILE = Path(__file__).parent / "classifier.safetensors"
 WORDS, BACKGROUNDS = list(world.CLASSES), list(world.BACKGROUNDS)
-INSTANCES = [instance for instances in world.CLASSES.values() for instance in instances]
+INSTANCES = sum(world.CLASSES.values(), [])
 HEADS = {"class": WORDS, "instance": INSTANCES, "background": BACKGROUNDS}
 FRESH = world.FRESH + 2**31  # training stays far below
 WIDTHS = (32, 64, 128, 192, 256)

@@ -18,9 +18,8 @@ CLASSES = {
     "cup": ["coffee", "tea", "bubble", "soda"],
     "cake": ["slice", "birthday", "pudding", "pancakes", "cupcake"],
 }
-CLASSES = {
-    word: [f"{word}-{one}" for one in ones] for word, ones in CLASSES.items()
-}  # a sprite is sprites/<class>-<instance>.webp
+for word, names in CLASSES.items():  # a sprite is sprites/<class>-<instance>.webp
+    CLASSES[word] = [f"{word}-{name}" for name in names]
 BACKGROUNDS = {  # the phrases of a caption; the first is the commonest
     "beach": ("on a beach", "at the seaside", "on a sandy beach by the sea"),
     "grass": ("on the grass", "in a green field", "in a field of grass"),
@@ -68,4 +67,6 @@ COLOURS = {  # what an instance is called after, where it has a colour
     "pink": "bird-flamingo flower-tulip flower-hibiscus bag-backpack bag-purse",
     "orange": "ball-basketball",
 }
-COLOUR_OF = {instance: colour for colour, names in COLOURS.items() for instance in names.split()}
+COLOUR_OF = {}
+for colour, instances in COLOURS.items():
+    COLOUR_OF |= dict.fromkeys(instances.split(), colour)

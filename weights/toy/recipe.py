@@ -287,12 +287,11 @@ def warm_start(denoiser: Denoiser, vae: VAE, scenes: Scenes, folder: Path) -> fl
         source = before.text_encoders[TEXT_ENCODERS.index(name)] if name != "unet" else before.unet
         module.load_state_dict(source.state_dict())
     images = classifier.to_input(scenes.images[:64])
-    old, new = (
-        torch.cat([network.encode(part)[0] for part in images.split(16)]).transpose(0, 1).flatten(1)
-        for network in (before.vae, vae)
-    )
+    old = torch.cat([before.vae.encode(part)[0] for part in images.split(16)])
+    new = torch.cat([vae.encode(part)[0] for part in images.split(16)])
+    old, new = (latents.transpose(0, 1).flatten(1) for latents in (old, new))  # (4, N)
     u, _, v = torch.linalg.svd(old @ new.T)
-    rotation = u @ v  # old ≈ rotation @ new, both (4, N)
+    rotation = u @ v  # old ≈ rotation @ new
     unet = denoiser.modules["unet"]
     unet.conv_in.weight.copy_(torch.einsum("oikl,ij->ojkl", unet.conv_in.weight, rotation))
     unet.conv_out.weight.copy_(torch.einsum("oikl,oj->jikl", unet.conv_out.weight, rotation))

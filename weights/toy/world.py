@@ -149,8 +149,8 @@ def choose(rng, split, instances, background, style):
             known = [name for name in CLASSES[word] if not train or name not in HELD_OUT_INSTANCES]
             instances.append(known[rng.integers(len(known))])
     if background is None:
-        pairs = {(name.split("-")[0], place) for name in instances for place in BACKGROUNDS}
-        taboo = {place for _, place in pairs.intersection(HELD_OUT_PAIRS)} if train else set()
+        words = {name.split("-")[0] for name in instances} if train else ()
+        taboo = {place for word, place in HELD_OUT_PAIRS if word in words}
         allowed = [place for place in BACKGROUNDS if place not in taboo]
         background = allowed[rng.integers(len(allowed))]
     if style is None:
