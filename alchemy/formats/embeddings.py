@@ -78,48 +78,47 @@ def read_embedding(path: str | Path) -> tuple[str, list[Tensor], dict[str, str]]
     Raises ValueError if it is not an embedding.
     """
     path = Path(path)
-    paths = [path / name for name in DIFFUSERS_FILES] if path.is_dir() else [path]
-    if path.is_dir() and not all(file.exists() for file in paths):
-        raise ValueError(
-            f"{path}: neither an embedding, which has {' and '.join(DIFFUSERS_FILES)}, "
-            "nor a LoRA file"
-        )
-    sources = []
-    for file in map(open_safetensors, paths):
-        sources += [(file, key) for key in sorted(file.keys(), reverse=True)]  # clip_l first
-    names = [key for _, key in sources]
-    expected = names == [*KEYS]
-    if path.is_dir():
-        expected = len(names) == 2 and len(set(names)) == 1
-    if not expected and any("lora" in name for name in names[:3]):
+    is_folder, files = path.is_dir(), []
+    for file in [path / name for name in DIFFUSERS_FILES] if is_folder else [path]:
+        if is_folder and not file.exists():
+            raise ValueError(
+                f"{path}: neither an embedding, which has {' and '.join(DIFFUSERS_FILES)}, "
+                "nor a LoRA file"
+            )
+        files.append(open_safetensors(file))
+    names = []
+    for file in files:
+        names += sorted(file.keys(), reverse=True)  # clip_l before clip_g
+    is_pair = len(names) == 2 and names[0] == names[1] if is_folder else names == [*KEYS]
+    if not is_pair and "lora" in " ".join(names[:3]):
         raise ValueError(f"{path}: no SDXL embedding, but a LoRA: give it as --lora")
-    if not expected:
+    if not is_pair:
         raise ValueError(
             f"{path}: no SDXL embedding: it has {first_names(names) or 'nothing'} instead of "
             f"{' and '.join(KEYS)}; of diffusers' two files, give the folder"
         )
     try:
-        rows = read_rows(sources)
+        rows = read_rows(files if is_folder else files * 2, names)
     except ValueError as error:
         raise ValueError(f"{path}: no SDXL embedding: {error}") from None
-    header = sources[0][0].metadata() or {}
-    token = header.get(TOKEN) or (names[0] if path.is_dir() else path.stem)
+    header = files[0].metadata() or {}
+    token = header.get(TOKEN) or (names[0] if is_folder else path.stem)
     return token, rows, header
 
 
-def read_rows(sources: list[tuple[safe_open, str]]) -> list[Tensor]:
-    """The tensors (file, key) of both encoders as float32 rows (n, D), of one n."""
+def read_rows(files: list[safe_open], keys: list[str]) -> list[Tensor]:
+    """Both encoders' tensors, a key of a file each, as float32 rows (n, D) of one n."""
     rows = []
-    for file, key in sources:
+    for file, key in zip(files, keys, strict=True):
         tensor = read_tensor(file, key)
         if tensor.ndim not in (1, 2) or not tensor.numel():
             raise ValueError(
                 f"{shorten(key)} has shape {tuple(tensor.shape)}, not (vectors, width)"
             )
         rows.append(tensor[None] if tensor.ndim == 1 else tensor)
-    if len(rows[0]) != len(rows[1]):
-        shapes = [tuple(tensor.shape) for tensor in rows]
-        raise ValueError(f"{shapes[0]} and {shapes[1]} are not as many vectors")
+    first, second = rows
+    if len(first) != len(second):
+        raise ValueError(f"{tuple(first.shape)} and {tuple(second.shape)} are not as many vectors")
     return rows
 
 
@@ -143,20 +142,21 @@ def load_embedding(sdxl: SDXL, path: str | Path, token: str | None = None) -> st
 
 def bundled_embeddings(path: str | Path) -> dict[str, list[Tensor]]:
     """{token: [clip_l's rows (n,D), clip_g's (n,D)]} of the embeddings bundled with a LoRA."""
-    file = open_safetensors(path)
-    keys = [key for key in file.keys() if key.startswith(BUNDLE)]  # noqa: SIM118
-    found = {}
-    try:
-        for token in dict.fromkeys(key.removeprefix(BUNDLE).rpartition(".")[0] for key in keys):
-            parts = [f"{BUNDLE}{token}.{part}" for part in KEYS]
-            if not {*parts} <= {*keys}:
-                raise ValueError(f"{BUNDLE}{shorten(token)} lacks clip_l or clip_g")
-            found[token] = read_rows([(file, part) for part in parts])
-        if len(keys) != len(KEYS) * len(found):
-            rest = [key for key in keys if key.rpartition(".")[2] not in KEYS]
-            raise ValueError(f"only bundled clip_l and clip_g are read, not {first_names(rest)}")
-    except ValueError as error:
-        raise ValueError(f"{path}: {error}") from None
+    file, bundle, found = open_safetensors(path), {}, {}
+    for key in file.keys():  # noqa: SIM118
+        if key.startswith(BUNDLE):
+            token, _, part = key.removeprefix(BUNDLE).rpartition(".")
+            bundle.setdefault(token, {})[part] = key
+    for token, parts in bundle.items():
+        if parts.keys() != {*KEYS}:
+            raise ValueError(
+                f"{path}: the bundled embedding {shorten(token)!r} has {first_names(parts)}, "
+                f"not {' and '.join(KEYS)}"
+            )
+        try:
+            found[token] = read_rows([file, file], [parts[part] for part in KEYS])
+        except ValueError as error:
+            raise ValueError(f"{path}: {error}") from None
     return found
 
 

@@ -47,8 +47,10 @@ def check_family(path: Path, tensors: dict) -> None:
 
 def check_folder(root: Path, json_files: dict[str, dict]) -> None:
     """The same for a folder. json_files: {path in the folder: its JSON object, {} if missing}."""
-    configs = {name: json_files[f"{name}/config.json"] for name in NETWORKS}
-    unet, pipeline = configs["unet"], json_files["model_index.json"].get("_class_name")
+    unet, pipeline = (
+        json_files["unet/config.json"],
+        json_files["model_index.json"].get("_class_name"),
+    )
     family = None
     if not unet and list(root.glob("*lora*.safetensors")):
         family = "a LoRA (give its file with --lora)"
@@ -59,10 +61,10 @@ def check_folder(root: Path, json_files: dict[str, dict]) -> None:
     elif unet and unet.get("addition_embed_type") != "text_time":
         is_old = "cross_attention_dim" in unet
         family = "Stable Diffusion 1 or 2" if is_old else "of another kind"
-    elif unet and not configs["text_encoder"]:
+    elif unet and not json_files["text_encoder/config.json"]:
         family = "the SDXL refiner"
     if family:
         raise ValueError(f"{root}: this is {family}, not an SDXL base checkpoint")
-    for name, config in configs.items():
-        if not config:
+    for name in NETWORKS:
+        if not json_files[f"{name}/config.json"]:
             raise ValueError(f"{root}: not a checkpoint folder, it has no {name}/config.json")

@@ -23,16 +23,20 @@ FAULTS = {
         ("zero terminal SNR is not marked", 'tensors["ztsnr"] = torch.zeros(0)', "pass"),
         ("an existing file is replaced", "if path.is_file() or (", "if ("),
     ),
+    ("formats/lora", "formats/tool_names"): (
+        (
+            "the second text encoder is the first",
+            '"text_encoder_2": "lora_te2_"',
+            '"text_encoder_2": "lora_te1_"',
+        ),
+        ("ComfyUI's names are unknown", ', "diffusion_model.")', ")"),
+        ("OneTrainer's dotted names are unknown", ', "lora_te1."', ""),
+    ),
     ("formats/lora", "formats/lora_files"): (
         (
             "alpha is not multiplied into up",
             "up = adapter.up * (adapter.alpha / len(adapter.down))",
             "up = adapter.up",
-        ),
-        (
-            "the second text encoder is the first",
-            '"text_encoder_2": "lora_te2_"',
-            '"text_encoder_2": "lora_te1_"',
         ),
         (
             "transformers 5's names are unknown",
@@ -44,7 +48,6 @@ FAULTS = {
             'elif path.name == "adapter_model.safetensors":',
             "elif False:",
         ),
-        ("ComfyUI's names are unknown", ', "diffusion_model.")', ")"),
         ("rank-stabilized alpha is plain", "(rank**0.5 if rslora else 1.0)", "1.0"),
     ),
     ("formats/lora", "formats/updates"): (
@@ -128,8 +131,6 @@ FAULTS = {
             "{path: dict(zip(KEYS, rows[::-1], strict=True))}",
         ),
         ("clip_g is read as clip_l", "sorted(file.keys(), reverse=True)", "sorted(file.keys())"),
-    ),
-    ("formats/embeddings", "formats/updates"): (
         ("bundled embeddings swapped", "for part in KEYS]", "for part in KEYS[::-1]]"),
     ),
     ("formats/tensors", "formats/lora_files"): (

@@ -23,7 +23,6 @@ from helpers.checkpoints import (
 )
 
 import alchemy
-from alchemy.formats import layout
 from alchemy.schedule import Schedule
 from alchemy.tokenizer import Tokenizer
 
@@ -221,17 +220,6 @@ def test_single_file_projection_is_transposed_and_in_proj_cut_in_three(tiny, sin
     assert torch.equal(second.text_projection.weight, stored[prefix + "text_projection"].T)
     fused = stored[prefix + "transformer.resblocks.2.attn.in_proj_weight"]
     assert torch.equal(second.text_model.encoder.layers[2].self_attn.k_proj.weight, fused[12:24])
-
-
-@pytest.mark.parametrize("levels, layers", [(2, 1), (3, 1), (3, 2), (4, 3)])
-def test_single_file_names_count_as_the_original_code_does(levels, layers):
-    types = ["DownBlock2D"] + ["CrossAttnDownBlock2D"] * (levels - 1)
-    modules = synthetic.unet_modules({"layers_per_block": layers, "down_block_types": types})
-    for ours, theirs in modules.items():
-        assert layout.unet(ours + ".weight", layers) == theirs + ".weight"
-    sizes = {"layers_per_block": 2, "block_out_channels": [8] * levels}
-    for ours, theirs in synthetic.vae_modules(sizes).items():
-        assert layout.vae(ours + ".weight", levels) == theirs + ".weight"
 
 
 def test_v_pred_and_ztsnr_keys_set_the_schedule(tiny, tmp_path):

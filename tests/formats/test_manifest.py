@@ -1,6 +1,6 @@
 """Names and shapes of the full SDXL, without memory, against the official checkpoint's manifest.
 
-And the tensors that the single file stores differently.
+And what the single file names and stores differently.
 """
 
 import json
@@ -8,12 +8,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers.checkpoints import shapes
+from helpers.checkpoints import shapes, unet_modules, vae_modules
 
-from alchemy import lora
 from alchemy.formats import layout
 from alchemy.formats.checkpoint import BASE, BUILD, CONFIGS, build_on_meta
-from alchemy.formats.lora import KOHYA, known_key_names, kohya_name
 
 MANIFEST = Path(__file__).resolve().parents[3] / "shared" / "reference" / "sdxl_base_manifest.json"
 NAMES = tuple(BUILD)
@@ -66,90 +64,15 @@ def test_every_tensor_of_the_single_file_by_name_and_shape(manifest):
     assert {key: tuple(tensor.shape) for key, tensor in written.items()} == theirs
 
 
-def layers_of(tensors, prefix=""):
-    """The linear layers and convolutions of a manifest's network."""
-    names = set()
-    for key, shape in tensors.items():
-        is_weight = key.startswith(prefix) and key.endswith(".weight") and len(shape) in (2, 4)
-        if is_weight and ".embeddings." not in key:
-            names.add(key.removeprefix(prefix).removesuffix(".weight"))
-    return names
-
-
-@needs_manifest
-def test_kohyas_names_are_those_of_every_linear_layer_and_convolution_of_sdxl_base(manifest):
-    by_diffusers, by_single_file = {}, set()
-    for network, prefix in KOHYA.items():
-        for name in layers_of(manifest["folder_layout"][network]):
-            by_diffusers[f"{network}.{name}"] = prefix + name.replace(".", "_")
-    for name in layers_of(manifest["single_file_layout"], layout.PREFIX["unet"]):
-        by_single_file.add("lora_unet_" + name.replace(".", "_"))
-    text = {layer for layer in by_diffusers if layer.startswith("text")}
-    unet = by_diffusers.keys() - text
-    assert (len(unet), len(by_single_file), len(text)) == (794, 794, 12 * 6 + 32 * 6 + 1)
-    assert "lora_te2_text_model_encoder_layers_31_mlp_fc1" in by_diffusers.values()
-    assert "lora_unet_input_blocks_4_1_transformer_blocks_0_attn1_to_q" in by_single_file
-
-    # Read by either name, and written by the single file's.
-    networks = {}
-    for name in KOHYA:
-        networks[name] = build_on_meta(name, CONFIGS[name].from_config(manifest["configs"][name]))
-    table = known_key_names(networks)
-    assert all(table[name] == layer for layer, name in by_diffusers.items())
-    assert {table[name] for name in by_single_file} == unet
-    written = set()
-    for network, model in networks.items():
-        written |= {kohya_name(network, name, model.config) for name in lora.layers(model)}
-    assert written == by_single_file | {by_diffusers[layer] for layer in text}
-
-
-BLOCK_4 = "down_blocks.1.attentions.0.transformer_blocks.0.attn1.to_q.weight"
-BLOCK_8 = "down_blocks.2.attentions.1.transformer_blocks.9.norm1.weight"
-IN_4, IN_8 = "input_blocks.4.1.transformer_blocks.0.", "input_blocks.8.1.transformer_blocks.9."
-LAYERS, RESBLOCKS = "text_model.encoder.layers.", "transformer.resblocks."
-PAIRS = {
-    "unet": {
-        "conv_in.weight": "input_blocks.0.0.weight",
-        "time_embedding.linear_2.bias": "time_embed.2.bias",
-        "add_embedding.linear_1.weight": "label_emb.0.0.weight",
-        "down_blocks.0.downsamplers.0.conv.weight": "input_blocks.3.0.op.weight",
-        BLOCK_4: IN_4 + "attn1.to_q.weight",
-        BLOCK_8: IN_8 + "norm1.weight",
-        "down_blocks.1.resnets.0.conv_shortcut.weight": "input_blocks.4.0.skip_connection.weight",
-        "mid_block.resnets.1.time_emb_proj.weight": "middle_block.2.emb_layers.1.weight",
-        "up_blocks.0.upsamplers.0.conv.weight": "output_blocks.2.2.conv.weight",
-        "up_blocks.1.resnets.2.norm2.bias": "output_blocks.5.0.out_layers.0.bias",
-        "conv_norm_out.weight": "out.0.weight",
-    },
-    "vae": {
-        "encoder.down_blocks.0.downsamplers.0.conv.bias": "encoder.down.0.downsample.conv.bias",
-        "decoder.up_blocks.0.resnets.2.conv1.weight": "decoder.up.3.block.2.conv1.weight",
-        "decoder.mid_block.attentions.0.to_out.0.weight": "decoder.mid.attn_1.proj_out.weight",
-        "encoder.mid_block.resnets.1.norm1.weight": "encoder.mid.block_2.norm1.weight",
-    },
-    "text_encoder": {"text_model.final_layer_norm.weight": "text_model.final_layer_norm.weight"},
-    "text_encoder_2": {
-        LAYERS + "31.self_attn.v_proj.bias": RESBLOCKS + "31.attn.in_proj_bias",
-        LAYERS + "0.layer_norm2.weight": RESBLOCKS + "0.ln_2.weight",
-        "text_model.embeddings.position_embedding.weight": "positional_embedding",
-        "text_projection.weight": "text_projection",
-    },
-}
-
-
-@pytest.mark.parametrize("network", PAIRS)
-def test_the_name_of_a_tensor_in_the_single_file(network):
-    for name, single in PAIRS[network].items():
-        assert layout.single_file_name(network, name, CONFIGS[network]()) == single
-
-
-def test_names_follow_the_number_of_layers_and_levels():
-    upsampler = layout.vae("decoder.up_blocks.0.upsamplers.0.conv.weight", levels=3)
-    assert upsampler == "decoder.up.2.upsample.conv.weight"
-    downsampler = layout.unet("down_blocks.1.downsamplers.0.conv.bias", layers=1)
-    assert downsampler == "input_blocks.4.0.op.bias"
-    transformer = layout.unet("up_blocks.1.attentions.1.norm.weight", layers=1)
-    assert transformer == "output_blocks.3.1.norm.weight"
+@pytest.mark.parametrize("levels, layers", [(2, 1), (3, 1), (3, 2), (4, 3)])
+def test_single_file_names_count_as_the_original_code_does(levels, layers):
+    types = ["DownBlock2D"] + ["CrossAttnDownBlock2D"] * (levels - 1)
+    modules = unet_modules({"layers_per_block": layers, "down_block_types": types})
+    for ours, theirs in modules.items():
+        assert layout.unet(ours + ".weight", layers) == theirs + ".weight"
+    sizes = {"layers_per_block": 2, "block_out_channels": [8] * levels}
+    for ours, theirs in vae_modules(sizes).items():
+        assert layout.vae(ours + ".weight", levels) == theirs + ".weight"
 
 
 def test_in_proj_holds_q_k_v_in_this_order():
