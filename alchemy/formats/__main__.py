@@ -4,6 +4,8 @@ python -m alchemy.formats found.safetensors dog.safetensors --to kohya
 python -m alchemy.formats out/dog/lora.safetensors dog.safetensors --to peft --weights weights/mini
 python -m alchemy.formats dog.safetensors dog-sdxl.safetensors --merge --weights SDXL.safetensors
 python -m alchemy.formats my-dog.safetensors my-dog/ --to diffusers
+
+Embeddings that OneTrainer has bundled with a LoRA become files of their own beside OUT.
 """
 
 import argparse
@@ -104,9 +106,10 @@ def convert(args: argparse.Namespace) -> list[Path]:
 
 
 def plan_embeddings(args: argparse.Namespace) -> dict[Path, tuple[str, list]]:
-    """{file or folder beside OUT: (token, rows)} of the embeddings that a LoRA is bundled with.
+    """{path beside OUT: (token, rows)} of the embeddings that a LoRA is bundled with.
 
-    Raises ValueError if there is such a file.
+    The path is a file in kohya's form or, of --to diffusers and peft, a folder in diffusers'.
+    Raises ValueError if there is one already.
     """
     suffix = "" if args.to in ("diffusers", "peft") else ".safetensors"
     planned = {}
