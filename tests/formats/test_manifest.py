@@ -3,51 +3,37 @@
 And what the single file names and stores differently.
 """
 
-import json
-from pathlib import Path
-
 import pytest
 import torch
 from helpers.checkpoints import shapes, unet_modules, vae_modules
+from helpers.tool_names import manifest
 
 from alchemy.formats import layout
 from alchemy.formats.checkpoint import BASE, BUILD, CONFIGS, build_on_meta
 
-MANIFEST = Path(__file__).resolve().parents[3] / "shared" / "reference" / "sdxl_base_manifest.json"
 NAMES = tuple(BUILD)
-needs_manifest = pytest.mark.skipif(
-    not MANIFEST.exists(), reason="sdxl_base_manifest.json is not beside the repository"
-)
 POSITION_IDS = "conditioner.embedders.0.transformer.text_model.embeddings.position_ids"
 LOGIT_SCALE = "conditioner.embedders.1.model.logit_scale"
 
 
-@pytest.fixture(scope="module")
-def manifest():
-    return json.loads(MANIFEST.read_text())
-
-
-@needs_manifest
 @pytest.mark.parametrize("name", NAMES)
-def test_every_tensor_of_the_folder_layout_by_name_and_shape(name, manifest):
-    theirs = {k: tuple(shape) for k, shape in manifest["folder_layout"][name].items()}
+def test_every_tensor_of_the_folder_layout_by_name_and_shape(name):
+    theirs = {k: tuple(shape) for k, shape in manifest()["folder_layout"][name].items()}
     theirs.pop("text_model.embeddings.position_ids", None)
-    assert shapes(name, manifest["configs"][name]) == theirs
+    assert shapes(name, manifest()["configs"][name]) == theirs
 
 
-@needs_manifest
 @pytest.mark.parametrize("name", NAMES)
-def test_the_defaults_of_the_classes_and_base_are_sdxl_base(name, manifest):
-    official = CONFIGS[name].from_config(manifest["configs"][name])
+def test_the_defaults_of_the_classes_and_base_are_sdxl_base(name):
+    official = CONFIGS[name].from_config(manifest()["configs"][name])
     assert CONFIGS[name].from_config(BASE[name]) == official
 
 
-@needs_manifest
-def test_every_tensor_of_the_single_file_by_name_and_shape(manifest):
-    theirs = {k: tuple(shape) for k, shape in manifest["single_file_layout"].items()}
+def test_every_tensor_of_the_single_file_by_name_and_shape():
+    theirs = {k: tuple(shape) for k, shape in manifest()["single_file_layout"].items()}
     read, written = set(), {}
     for name in NAMES:
-        config = CONFIGS[name].from_config(manifest["configs"][name])
+        config = CONFIGS[name].from_config(manifest()["configs"][name])
         network = build_on_meta(name, config).state_dict()
         written |= layout.to_single_file(name, network, config)
         for key, tensor in network.items():

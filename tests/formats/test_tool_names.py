@@ -1,26 +1,19 @@
-"""Complete key lists: every layer of SDXL base under the names of other tools' LoRA files.
+"""Complete lists: every layer of SDXL base under the names of other tools' LoRA files."""
 
-lora_names.txt.xz is written by make_lora_names.py, which states the source of each tool's rule.
-"""
-
-import json
 from collections import Counter
-from pathlib import Path
 
-import make_lora_names
 import pytest
-from make_lora_names import TOOLS
+from helpers.tool_names import TOOLS, manifest
+from helpers.tool_names import rows as all_rows
 
 from alchemy import lora
 from alchemy.formats.checkpoint import BASE, CONFIGS, build_on_meta
 from alchemy.formats.lora import KOHYA, known_key_names, kohya_name, networks_in
 
-MANIFEST = Path(__file__).resolve().parents[3] / "shared" / "reference" / "sdxl_base_manifest.json"
-
 
 @pytest.fixture(scope="module")
 def rows():
-    return make_lora_names.read()
+    return all_rows()
 
 
 @pytest.fixture(scope="module")
@@ -44,10 +37,17 @@ def test_the_lists_are_complete(rows, networks):
     assert counts == {"text": 264, "transformers": 722, "blocks": 788}
 
 
+def test_comfyuis_names_are_those_of_the_single_file(rows):
+    weights = manifest()["single_file_layout"]
+    for row in rows:
+        if row["layer"].startswith("unet."):
+            assert f"model.{row['comfyui']}.weight" in weights
+
+
 @pytest.mark.parametrize("tool", TOOLS)
 def test_every_name_of_a_tool_is_read_as_its_layer(rows, networks, tool):
     table = known_key_names(networks)
-    named = [row for row in rows if row[tool] != "-"]
+    named = [row for row in rows if tool in row]
     assert len({row[tool] for row in named}) == len(named) >= 794
     assert [row[tool] for row in named if table.get(row[tool]) != row["layer"]] == []
     for network in KOHYA:
@@ -59,9 +59,3 @@ def test_files_are_written_in_kohyas_names(rows, networks):
     for row in rows:
         network, _, name = row["layer"].partition(".")
         assert kohya_name(network, name, networks[network].config) == row["kohya"]
-
-
-@pytest.mark.skipif(not MANIFEST.exists(), reason="the official manifest is not here")
-def test_the_lists_are_those_of_the_official_manifest(rows):
-    manifest = json.loads(MANIFEST.read_text())
-    assert [tuple(row.values()) for row in rows] == list(make_lora_names.rows(manifest))

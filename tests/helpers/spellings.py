@@ -8,6 +8,7 @@ import torch
 import alchemy
 from alchemy import lora
 from helpers.checkpoints import UNET, unet_modules
+from helpers.tool_names import single_file_name
 
 RANK, ALPHA = 2, 3.0
 NETWORKS = ("unet", "text_encoder", "text_encoder_2")
@@ -62,13 +63,6 @@ def equal(ours, pairs, alpha=ALPHA, scale=1.0):
         assert same_down and same_up and rest == [alpha, scale], layer
 
 
-def single_file_name(layer):
-    """The UNet's layer by the blocks of the single file; see checkpoints.unet_modules."""
-    modules = unet_modules(UNET)
-    module = max((m for m in modules if f"{layer}.".startswith(m + ".")), key=len)
-    return modules[module] + layer.removeprefix(module)
-
-
 KOHYA_PREFIXES = {
     "unet": "lora_unet_",
     "text_encoder": "lora_te1_",
@@ -86,7 +80,7 @@ def stem(name, prefixes, original_blocks=True, separator="."):
     """A tool's name of a layer: a prefix per network, and the UNet's blocks in either layout."""
     network, _, layer = name.partition(".")
     if network == "unet" and original_blocks:
-        layer = single_file_name(layer)
+        layer = single_file_name(layer, unet_modules(UNET))
     return prefixes[network] + layer.replace(".", separator)
 
 
