@@ -48,10 +48,10 @@ FAULTS = {
             'elif path.name == "adapter_model.safetensors":',
             "elif False:",
         ),
+        ("a DoRA is a LoRA", r"\.dora_scale|", ""),
         ("rank-stabilized alpha is plain", "(rank**0.5 if rslora else 1.0)", "1.0"),
     ),
     ("formats/lora", "formats/updates"): (
-        ("a DoRA is a LoRA", r"\.dora_scale|", ""),
         ("alpha_pattern matches any end", r'rf"(.*\.)?({key})$"', r'rf"(.*)?({key})$"'),
         ("alpha_pattern matches a beginning", r'({key})$")', r'({key})")'),
         (
