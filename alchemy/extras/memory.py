@@ -8,7 +8,6 @@ not in them (see MARGIN).
 
 from argparse import Namespace
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
 
 import torch
 
@@ -34,63 +33,40 @@ STEP = {
 FULL_TEXT_ENCODERS = 2.822 * GB  # more for the gradients and activations of both text encoders
 
 
-@dataclass(frozen=True)
-class Run:
-    """What determines the memory of a run. batch: images through the UNet at once, with those of
-    the prior. method: of train.py, or None for sampling."""
-
-    size: tuple[int, int]
-    dtype: torch.dtype
-    batch: int = 1
-    method: str | None = None
-    rank: int = 16
-    checkpointing: bool = False
-    fp8: bool = False
-    text_encoders: bool = False
-    previews: bool = True
+def method_of(args: Namespace) -> str | None:
+    """The method of a training run, None of sampling."""
+    return getattr(args, "method", None)
 
 
-def estimate(run: Run) -> float:
-    """The bytes that a run of SDXL needs at most: in a training step, or as it decodes an image."""
-    bytes_each = run.dtype.itemsize
-    image = run.size[0] * run.size[1] / 1024**2 * bytes_each / 2  # relative to 1024 x 1024, bf16
-    kept = FP8_UNET if run.fp8 else UNET * bytes_each
+def estimate(args: Namespace, sdxl: SDXL, **changes: object) -> float:
+    """The bytes that a run of SDXL needs at most: in a training step, or as it decodes an image.
+
+    changes: of the flags.
+    """
+    args, bytes_each = Namespace(**vars(args) | changes), sdxl.dtype.itemsize
+    height, width = args.size or sdxl.size
+    image = height * width / 1024**2 * bytes_each / 2  # relative to 1024 x 1024 in bfloat16
+    kept = FP8_UNET if args.fp8_base else UNET * bytes_each
     decoding = VAE * bytes_each + VAE_DECODE * image
-    if not run.method:
+    method = method_of(args)
+    if not method:
         return kept + decoding
 
     trained = gradients = 0.0  # parameters, and bytes that do not depend on the image
-    if run.method == "lora":
-        trained = LORA_PER_RANK * run.rank
-    elif run.method == "textual-inversion":
+    if method == "lora":
+        trained = LORA_PER_RANK * args.rank
+    elif method == "textual-inversion":
         kept += TEXT_ENCODERS * bytes_each
     else:
         kept, trained, gradients = 0.0, UNET, 4 * UNET
-        trained += TEXT_ENCODERS if run.text_encoders else 0
+        trained += TEXT_ENCODERS if args.text_encoders else 0
     kept += 3 * 4 * trained  # with AdamW's two moments, all float32
-    first, further = STEP[run.method, run.checkpointing]
-    step = gradients + (first - gradients) * image + further * image * (run.batch - 1)
-    step += FULL_TEXT_ENCODERS if run.text_encoders else 0
-    return kept + max(step, 4 * trained + decoding if run.previews else 0)
-
-
-def run_of(args: Namespace, sdxl: SDXL) -> Run:
-    """The Run of a script's flags."""
-    fp8 = bool(args.fp8_base)
-    if not hasattr(args, "method"):
-        return Run(args.size or sdxl.size, sdxl.dtype, fp8=fp8)
-    has_prior = not args.captions and args.method != "textual-inversion" and args.prior_weight
-    return Run(
-        args.size,
-        sdxl.dtype,
-        args.batch * (2 if has_prior else 1),
-        args.method,
-        args.rank or 0,
-        bool(args.checkpointing),
-        fp8,
-        args.text_encoders,
-        bool(args.preview_every),
-    )
+    has_prior = not args.captions and method != "textual-inversion" and args.prior_weight
+    further_images = args.batch * (2 if has_prior else 1) - 1
+    first, further = STEP[method, bool(args.checkpointing)]
+    step = gradients + (first - gradients) * image + further * image * further_images
+    step += FULL_TEXT_ENCODERS if args.text_encoders else 0
+    return kept + max(step, 4 * trained + decoding if args.preview_every else 0)
 
 
 def free_memory(device: torch.device) -> float | None:
@@ -100,10 +76,10 @@ def free_memory(device: torch.device) -> float | None:
     return float(-distributed.all_reduce_max(-torch.cuda.mem_get_info(device)[0]))
 
 
-def can_use_fp8(args: Namespace, sdxl: SDXL, run: Run) -> bool:
+def can_use_fp8(args: Namespace, sdxl: SDXL) -> bool:
     merged = getattr(args, "merge", False)
     missing = optimizations.missing_for_fp8(sdxl.device, args.compile)
-    return run.method != "full" and not merged and not missing
+    return method_of(args) != "full" and not merged and not missing
 
 
 def choose_memory_mode(args: Namespace, sdxl: SDXL) -> None:
@@ -111,43 +87,38 @@ def choose_memory_mode(args: Namespace, sdxl: SDXL) -> None:
 
     Elsewhere, checkpointing is on for SDXL and off for the miniature, and fp8 is off.
     """
-    trains, free = hasattr(args, "method"), free_memory(sdxl.device)
+    trains, free = bool(method_of(args)), free_memory(sdxl.device)
     is_sdxl = sdxl.defaults["size"] >= 1024
-    options = []
+    options = {}  # from the fastest form of the run to the smallest
     if trains and args.checkpointing is None:
-        options.append("checkpointing")
+        options["checkpointing"] = "checkpointing"
         args.checkpointing = is_sdxl and free is None
     if free is None or not is_sdxl:
         return
-    run = run_of(args, sdxl)
-    if args.fp8_base is None and can_use_fp8(args, sdxl, run):
-        options.append("fp8")
-    chosen = []  # from the fastest form of the run to the smallest
-    while options and estimate(run) > MARGIN * free:
-        chosen.append(options.pop(0))
-        run = replace(run, **{chosen[-1]: True})
-    if "checkpointing" in chosen:
-        args.checkpointing = True
-    if "fp8" in chosen:
-        args.fp8_base = True
+    if args.fp8_base is None and can_use_fp8(args, sdxl):
+        options["fp8_base"] = "fp8 storage"
+    chosen = []
+    for name, text in options.items():
+        if estimate(args, sdxl) > MARGIN * free:
+            setattr(args, name, True)
+            chosen.append(text)
+    if "fp8 storage" in chosen:
         optimizations.prepare(sdxl, True, args.compile)
-    used = f": {' and '.join(chosen)} on" if chosen else ""
-    cli.log(f"{free / GB:.3g} GB free, {estimate(run) / GB:.2g} GB needed by estimate{used}")
+    needed, used = estimate(args, sdxl), f": {' and '.join(chosen)} on" if chosen else ""
+    cli.log(f"{free / GB:.3g} GB free, {needed / GB:.2g} GB needed by estimate{used}")
 
 
-def smaller(args: Namespace, sdxl: SDXL, run: Run) -> Iterator[tuple[str, dict]]:
-    """(flag, the change in Run) of all that would need less memory, the cheapest first."""
-    if run.method and not run.checkpointing:
+def smaller(args: Namespace, sdxl: SDXL) -> Iterator[tuple[str, dict]]:
+    """(flag, its value) of all that would need less memory, the cheapest first."""
+    if method_of(args) and not args.checkpointing:
         yield "--checkpointing", {"checkpointing": True}
-    if run.method and args.batch > 1:
-        yield "--batch 1", {"batch": run.batch // args.batch}
-    if not run.fp8 and can_use_fp8(args, sdxl, run):
-        yield "--fp8-base", {"fp8": True}
-    if run.dtype == torch.float32:
-        yield "--dtype bfloat16", {"dtype": torch.bfloat16}
+    if method_of(args) and args.batch > 1:
+        yield "--batch 1", {"batch": 1}
+    if not args.fp8_base and can_use_fp8(args, sdxl):
+        yield "--fp8-base", {"fp8_base": True}
     cell = 8 * sdxl.vae_scale_factor
     for share in (0.75, 0.5):
-        height, width = (int(side * share) // cell * cell for side in run.size)
+        height, width = (int(side * share) // cell * cell for side in args.size or sdxl.size)
         if height and width:
             yield f"--size {width}x{height}", {"size": (height, width)}
 
@@ -159,15 +130,15 @@ def suggest_flags(args: Namespace, sdxl: SDXL, free: float | None = None) -> str
         free = float(torch.cuda.mem_get_info(sdxl.device)[1])
     if free is None or sdxl.defaults["size"] < 1024:
         return None
-    run = changed = run_of(args, sdxl)
-    flags = {}  # one --size
-    for flag, changes in smaller(args, sdxl, run):
-        flags[flag.split()[0]] = flag
-        changed = replace(changed, **changes)
-        if estimate(changed) <= MARGIN * free:
+    flags, changes = {}, {}
+    for flag, change in smaller(args, sdxl):
+        flags[flag.split()[0]] = flag  # one --size
+        changes |= change
+        needed = estimate(args, sdxl, **changes)
+        if needed <= MARGIN * free:
             return (
-                f"with {' and '.join(flags.values())} it would need {estimate(changed) / GB:.2g} "
-                f"GB by estimate, not {estimate(run) / GB:.2g}, of {free / GB:.3g} GB"
+                f"with {' and '.join(flags.values())} it would need {needed / GB:.2g} GB by "
+                f"estimate, not {estimate(args, sdxl) / GB:.2g}, of {free / GB:.3g} GB"
             )
     return None
 
@@ -177,26 +148,3 @@ def log_peak(sdxl: SDXL) -> None:
     if sdxl.device.type == "cuda":
         used = torch.cuda.max_memory_allocated(sdxl.device)
         cli.log(f"{used / GB:.2g} GB of GPU memory at most")
-
-
-def print_table() -> None:
-    """The estimates for SDXL at 1024 x 1024, batch 1, as a Markdown table in GB."""
-    sampling = Run((1024, 1024), torch.bfloat16)
-    training = replace(sampling, batch=2, method="lora")
-    checkpointing = replace(training, checkpointing=True)
-    rows = {
-        "generating an image": sampling,
-        "LoRA of rank 16, with prior preservation": training,
-        "the same with `--checkpointing`": checkpointing,
-        "... and `--prior-weight 0 --preview-every 0`": replace(
-            checkpointing, batch=1, previews=False
-        ),
-    }
-    print("| GB, by estimate | bfloat16 | `--fp8-base` |\n|---|---:|---:|")
-    for name, run in rows.items():
-        fp8 = estimate(replace(run, fp8=True)) / GB
-        print(f"| {name} | {estimate(run) / GB:.1f} | {fp8:.1f} |")
-
-
-if __name__ == "__main__":
-    print_table()

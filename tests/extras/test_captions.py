@@ -1,3 +1,4 @@
+# ruff: noqa: F401, F811  pytest fixtures are imported and named as arguments
 """Images with captions, in buckets of their shapes, and masks of the photos."""
 
 import math
@@ -5,11 +6,11 @@ import math
 import numpy as np
 import pytest
 import torch
-from helpers.checkpoints import refused, vocabulary_read_once  # noqa: F401
+from helpers.checkpoints import refused, vocabulary_read_once
 from helpers.planted import Planted
-from helpers.running import call, contents, good, photos, picture, quick, tiny  # noqa: F401
+from helpers.running import call, contents, good, photos, picture, quick, tiny
 from helpers.running import refused as run_refused
-from helpers.training import captioned, left_half, same_tensors, stopped  # noqa: F401
+from helpers.training import captioned, left_half, same_tensors, stopped
 from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file

@@ -1,3 +1,4 @@
+# ruff: noqa: F401, F811  pytest fixtures are imported and named as arguments
 """train.py --method full: the whole UNet is trained, and the result is a checkpoint."""
 
 import itertools
@@ -6,9 +7,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers.checkpoints import vocabulary_read_once  # noqa: F401
-from helpers.running import call, contents, good, photos, quick, refused, taught, tiny  # noqa: F401
-from helpers.training import PROMPTS, SIZE, draw, make_batch, same_tensors, stopped  # noqa: F401
+from helpers.checkpoints import vocabulary_read_once
+from helpers.running import call, contents, good, photos, quick, refused, taught, tiny
+from helpers.training import PROMPTS, SIZE, draw, make_batch, same_tensors, stopped
 from safetensors.torch import load_file
 
 import alchemy

@@ -4,15 +4,17 @@
 import dataclasses
 import functools
 import math
+import operator
+from itertools import product
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers.checkpoints import vocabulary_read_once  # noqa: F401
+from helpers.checkpoints import vocabulary_read_once
 from helpers.pages import HOSTILE, cut_frames, page_data, random
-from helpers.running import (  # noqa: F401
+from helpers.running import (
     SCENE,
     contents,
     drawn,
@@ -29,7 +31,7 @@ from helpers.running import (  # noqa: F401
     taught,
     tiny,
 )
-from helpers.training import model  # noqa: F401
+from helpers.training import model
 from PIL import Image
 from safetensors.torch import load_file
 
@@ -46,6 +48,8 @@ from alchemy.extras.inspect.sprites import (
 )
 from alchemy.formats import png
 from alchemy.insertion import Insertion
+
+PAGE_FILES = ("index.html", "steps.safetensors")
 
 
 def read_page(folder):
@@ -258,10 +262,10 @@ def test_inspect_generates_the_same_image_and_writes_page_and_arrays(tiny, tmp_p
     assert "default-src 'none'" in text
     (shown,) = page_data(text)["stages"]
     assert shown["prompt"] == HOSTILE and shown["modifier"] == "hook"
-    assert [split["tokens"] for split in shown["tokens"]] == [
-        [[t(HOSTILE)[0], "start"], *map(list, t.tokens(HOSTILE)), [49407, "end"]]
-        for t in sdxl.tokenizers
-    ]
+    for tokenizer, split in zip(sdxl.tokenizers, shown["tokens"], strict=True):
+        start = [tokenizer(HOSTILE)[0], "start"]
+        tokens = map(list, tokenizer.tokens(HOSTILE))
+        assert split["tokens"] == [start, *tokens, [49407, "end"]]
     # The folder is not empty any more: the next one is taken.
     again = alchemy.inspect(sdxl, "a dog", tmp_path / "page", steps=1)[1]
     assert again[-1] == tmp_path / "page-1/index.html"
@@ -288,7 +292,7 @@ def test_sample_writes_one_page_per_image_in_a_folder_of_its_own(drawn, tmp_path
     assert png.read_metadata("a.png") == png.read_metadata("b.png")
     before = contents("page")
     good(drawn("--inspect", "page", "--inspect-full", "--count", 2))
-    expected = [f"000{k}/{name}" for k in (0, 1) for name in ("index.html", "steps.safetensors")]
+    expected = [f"{name}/{file}" for name, file in product(("0000", "0001"), PAGE_FILES)]
     assert contents("page") == before and sorted(contents("page-1")) == expected
     run = good(drawn("--out", "clash/image.png", "--inspect", "clash"))
     assert "clash-1/index.html" in run.out
@@ -383,7 +387,7 @@ def test_insert_writes_its_page_and_the_same_result(inserted, tmp_path):
     shown = cut_frames(data["insertion"]["mask"][6]["sprite"])[0]
     assert same(shown, pixels("out/insert/mask.png")[:, :, 0])
     # At one noise level both stages have the same timesteps.
-    first, second = ([step["t"] for step in s["steps"]] for s in data["stages"])
+    first, second = ([*map(operator.itemgetter("t"), s["steps"])] for s in data["stages"])
     assert second == first[-len(second) :] and len(second) < len(first)
     assert [s["self_attention"]["4 × 4"]["at"][0] for s in data["stages"]] == [0, 0]
 
@@ -443,8 +447,10 @@ def test_a_layers_norm_is_that_of_its_change_over_its_weights(model, close):
     blocks = training_page.group_by_block(recorder.norms)
     parts = [block.split(".")[0] for block, _ in blocks]
     assert parts == sorted(parts, key=["down_blocks", "mid_block", "up_blocks"].index)
-    projections = [f"attn{n}.to_{p}" for n in (1, 2) for p in ("q", "k", "v", "out")]
-    assert all(list(rows) == projections for _, rows in blocks)
+    projections = ["to_q", "to_k", "to_v", "to_out"]
+    for _, rows in blocks:
+        assert [name.split(".")[0] for name in rows] == ["attn1"] * 4 + ["attn2"] * 4
+        assert [name.split(".")[1] for name in rows] == 2 * projections
 
 
 def test_train_writes_its_page_and_the_same_lora(taught, tmp_path):

@@ -1,6 +1,8 @@
 """The table of memory sizes, checked against counts on the meta device; what is chosen by it."""
 
-from dataclasses import replace
+import re
+from argparse import Namespace
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -11,14 +13,12 @@ from helpers.counting import peak as counted_peak
 from alchemy import cli
 from alchemy.dataset import Batch
 from alchemy.extras import memory
-from alchemy.extras.memory import GB, Run, estimate, suggest_flags
+from alchemy.extras.memory import GB, estimate, suggest_flags
 from alchemy.formats.checkpoint import BASE, CONFIGS, build_on_meta
 from alchemy.lora import add_lora
 from alchemy.schedule import Schedule
 from alchemy.sdxl import Conditioning
 from alchemy.training import denoising_loss
-
-LORA = Run((1024, 1024), torch.bfloat16, 2, "lora", 16)
 
 
 def test_freed_tensors_are_not_counted_and_views_once():
@@ -65,20 +65,6 @@ def test_the_table_has_the_counted_size_of_a_lora_step_with_checkpointing():
     assert most == pytest.approx(memory.STEP["lora", True][0], rel=0.15)
 
 
-def test_the_estimate_adds_weights_moments_and_activations():
-    state = 3 * 4 * memory.LORA_PER_RANK * 16
-    weights, step = 2 * memory.UNET, sum(memory.STEP["lora", False])
-    assert estimate(LORA) == pytest.approx(weights + state + step)
-    full = estimate(Run((1024, 1024), torch.bfloat16, 1, "full"))
-    assert full == pytest.approx(12 * memory.UNET + memory.STEP["full", False][0])
-    half = estimate(replace(LORA, size=(512, 1024)))
-    assert half == pytest.approx(weights + state + step / 2)
-    previews = estimate(replace(LORA, batch=1, checkpointing=True))
-    decoding = 2 * memory.VAE + memory.VAE_DECODE
-    assert previews == pytest.approx(weights + state * 4 / 3 + decoding)
-    assert estimate(Run((1024, 1024), torch.bfloat16)) == pytest.approx(weights + decoding)
-
-
 @pytest.fixture
 def card():
     """(args, sdxl) of a LoRA run of SDXL on a GPU that torch does not have here."""
@@ -103,6 +89,41 @@ def card():
         vae_scale_factor=8,
     )
     return args, sdxl
+
+
+def test_the_estimate_adds_weights_moments_and_activations(card):
+    def needed(**changes):
+        return estimate(*card, **changes)
+
+    state = 3 * 4 * memory.LORA_PER_RANK * 16
+    weights, decoding = 2 * memory.UNET, 2 * memory.VAE + memory.VAE_DECODE
+    first, further = memory.STEP["lora", False]
+    assert needed(prior_weight=0) == pytest.approx(weights + state + first + further)
+    assert needed() == needed(captions=True, batch=4) == needed(prior_weight=0, batch=4)
+    half = needed(size=(512, 1024), prior_weight=0)
+    assert half == pytest.approx(weights + state + (first + further) / 2)
+    with_previews = needed(batch=1, checkpointing=True)
+    assert with_previews == pytest.approx(weights + state * 4 / 3 + decoding)
+    full = needed(method="full", prior_weight=0, batch=1)
+    assert full == pytest.approx(12 * memory.UNET + memory.STEP["full", False][0])
+    assert needed(method=None) == pytest.approx(weights + decoding)
+
+
+def test_the_readme_has_the_estimates(card):
+    lora = {"batch": 1, "preview_every": 100}
+    rows = (
+        {"method": None},
+        lora,
+        lora | {"checkpointing": True},
+        lora | {"checkpointing": True, "prior_weight": 0, "preview_every": 0},
+    )
+    text = (Path(__file__).resolve().parents[2] / "README.md").read_text(encoding="utf-8")
+    found = re.findall(r"^\| .* \| (\d+\.\d) \| (\d+\.\d) \|$", text, re.MULTILINE)
+    expected = []
+    for changes in rows:
+        sizes = [estimate(*card, **changes, fp8_base=fp8) / GB for fp8 in (False, True)]
+        expected.append(tuple(f"{size:.1f}" for size in sizes))
+    assert found[: len(rows)] == expected
 
 
 @pytest.mark.parametrize(
@@ -132,15 +153,14 @@ def test_free_memory_decides_what_the_flags_leave_open(
 
 def test_fp8_is_not_chosen_where_it_does_not_apply(card, monkeypatch):
     args, sdxl = card
-    assert memory.can_use_fp8(args, sdxl, LORA)
-    assert not memory.can_use_fp8(args, sdxl, Run((64, 64), torch.bfloat16, 1, "full"))
-    args.merge = True
-    assert not memory.can_use_fp8(args, sdxl, LORA)
-    args.merge = False
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 6))
-    assert memory.can_use_fp8(args, sdxl, LORA)
-    args.compile = True
-    assert not memory.can_use_fp8(args, sdxl, LORA)
+    for changes, expected in (
+        ({}, True),
+        ({"method": "full"}, False),
+        ({"merge": True}, False),
+        ({"compile": True}, False),
+    ):
+        assert memory.can_use_fp8(Namespace(**vars(args) | changes), sdxl) == expected
 
 
 @pytest.mark.parametrize(

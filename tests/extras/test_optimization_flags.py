@@ -1,22 +1,23 @@
+# ruff: noqa: F401, F811  pytest fixtures are imported and named as arguments
 """--fp8-base and --merge in the scripts."""
 
 import json
 import signal
 
 import pytest
-from helpers.checkpoints import vocabulary_read_once  # noqa: F401
+from helpers.checkpoints import vocabulary_read_once
 from helpers.running import (
     call,
     contents,
     good,
-    lora_file,  # noqa: F401
+    lora_file,
     nothing_written,
     photos,
     pixels,
-    quick,  # noqa: F401
+    quick,
     refused,
     same,
-    tiny,  # noqa: F401
+    tiny,
 )
 
 from alchemy import dataset, lora

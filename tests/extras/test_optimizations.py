@@ -1,3 +1,4 @@
+# ruff: noqa: F401, F811  pytest fixtures are imported and named as arguments
 """fp8 weights, and what is computed once per sampling."""
 
 from types import SimpleNamespace
@@ -6,9 +7,9 @@ import pytest
 import saver_errors
 import torch
 import torch.nn.functional as F
-from helpers.checkpoints import vocabulary_read_once  # noqa: F401
+from helpers.checkpoints import vocabulary_read_once
 from helpers.networks import down_up, linear, random_lora, unet_inputs
-from helpers.running import tiny  # noqa: F401
+from helpers.running import tiny
 
 import alchemy
 import alchemy.formats.checkpoint
@@ -153,8 +154,8 @@ def test_a_network_is_stored_as_it_is_read_and_again_when_it_is_read_again(tiny,
         assert sdxl.unet is built[-1] and all(isinstance(m, fp8.FP8) for m in linears)
         sdxl.free("unet")
     assert len(waiting) == 2 * len(linears) and set(waiting) == {1}  # one matrix at a time
-    encoders = [m for encoder in sdxl.text_encoders for m in encoder.modules()]
-    assert not any(isinstance(m, fp8.FP8) for m in encoders)
+    for encoder in sdxl.text_encoders:
+        assert not any(isinstance(m, fp8.FP8) for m in encoder.modules())
 
 
 def test_an_fp8_base_refuses_to_merge_and_to_be_written(tiny, tmp_path):

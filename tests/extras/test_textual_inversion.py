@@ -1,3 +1,4 @@
+# ruff: noqa: F401, F811  pytest fixtures are imported and named as arguments
 """Textual Inversion: the new rows and nothing else are trained; files are those of other tools."""
 
 from dataclasses import replace
@@ -5,9 +6,9 @@ from dataclasses import replace
 import pytest
 import torch
 from helpers.checkpoints import refused
-from helpers.running import call, contents, good, lora_file, photos, quick, tiny  # noqa: F401
+from helpers.running import call, contents, good, lora_file, photos, quick, tiny
 from helpers.running import refused as run_refused
-from helpers.training import make_batch, same_tensors, stopped  # noqa: F401
+from helpers.training import make_batch, same_tensors, stopped
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
@@ -100,7 +101,7 @@ def test_a_sample_gets_one_of_the_templates_the_same_again(sdxl):
     prompts = ti.build_prompts(TOKEN, style=False)
     get_batch = ti.vary_prompts(lambda *_: replace(batch), prompts, 5)
     first = [get_batch(step, 0).prompts for step in range(20)]
-    assert {prompt for row in first for prompt in row} == set(prompts)
+    assert set(sum(first, [])) == set(prompts)
     assert [get_batch(step, 0).prompts for step in range(20)] == first
 
 

@@ -20,23 +20,31 @@ def fit_for_sheet(image: Image.Image, least: int = 256, most: int = 1024) -> Ima
 
 def sheet(rows: Sequence[Sequence[tuple[str, Image.Image]]], least: int = 256) -> Image.Image:
     """Rows of (label, image) as one image. least: the shorter side of each, see fit_for_sheet."""
-    fitted = []
-    for row in rows:
-        fitted.append([(label, fit_for_sheet(x.convert("RGB"), least)) for label, x in row])
-    text = max(14, fitted[0][0][1].height // 18)
+    text = max(14, fit_for_sheet(rows[0][0][1], least).height // 18)
     font = ImageFont.load_default(text)
-    header = int(text * 1.5)
-    heights = [max(x.height for _, x in row) + header + GAP for row in fitted]
-    width = max(sum(x.width + GAP for _, x in row) for row in fitted) + GAP
-    page = Image.new("RGB", (width, sum(heights) + GAP), PAPER)
-    draw, y = ImageDraw.Draw(page), GAP
-    for row, height in zip(fitted, heights, strict=True):
-        x = GAP
-        for label, image in row:
-            draw.text((x, y), shorten(draw, label, font, image.width), INK, font)
-            page.paste(image, (x, y + header))
-            x += image.width + GAP
-        y += height
+    strips = [strip(row, least, font, int(text * 1.5)) for row in rows]
+    width = max(strip.width for strip in strips) + GAP
+    page = Image.new("RGB", (width, sum(strip.height for strip in strips) + GAP), PAPER)
+    y = GAP
+    for image in strips:
+        page.paste(image, (0, y))
+        y += image.height
+    return page
+
+
+def strip(
+    row: Sequence[tuple[str, Image.Image]], least: int, font: ImageFont.ImageFont, header: int
+) -> Image.Image:
+    """A row of a sheet; header: the height of the labels in pixels."""
+    fitted = [fit_for_sheet(image.convert("RGB"), least) for _, image in row]
+    width = sum(image.width + GAP for image in fitted)
+    height = max(image.height for image in fitted) + header + GAP
+    page, x = Image.new("RGB", (width, height), PAPER), GAP
+    draw = ImageDraw.Draw(page)
+    for (label, _), image in zip(row, fitted, strict=True):
+        draw.text((x, 0), shorten(draw, label, font, image.width), INK, font)
+        page.paste(image, (x, header))
+        x += image.width + GAP
     return page
 
 
