@@ -183,7 +183,6 @@ def save(
     """Write an image, its page, and the list of its set."""
     from alchemy import files
     from alchemy.extras import image_sets
-    from alchemy.extras.inspect.page import write_page
     from alchemy.formats import png
 
     metadata = metadata | {"prompt": job.prompt, "seed": job.seed}
@@ -191,6 +190,8 @@ def save(
     path = png.save(image, job.path, metadata, write)
     cli.log_written(path)
     if page:
+        from alchemy.extras.inspect.page import write_page
+
         inner = page if len(jobs) == 1 else page / path.stem
         paths = write_page(inner, job.prompt, [("", recorder, image)], metadata)
         cli.log_written(*paths, main=paths[-1])
