@@ -128,23 +128,22 @@ BAD_FILES = {
 }
 
 
-@pytest.mark.parametrize("content, message", BAD_FILES.values(), ids=BAD_FILES)
-@pytest.mark.filterwarnings("error")
-def test_a_bad_file_is_one_line_that_names_it(stored, content, message):
-    path = stored(content)
+def check_refused(path, message):
     with pytest.raises(ValueError) as caught:
         images.read(path)
     assert str(caught.value).startswith(f"{path}: {message}") and "\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize("content, message", BAD_FILES.values(), ids=BAD_FILES)
+@pytest.mark.filterwarnings("error")
+def test_a_bad_file_is_one_line_that_names_it(stored, content, message):
+    check_refused(stored(content), message)
+
+
 def test_a_missing_file_a_folder_and_another_format_are_named(stored, tmp_path):
-    for path, message in (
-        (tmp_path / "none.png", "no such file"),
-        (tmp_path, "not a readable"),
-        (stored(Image.new("RGB", (4, 4)), "a.gif"), "not a readable"),
-    ):
-        with pytest.raises(ValueError, match=f"^{path}: {message}"):
-            images.read(path)
+    check_refused(tmp_path / "none.png", "no such file")
+    check_refused(tmp_path, "not a readable")
+    check_refused(stored(Image.new("RGB", (4, 4)), "a.gif"), "not a readable")
 
 
 @pytest.mark.parametrize("share", [0.02, 0.3, 0.9, 0.99])
@@ -153,8 +152,7 @@ def test_a_truncated_file_is_an_error_that_names_it(stored, name, share):
     options = {"progressive": True} if name.startswith("progressive") else {}
     path = stored(noise_picture(50, 70), name, **options)
     path.write_bytes(path.read_bytes()[: int(share * path.stat().st_size) - 2])
-    with pytest.raises(ValueError, match=f"{name}: not a readable"):
-        images.read(path)
+    check_refused(path, "not a readable")
 
 
 def test_damaged_bytes_give_an_image_or_a_value_error(stored):
@@ -192,15 +190,7 @@ def test_composite_mixes_by_the_mask_and_rounds_to_the_nearest():
     new = Image.fromarray(np.array([[[255, 101, 0]] * 4], dtype=np.uint8))
     mixed = images.composite(old, new, torch.tensor([[0.0, 0.3, 0.75, 1.0]]))
     assert pixels(mixed) == [[[0, 100, 255], [76, 100, 178], [191, 101, 64], [255, 101, 0]]]
-
-
-@pytest.mark.parametrize("size", [(33, 47), (64, 10)])
-def test_composite_is_bit_identical_to_the_image_where_the_mask_is_0(size):
-    old, new = noise_picture(*size), noise_picture(*size, seed=1)
-    mask = torch.rand(size).where(torch.rand(size) < 0.5, torch.zeros(()))
-    mixed = np.asarray(images.composite(old, new, mask))
-    assert np.array_equal(mixed[mask == 0], np.asarray(old)[mask == 0])
-    assert pixels(images.composite(old, new, torch.ones(size))) == pixels(new)
+    assert pixels(images.composite(old, new, torch.zeros(1, 4))) == pixels(old)
 
 
 def test_an_image_or_mask_may_be_a_path_and_anything_else_is_an_error(stored):

@@ -10,7 +10,7 @@ from helpers.networks import down_up, linear, random_lora, unet_inputs
 import alchemy
 from alchemy import lora
 
-SCALES = (1.0, 0.7)
+F64 = torch.float64
 MINI = Path(__file__).resolve().parents[2] / "weights" / "mini"
 
 
@@ -35,21 +35,15 @@ def adapted(reference, network):
     return make
 
 
-@pytest.mark.parametrize("scale", SCALES)
-def test_beside_the_weights_and_merged_in_float64(scale, reference, adapted, inputs, close, exact):
-    net, stored = adapted(scale), reference("lora")
-    close(net(*inputs()), stored[f"outputs/scale_{scale}"], exact)
+@pytest.mark.parametrize("dtype, scale", [(F64, 1.0), (F64, 0.7), (torch.float32, 1.0)])
+def test_beside_the_weights_and_merged(dtype, scale, reference, adapted, inputs, close, exact):
+    tolerance = exact if dtype == F64 else 3e-6
+    net, stored = adapted(scale, dtype, dtype), reference("lora")
+    close(net(*inputs(dtype)), stored[f"outputs/scale_{scale}"], tolerance)
     lora.merge(net)
     for name, weight in stored.group(f"merged/scale_{scale}/").items():
-        close(net.get_parameter(name), weight, 1e-9)
-    close(net(*inputs()), stored[f"outputs/scale_{scale}"], exact)
-
-
-def test_float32_agrees_to_3e_6(reference, adapted, inputs, close):
-    net = adapted(1.0, torch.float32, torch.float32)
-    close(net(*inputs(torch.float32)), reference("lora")["outputs/scale_1.0"], 3e-6)
-    lora.merge(net)
-    close(net(*inputs(torch.float32)), reference("lora")["outputs/scale_1.0"], 3e-6)
+        close(net.get_parameter(name), weight, tolerance)
+    close(net(*inputs(dtype)), stored[f"outputs/scale_{scale}"], tolerance)
 
 
 def test_the_layers_are_those_that_peft_adapts(reference, network):
@@ -87,22 +81,13 @@ def test_merging_rounds_once_to_the_dtype_of_the_weight():
     assert torch.equal(layer.weight, (before.float() + up @ down).bfloat16())
 
 
-def test_scaling_is_scale_times_alpha_by_rank():
-    layer, (down, up) = linear(), down_up(rank=4)
-    x = torch.randn(3, 2, 5, dtype=torch.float64)
-    before = layer(x)
-    lora.add_adapter(layer, "a", down, up, 6, 0.5)
-    assert torch.allclose(layer(x) - before, 0.5 * 6 / 4 * x @ down.T @ up.T, rtol=1e-12)
-    assert torch.allclose(layer.lora["a"].delta(), 0.75 * up @ down, rtol=1e-12)
-
-
-def test_adapters_are_summed_each_at_its_scale(close):
-    layer, x = linear(), torch.randn(3, 5, dtype=torch.float64)
+def test_adapters_are_summed_each_at_its_scale_times_alpha_by_rank(close):
+    layer, x = linear(), torch.randn(3, 2, 5, dtype=torch.float64)
     expected = layer(x)
-    for name, scale in (("a", 1.0), ("b", -0.3)):
-        down, up = down_up(rank=3, seed=len(layer.lora))
-        lora.add_adapter(layer, name, down, up, 3, scale)
-        expected = expected + scale * x @ down.T @ up.T
+    for name, alpha, scale in (("a", 3, 1.0), ("b", 6, -0.3)):
+        down, up = down_up(rank=4, seed=len(layer.lora))
+        lora.add_adapter(layer, name, down, up, alpha, scale)
+        expected = expected + scale * alpha / 4 * x @ down.T @ up.T
     close(layer(x), expected, 1e-12)
     layer.merge()
     close(layer(x), expected, 1e-12)
@@ -137,7 +122,7 @@ def test_down_is_uniform_within_1_by_root_in_and_depends_on_the_seed(network):
         assert layer.lora["default"].alpha == 64 and not layer.lora["default"].up.any()
 
 
-def test_an_adapter_that_does_not_fit_is_refused_with_its_shapes():
+def test_an_adapter_that_does_not_fit_is_refused_with_its_shapes(network):
     layer = linear()
     for c_in, c_out in ((6, 7), (5, 8), (7, 5)):
         with pytest.raises(ValueError, match=rf"\(2, {c_in}\).*\(7, 5\)"):
@@ -145,6 +130,8 @@ def test_an_adapter_that_does_not_fit_is_refused_with_its_shapes():
     with pytest.raises(ValueError):
         lora.add_adapter(layer, "a", torch.zeros(2, 5), torch.zeros(7, 3), 2)
     assert not layer.lora
+    with pytest.raises(ValueError, match="rank"):
+        lora.add_lora(SimpleNamespace(unet=network("unet_a")), rank=0)
 
 
 def test_an_adapter_replaces_one_of_its_name():
@@ -185,11 +172,6 @@ def test_merged_layers_take_no_adapter_and_no_scale():
         lora.add_adapter(layer, "b", *down_up(), 2)
     with pytest.raises(ValueError, match="unmerge"), lora.lora_scale(layer, 0):
         pass
-
-
-def test_a_rank_below_1_is_refused(network):
-    with pytest.raises(ValueError, match="rank"):
-        lora.add_lora(SimpleNamespace(unet=network("unet_a")), rank=0)
 
 
 # Adapters cast once

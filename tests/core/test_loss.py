@@ -64,21 +64,15 @@ def test_loss_with_a_teacher_batch_equals_its_formula(model, tiny, prediction, p
     )
 
 
-@pytest.mark.parametrize("subjects, class_images", [(1, 1), (2, 1), (1, 3)])
+@pytest.mark.parametrize("subjects, class_images", [(1, 1), (2, 1), (1, 3), (3, 0)])
 def test_both_terms_are_means_whatever_the_batch_sizes(model, subjects, class_images):
-    sdxl = model(torch.float64)
+    sdxl, prior = model(torch.float64), None
     batch = make_batch(sdxl.schedule, subjects)
-    prior = make_batch(sdxl.schedule, class_images, prompt=PROMPTS[1], offset=1.0)
-    ours = loss(sdxl, batch, prior, encoded_prompts(sdxl), 0.3, 2.0)
     theirs = errors_by_hand(sdxl, batch, 2.0).mean()
-    check_equal(sdxl, ours, theirs + 0.3 * errors_by_hand(sdxl, prior, 2.0).mean())
-
-
-def test_without_a_prior_the_loss_is_the_subjects_alone(model):
-    sdxl = model(torch.float64)
-    batch = make_batch(sdxl.schedule)
-    ours = loss(sdxl, batch, None, encoded_prompts(sdxl), 0.7, 5.0)
-    check_equal(sdxl, ours, errors_by_hand(sdxl, batch, 5.0).mean())
+    if class_images:
+        prior = make_batch(sdxl.schedule, class_images, prompt=PROMPTS[1], offset=1.0)
+        theirs = theirs + 0.3 * errors_by_hand(sdxl, prior, 2.0).mean()
+    check_equal(sdxl, loss(sdxl, batch, prior, encoded_prompts(sdxl), 0.3, 2.0), theirs)
 
 
 def test_the_loss_mask_weights_positions_and_its_scale_cancels(model):
@@ -108,14 +102,6 @@ def test_the_teacher_batch_counts_every_position_and_restores_the_scales(model):
     assert [adapter.scale for adapter in adapters] == [0.1 * i for i in range(len(adapters))]
 
 
-def test_a_fresh_lora_has_no_prior_loss(model):
-    sdxl = model(torch.float64, fresh=True)
-    batch, prompts = make_batch(sdxl.schedule), encoded_prompts(sdxl)
-    prior = teacher_batch(sdxl, batch, prompts, PROMPTS[1])
-    difference = loss(sdxl, batch, prior, prompts) - loss(sdxl, batch, None, prompts)
-    assert abs(difference.item()) < 1e-12
-
-
 @pytest.mark.parametrize("prediction", ["epsilon", "v_prediction"])
 def test_min_snr_weights_are_those_of_the_paper(prediction):
     schedule = replace(Schedule.from_config({}), prediction=prediction)
@@ -125,8 +111,5 @@ def test_min_snr_weights_are_those_of_the_paper(prediction):
         expected = min(5, snr) / (snr if prediction == "epsilon" else snr + 1)
         assert math.isclose(weight, expected, rel_tol=1e-12)
     assert torch.equal(min_snr(schedule, t, 0), torch.ones(5, dtype=torch.float64))
-
-
-def test_min_snr_weight_of_v_is_finite_at_zero_terminal_snr():
-    schedule = replace(Schedule.from_config({}), prediction="v_prediction").zero_terminal_snr()
-    assert min_snr(schedule, torch.tensor([999]), 5).tolist() == [0.0]
+    if prediction == "v_prediction":
+        assert min_snr(schedule.zero_terminal_snr(), t, 5)[-1] == 0  # finite

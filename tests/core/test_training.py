@@ -8,15 +8,18 @@ import torch
 from helpers.checkpoints import vocabulary_read_once  # noqa: F401
 from helpers.running import call, contents, good, photos, quick, refused, tiny  # noqa: F401
 from helpers.training import (  # noqa: F401
+    encoded_prompts,
     make_batch,
     make_get_loss,
     model,
     parameters,
     run,
+    same_tensors,
     small,
     spoiled,
 )
 from safetensors import safe_open
+from safetensors.torch import load_file
 
 import alchemy
 from alchemy import dataset, lora, training
@@ -56,16 +59,6 @@ def test_gradients_are_clipped_to_norm_1(model):
     _, clipped = gradients(sdxl)
     norm = sum(float(g.square().sum()) for g in clipped.values()) ** 0.5
     assert math.isclose(norm, 1.0, rel_tol=1e-4)
-
-
-def test_bfloat16_gradients_without_autocast_are_close_to_float32(model):
-    """Within 2 % in norm and a cosine of 0.999 of the float32 gradients, on the same batch."""
-    (_, expected), (_, ours) = (
-        gradients(model(dtype)) for dtype in (torch.float32, torch.bfloat16)
-    )
-    a, b = (torch.cat([g.flatten().float() for g in grads.values()]) for grads in (expected, ours))
-    assert abs(b.norm() / a.norm() - 1) < 0.02
-    assert torch.cosine_similarity(a, b, dim=0) > 0.999
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -111,10 +104,7 @@ def test_the_learning_rate_is_a_function_of_the_step_across_a_resume():
 def test_overfitting_one_batch_lowers_the_loss(model):
     sdxl = model(fresh=True)
     batch = make_batch(sdxl.schedule, dtype=torch.float32)
-    state = TrainState.create(parameters(sdxl), 2e-2)
-    from helpers.training import encoded_prompts
-
-    prompts = encoded_prompts(sdxl)
+    state, prompts = TrainState.create(parameters(sdxl), 2e-2), encoded_prompts(sdxl)
     for _ in train(sdxl, state, lambda *_: training.loss(sdxl, batch, None, prompts), steps=15):
         pass
     assert state.losses[-1] < 0.7 * state.losses[0]
@@ -292,13 +282,9 @@ def test_init_lora_continues_training_a_file(tiny, tmp_path):
     good(call(*flags(tiny, tmp_path, "--steps", 2, "--out", "first")))
     more = ("--init-lora", "first/lora.safetensors", "--out", "second")
     good(call(*flags(tiny, tmp_path, "--steps", 1, "--learning-rate", 1e-9, *more)))
-    for name, tensor in alchemy_lora("first").items():
-        assert torch.allclose(alchemy_lora("second")[name], tensor, atol=1e-7), name
-
-
-def alchemy_lora(folder):
-    with safe_open(f"{folder}/lora.safetensors", "pt") as file:
-        return {name: file.get_tensor(name) for name in file.keys()}
+    first, second = (load_file(f"{name}/lora.safetensors") for name in ("first", "second"))
+    for name, tensor in first.items():
+        assert torch.allclose(second[name], tensor, atol=1e-7), name
 
 
 def test_train_lora_is_what_train_py_does(tiny, tmp_path):
@@ -309,9 +295,7 @@ def test_train_lora_is_what_train_py_does(tiny, tmp_path):
     steps = alchemy.train_lora(sdxl, paths, "dog", steps=2, rank=2, learning_rate=1e-3)
     assert [step for step, _ in steps] == [1, 2]
     alchemy.save_lora(sdxl, "again.safetensors")
-    with safe_open("again.safetensors", "pt") as file:
-        again = {name: file.get_tensor(name) for name in file.keys()}
-    assert all(torch.equal(again[name], tensor) for name, tensor in alchemy_lora("run").items())
+    assert same_tensors(load_file("again.safetensors"), load_file("run/lora.safetensors"))
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA here")

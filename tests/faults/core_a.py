@@ -70,16 +70,6 @@ FAULTS = {
     ),
     ("samplers", "core/samplers"): (
         (
-            "Euler's start is not scaled",
-            'if self.scaled_start and spacing != "leading":',
-            "if False:",
-        ),
-        (
-            "the leading start is scaled",
-            'self.scaled_start and spacing != "leading"',
-            "self.scaled_start",
-        ),
-        (
             "DDIM ends at alpha_bar 1",
             "Sampler(ddim_step, final_alpha_bar=None)",
             "Sampler(ddim_step)",
@@ -134,6 +124,16 @@ FAULTS = {
         ("LCM on the checkpoint's timesteps", 'eta=1.0, spacing="lcm"', "eta=1.0"),
     ),
     ("samplers", "core/sampling"): (
+        (
+            "Euler's start is not scaled",
+            'if self.scaled_start and spacing != "leading":',
+            "if False:",
+        ),
+        (
+            "the leading start is scaled",
+            'self.scaled_start and spacing != "leading"',
+            "self.scaled_start",
+        ),
         (
             "DDIM's last alpha_bar is 1",
             "return float(schedule.alpha_bar[0])",
