@@ -73,7 +73,10 @@ def concat(*batches: Batch) -> Batch:
     joined = {}
     for field in fields(Batch):
         parts = [getattr(batch, field.name) for batch in batches]
-        joined[field.name] = sum(parts, []) if field.name == "prompts" else torch.cat(parts)
+        if field.name == "prompts":
+            joined[field.name] = sum(parts, [])
+        else:
+            joined[field.name] = torch.cat(parts)
     return Batch(**joined)
 
 
@@ -161,8 +164,9 @@ def get_sample(
 
     Every photo is used once before one is used twice. factor: pixels per latent along a side.
     """
-    order = torch.randperm(len(photos), generator=generator(seed, 1, index // len(photos)))
-    photo = photos[order[index % len(photos)]]
+    epoch, position = divmod(index, len(photos))
+    order = torch.randperm(len(photos), generator=generator(seed, 1, epoch))
+    photo = photos[order[position]]
     rng = generator(seed, 2, step, index)
 
     def draw(count: int) -> int:

@@ -55,7 +55,8 @@ def size_problem(size: tuple[int, int]) -> str | None:
 def flatten(image: Image.Image, mode: str) -> Image.Image:
     """The image in mode "RGB" or "L", without transparency."""
     if image.mode.startswith("I"):  # 16 bits; convert would clip at 255
-        image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+        upper = np.asarray(image) >> 8
+        image = Image.fromarray(upper.astype(np.uint8))
     if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
         image = image.convert("RGBA")
         background = Image.new("RGBA", image.size, "white" if mode == "RGB" else "black")
@@ -106,13 +107,15 @@ def mask_to_tensor(mask: Image.Image) -> Tensor:
 
 def to_image(tensor: Tensor) -> Image.Image:
     """(3,H,W) in [-1,1] to an RGB image."""
-    pixels = ((tensor.float().clamp(-1, 1) + 1) * 127.5).round().byte()
-    return Image.fromarray(pixels.permute(1, 2, 0).cpu().numpy())
+    pixels = (tensor.float().clamp(-1, 1) + 1) * 127.5
+    pixels = pixels.round().byte().permute(1, 2, 0)  # (H,W,3)
+    return Image.fromarray(pixels.cpu().numpy())
 
 
 def composite(old: Image.Image, new: Image.Image, mask: Tensor) -> Image.Image:
     """old + mask · (new − old), of one size, mask (H,W) in [0,1]; bit-identical to old at 0."""
     a = np.asarray(old.convert("RGB"), dtype=np.float32)
     b = np.asarray(new.convert("RGB"), dtype=np.float32)
-    mixed = a + mask.cpu().numpy()[:, :, None] * (b - a)
+    weight = mask.cpu().numpy()[:, :, None]
+    mixed = a + weight * (b - a)
     return Image.fromarray(np.round(mixed).astype(np.uint8))

@@ -204,7 +204,8 @@ def insert_subject(
     encoded: the prompt with the token, and the negative prompt. options: those of pipeline.sample.
     """
     if crop is None:
-        crop = scene.width * scene.height > 1.5 * sdxl.size[0] * sdxl.size[1]
+        usual = sdxl.size[0] * sdxl.size[1]
+        crop = scene.width * scene.height > 1.5 * usual
     box, size = crop_box(sdxl, mask, crop)
     part = box.crop(scene).resize(size[::-1], Image.LANCZOS)
     part_mask = F.adaptive_max_pool2d(mask[box.slices][None], size)[0]

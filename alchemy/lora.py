@@ -49,7 +49,8 @@ class Adapter(nn.Module):
             hidden = F.conv2d(x, down, stride=layer.stride, padding=layer.padding)
             return y + self.scaling * F.conv2d(hidden, up)
         hidden = F.linear(x.flatten(0, -2), down)  # (N, rank)
-        out = torch.addmm(y.flatten(0, -2), hidden, up.t(), alpha=self.scaling)
+        rows = y.flatten(0, -2)
+        out = torch.addmm(rows, hidden, up.t(), alpha=self.scaling)
         return out.view(y.shape)
 
 
@@ -122,7 +123,12 @@ def adapters(model: Any, name: str | None = None) -> list[Adapter]:
 
 
 def add_adapter(
-    layer: LoRALayer, name: str, down: Tensor, up: Tensor, alpha: float, scale: float = 1.0
+    layer: LoRALayer,
+    name: str,
+    down: Tensor,
+    up: Tensor,
+    alpha: float,
+    scale: float = 1.0,
 ) -> None:
     """Give one layer the adapter `name`, replacing one of that name.
 
@@ -142,7 +148,11 @@ def add_adapter(
 
 
 def add_lora(
-    sdxl: Any, rank: int = 16, alpha: float | None = None, name: str = "default", seed: int = 0
+    sdxl: Any,
+    rank: int = 16,
+    alpha: float | None = None,
+    name: str = "default",
+    seed: int = 0,
 ) -> list[nn.Parameter]:
     """Add a new adapter to the UNet's attention projections; return its parameters, float32.
 

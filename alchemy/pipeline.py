@@ -205,5 +205,6 @@ def fit_to_latents(
     if size == image.size:
         return image, mask
     if mask is not None:
-        mask = F.interpolate(mask[None, None], size[::-1], mode="area")[0, 0]
+        resized = F.interpolate(mask[None, None], size[::-1], mode="area")
+        mask = resized[0, 0]
     return ImageOps.fit(image, size, Image.LANCZOS), mask

@@ -80,7 +80,8 @@ def classifier_free_guidance(
     both = type(conditioning).cat([unconditional, conditioning])  # one batch of 2B
 
     def predict_guided(x_t, t):
-        uncond, cond = unet(torch.cat([x_t, x_t]), t, *both.parts()).chunk(2)
+        prediction = unet(torch.cat([x_t, x_t]), t, *both.parts())
+        uncond, cond = prediction.chunk(2)
         return uncond + guidance * (cond - uncond), cond, uncond
 
     return predict_guided

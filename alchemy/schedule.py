@@ -110,7 +110,8 @@ class Schedule:
         if count == 0:
             raise ValueError(f"strength {strength} of {steps} steps is no step; raise one of them")
         ts = self.spaced(steps, spacing, fractional)
-        return list(zip(ts, ts[1:] + [None], strict=True))[steps - count :]
+        pairs = list(zip(ts, ts[1:] + [None], strict=True))
+        return pairs[steps - count :]
 
     def spaced(self, steps: int, spacing: str, fractional: bool) -> list[float]:
         """The timesteps alone, decreasing."""
@@ -123,9 +124,11 @@ class Schedule:
         if spacing == "trailing":
             return [round(total - i * (total / steps)) - 1 for i in range(steps)]
         if spacing == "linspace" and fractional:  # float32, as Euler is published
-            return np.linspace(0, total - 1, steps, dtype=np.float32)[::-1].tolist()
+            ts = np.linspace(0, total - 1, steps, dtype=np.float32)[::-1]
+            return ts.tolist()
         if spacing == "linspace":
-            return [int(t) for t in np.linspace(0, total - 1, steps)[::-1].round()]
+            ts = np.linspace(0, total - 1, steps)[::-1]
+            return [int(t) for t in ts.round()]
         if spacing == "lcm":
             stride = total // LCM_TIMESTEPS
             indices = [LCM_TIMESTEPS - LCM_TIMESTEPS * i // steps for i in range(steps)]
@@ -157,9 +160,9 @@ class Schedule:
     def sqrt_alpha_bars(self, t: Tensor, like: Tensor) -> tuple[Tensor, Tensor]:
         """√ᾱ_t and √(1−ᾱ_t) (B,1,1,1) in the dtype and on the device of `like`."""
         ab = self.alpha_bar[t.cpu()].view(-1, 1, 1, 1)
-        roots = ab.sqrt(), (1 - ab).sqrt()  # taken in float64, then cast
-        a, s = (r.to(like.dtype).to(like.device, non_blocking=True) for r in roots)
-        return a, s
+        a = ab.sqrt().to(like.dtype)  # the root in float64, then cast
+        s = (1 - ab).sqrt().to(like.dtype)
+        return a.to(like.device, non_blocking=True), s.to(like.device, non_blocking=True)
 
     def snr(self, t: Tensor) -> Tensor:
         """ᾱ/(1−ᾱ) (B,) float64 at integer timesteps t (B,)."""
@@ -171,7 +174,8 @@ def check_config(config: dict) -> None:
     """Raise ValueError for a scheduler_config.json that Schedule does not implement."""
     if config.get("trained_betas") is not None:
         raise ValueError("scheduler_config.json: trained_betas are not supported")
-    if "flow" in (str(config.get("_class_name")) + str(config.get("prediction_type"))).lower():
+    kind = f"{config.get('_class_name')} {config.get('prediction_type')}"
+    if "flow" in kind.lower():
         raise ValueError("scheduler_config.json: flow matching is not supported; SDXL predicts ε")
     for name, known in (
         ("prediction_type", PREDICTIONS),

@@ -156,7 +156,9 @@ class AttentionMaps:
 
         The peak is the 99th percentile of the map, of the level where it is largest.
         """
-        peaks = [torch.quantile(total / count, 0.99) for total, count in self.cross.values()]
+        peaks = []
+        for total, count in self.cross.values():
+            peaks.append(torch.quantile(total / count, 0.99))
         return 77 * float(max(peaks))
 
     def walk(self, heat: Tensor, iterations: int) -> Tensor:
@@ -191,7 +193,8 @@ def box_mean(x: Tensor, radius: int) -> Tensor:
     """
     for _ in range(2):  # along the columns, then, transposed, along the rows
         index = torch.arange(len(x))
-        sums = F.pad(x.double().cumsum(0), (0, 0, 1, 0))
+        sums = x.double().cumsum(0)
+        sums = F.pad(sums, (0, 0, 1, 0))
         first = (index - radius).clamp(min=0)
         end = (index + radius + 1).clamp(max=len(x))
         means = (sums[end] - sums[first]) / (end - first)[:, None]
@@ -209,7 +212,8 @@ def guided_filter(mask: Tensor, guide: Tensor, radius: int, eps: float = 1e-3) -
     variance = box_mean(guide * guide, radius) - mean_guide**2
     a = covariance / (variance + eps)
     b = mean_mask - a * mean_guide
-    return (box_mean(a, radius) * guide + box_mean(b, radius)).clamp(0, 1)
+    refined = box_mean(a, radius) * guide + box_mean(b, radius)
+    return refined.clamp(0, 1)
 
 
 def warn_if_weak(word: str, maps: AttentionMaps, least: float) -> None:
@@ -308,7 +312,8 @@ def remove_specks_and_holes(mask: Tensor, min_share: float = 0.2) -> Tensor:
     """A bool mask (H,W) without holes and without parts below min_share of the largest part."""
     # Connectivity is judged on a grid of about 128 cells a side.
     scale = max(1, max(mask.shape) // 128)
-    coarse = F.max_pool2d(mask[None, None].float(), scale, ceil_mode=True)[0, 0] > 0
+    pooled = F.max_pool2d(mask[None].float(), scale, ceil_mode=True)
+    coarse = pooled[0] > 0
 
     labels = connected_components(coarse)
     areas = torch.bincount(labels.flatten())

@@ -52,7 +52,8 @@ def min_snr(schedule: Schedule, t: Tensor, gamma: float) -> Tensor:
     snr = schedule.snr(t)
     if not gamma:
         return torch.ones_like(snr)
-    return snr.clamp(max=gamma) / (snr if schedule.prediction == "epsilon" else snr + 1)
+    divisor = snr if schedule.prediction == "epsilon" else snr + 1
+    return snr.clamp(max=gamma) / divisor
 
 
 def masked_mse(difference: Tensor, loss_mask: Tensor) -> Tensor:
@@ -189,11 +190,13 @@ class TrainState:
 
 def checksum(header: dict[str, str], tensors: Iterable[tuple[str, Tensor]]) -> str:
     """CRC-32 of a header, without its own entry, and of named tensors, one at a time."""
-    entries = sorted((key, value) for key, value in header.items() if key != "checksum")
-    crc = zlib.crc32(json.dumps(entries).encode())
+    entries = dict(sorted(header.items()))
+    entries.pop("checksum", None)
+    crc = zlib.crc32(json.dumps(list(entries.items())).encode())
     for name, tensor in tensors:
-        data = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
-        crc = zlib.crc32(data.numpy(), zlib.crc32(name.encode(), crc))
+        values = tensor.detach().cpu().contiguous().reshape(-1)
+        crc = zlib.crc32(name.encode(), crc)
+        crc = zlib.crc32(values.view(torch.uint8).numpy(), crc)
     return f"{crc:08x}"
 
 
@@ -268,7 +271,9 @@ class StopSignal:
 
     def __enter__(self) -> "StopSignal":
         self.number = 0
-        self.previous = {s: signal.signal(s, self.note) for s in (signal.SIGINT, signal.SIGTERM)}
+        self.previous = {}
+        for number in (signal.SIGINT, signal.SIGTERM):
+            self.previous[number] = signal.signal(number, self.note)
         return self
 
     def note(self, number: int, frame: FrameType | None) -> None:

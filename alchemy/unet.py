@@ -67,7 +67,7 @@ def timestep_embedding(values: Tensor, dim: int) -> Tensor:
     steps = torch.arange(half, dtype=torch.float32, device=values.device)
     frequency = torch.exp(-math.log(10000) * steps / half)
     angle = values.float()[:, None] * frequency  # (N, half)
-    return torch.cat([angle.cos(), angle.sin()], dim=-1)
+    return torch.cat([angle.cos(), angle.sin()], dim=-1)  # (N, dim)
 
 
 class Embedding(nn.Module):
@@ -118,7 +118,8 @@ class DownBlock(nn.Module):
         c = widths[level]
         is_last = level == len(widths) - 1
         has_attention = "CrossAttn" in cfg.down_block_types[level]
-        inputs = [widths[max(level - 1, 0)]] + [c] * (cfg.layers_per_block - 1)
+        above = widths[max(level - 1, 0)]
+        inputs = [above] + [c] * (cfg.layers_per_block - 1)
         self.resnets = make_resnets(cfg, inputs, c)
         self.attentions = make_transformers(cfg, level, len(inputs) if has_attention else 0)
         self.downsamplers = nn.ModuleList([] if is_last else [Downsample(c, padding=1)])
@@ -177,7 +178,8 @@ class UpBlock(nn.Module):
         self, x: Tensor, emb: Tensor, context: Tensor, skips: list[Tensor], run: Callable
     ) -> Tensor:
         for i, resnet in enumerate(self.resnets):
-            x = run(resnet, torch.cat([x, skips.pop()], dim=1), emb)
+            x = torch.cat([x, skips.pop()], dim=1)
+            x = run(resnet, x, emb)
             if self.attentions:
                 x = run(self.attentions[i], x, context)
         for upsample in self.upsamplers:

@@ -49,8 +49,12 @@ class MidAttention(nn.Module):
         self.to_out = nn.ModuleList([nn.Linear(channels, channels)])
 
     def forward(self, x: Tensor) -> Tensor:
-        h = self.group_norm(x).flatten(2).transpose(1, 2)[:, None]  # (B, 1, H·W, C)
-        h = F.scaled_dot_product_attention(self.to_q(h), self.to_k(h), self.to_v(h))
+        h = self.group_norm(x).flatten(2)  # (B, C, H·W)
+        h = h.transpose(1, 2)[:, None]  # (B, 1, H·W, C)
+        q = self.to_q(h)
+        k = self.to_k(h)
+        v = self.to_v(h)
+        h = F.scaled_dot_product_attention(q, k, v)
         h = self.to_out[0](h)[:, 0].transpose(1, 2)  # (B, C, H·W)
         return x + h.unflatten(2, x.shape[-2:])
 
@@ -153,7 +157,8 @@ class Decoder(nn.Module):
 
 def use_strips(x: Tensor, factor: int = 1) -> bool:
     """Whether a level of `factor` times the sides of x is processed in strips."""
-    return not torch.is_grad_enabled() and factor**2 * x[0, 0].numel() > STRIPS_ABOVE
+    pixels = factor**2 * x[0, 0].numel()
+    return pixels > STRIPS_ABOVE and not torch.is_grad_enabled()
 
 
 def strips(x: Tensor) -> Iterator[tuple[int, int]]:
@@ -181,7 +186,8 @@ def in_strips(
         top = max(start // factor - 1, 0)
         bottom = min(-(-end // factor) + 1, height)
         y = layer(x[:, :, top:bottom])
-        result[:, :, start:end] = y[:, :, start - factor * top : end - factor * top]
+        offset = factor * top
+        result[:, :, start:end] = y[:, :, start - offset : end - offset]
     return result
 
 
@@ -191,7 +197,8 @@ def conv_in_strips(norm: nn.GroupNorm, conv: nn.Conv2d, x: Tensor) -> Tensor:
     variance = group_mean(x, norm.num_groups, mean)
     of_group = torch.arange(norm.num_groups, device=x.device)
     of_group = of_group.repeat_interleave(norm.num_channels // norm.num_groups)
-    a = (variance + norm.eps).rsqrt()[:, of_group, None] * norm.weight[:, None, None]
+    scale = (variance + norm.eps).rsqrt()
+    a = scale[:, of_group, None] * norm.weight[:, None, None]
     b = norm.bias[:, None, None] - mean[:, of_group, None] * a
 
     def norm_silu_conv(rows: Tensor) -> Tensor:
@@ -206,7 +213,8 @@ def group_mean(x: Tensor, groups: int, center: Tensor | None = None) -> Tensor:
     dtype = torch.promote_types(x.dtype, torch.float32)
     total = torch.zeros(len(x), groups, 1, dtype=dtype, device=x.device)
     for start, end in strips(x):
-        rows = x[:, :, start:end].to(dtype).reshape(len(x), groups, -1)
+        rows = x[:, :, start:end].to(dtype)
+        rows = rows.reshape(len(x), groups, -1)
         if center is not None:
             rows = (rows - center).square()
         total += rows.sum(-1, keepdim=True)
@@ -218,7 +226,8 @@ def resnet_in_strips(resnet: ResnetBlock, x: Tensor) -> Tensor:
     h = conv_in_strips(resnet.norm1, resnet.conv1, x)
     h = conv_in_strips(resnet.norm2, resnet.conv2, h)
     for start, end in strips(h):
-        h[:, :, start:end] += resnet.shortcut(x[:, :, start:end])
+        rows = x[:, :, start:end]
+        h[:, :, start:end] += resnet.shortcut(rows)
     return h
 
 
@@ -237,7 +246,8 @@ class VAE(nn.Module):
         The sides are multiples of f; results are float32 or better. Raises FloatingPointError for
         NaN or infinity.
         """
-        moments = self.quant_conv(self.encoder(images.to(self.quant_conv.weight.dtype)))
+        x = self.encoder(images.to(self.quant_conv.weight.dtype))
+        moments = self.quant_conv(x)
         moments = moments.to(torch.promote_types(moments.dtype, torch.float32))
         check_finite(moments, "encoded")
         mean, log_variance = moments.chunk(2, dim=1)
@@ -249,8 +259,9 @@ class VAE(nn.Module):
 
         Raises FloatingPointError for NaN or infinity.
         """
-        x = (latents / self.config.scaling_factor).to(self.quant_conv.weight.dtype)
-        images = self.decoder(self.post_quant_conv(x)).to(latents.dtype)
+        x = latents / self.config.scaling_factor
+        x = self.post_quant_conv(x.to(self.quant_conv.weight.dtype))
+        images = self.decoder(x).to(latents.dtype)
         check_finite(images, "decoded")
         return images
 

@@ -15,7 +15,7 @@ from alchemy import dataset, images
 from alchemy.methods import captions
 from alchemy.schedule import Schedule
 
-FACTOR, T = 4, 1000
+FACTOR = 4
 
 
 class Averages:
@@ -45,22 +45,12 @@ def latents_at(photo, size, place):
     return Averages().encode(images.to_tensor(crop))[0][0]
 
 
-def sample(photos, size=(16, 16), seed=0, step=0, index=0, timesteps=T):
+def sample(photos, size=(16, 16), seed=0, step=0, index=0, timesteps=1000):
+    """A Batch of one, and the three sizes of its time ids: original, place, target."""
     schedule = Schedule.from_config({"num_train_timesteps": timesteps})
     one = dataset.get_sample(photos, schedule, size, FACTOR, seed, step, index)
-    ids = one.time_ids[0]
-    pairs = [tuple(ids[i : i + 2].int().tolist()) for i in (0, 2, 4)]
-    return SimpleNamespace(
-        x_0=one.x_0[0],
-        eps=one.eps[0],
-        loss_mask=one.loss_mask[0],
-        t=one.t[0],
-        ids=ids,
-        prompt=one.prompts[0],
-        original=pairs[0],
-        place=pairs[1],
-        target=pairs[2],
-    )
+    ids = one.time_ids[0].int().tolist()
+    return one, (tuple(ids[:2]), tuple(ids[2:4]), tuple(ids[4:]))
 
 
 def constant_photos(count, std=0.0, side=6):
@@ -104,11 +94,11 @@ def test_the_time_ids_are_the_place_and_size_of_the_pixels(tmp_path, height, wid
     assert len(photos[0].views) == 1
     places = set()
     for step in range(12):
-        drawn = sample(photos, size, step=step)
-        assert drawn.original == (height, width) and drawn.target == size
-        assert drawn.ids.dtype == torch.float32
-        assert torch.equal(drawn.x_0, latents_at(photo, size, drawn.place))
-        places.add(drawn.place)
+        drawn, (original, place, target) = sample(photos, size, step=step)
+        assert original == (height, width) and target == size
+        assert drawn.time_ids.dtype == torch.float32
+        assert torch.equal(drawn.x_0[0], latents_at(photo, size, place))
+        places.add(place)
     scale = max(size[0] / height, size[1] / width)
     rooms = round(scale * height) - size[0], round(scale * width) - size[1]
     assert len(places) > 1 if max(rooms) >= FACTOR else places == {(0, 0)}
@@ -120,9 +110,9 @@ def test_a_mirrored_sample_is_a_crop_of_the_mirrored_photo(tmp_path):
     path = tmp_path / "photo.png"
     photos = [dataset.encode_image(planted(), path, size, "a dog", mirror=True)]
     for step in range(24):
-        drawn = sample(photos, size, step=step)
-        views = [latents_at(view, size, drawn.place) for view in (photo, ImageOps.mirror(photo))]
-        same = [torch.equal(drawn.x_0, view) for view in views]
+        drawn, (_, place, _) = sample(photos, size, step=step)
+        views = [latents_at(view, size, place) for view in (photo, ImageOps.mirror(photo))]
+        same = [torch.equal(drawn.x_0[0], view) for view in views]
         assert sum(same) == 1
         seen.add(same[1])
     assert seen == {False, True}
@@ -137,9 +127,9 @@ def test_the_loss_mask_is_the_masks_share_of_each_latent_in_the_crop(tmp_path):
     assert torch.equal(masks[0], masks[0][:, :1].expand(1, 8, 12))
     assert masks[0][0, 0].tolist() == pytest.approx([1] * 6 + [0.4] + [0] * 5, abs=0.1)
     for step in range(20):
-        drawn = sample([photo], (32, 32), step=step)
-        left = drawn.place[1] // 4
-        assert any(torch.equal(drawn.loss_mask, m[:, :, left : left + 8]) for m in masks)
+        drawn, (_, place, _) = sample([photo], (32, 32), step=step)
+        left = place[1] // 4
+        assert any(torch.equal(drawn.loss_mask[0], m[:, :, left : left + 8]) for m in masks)
 
 
 @pytest.mark.parametrize("orientation", range(1, 9))
@@ -149,14 +139,14 @@ def test_exif_rotation_is_applied_to_pixels_and_original_size(tmp_path, orientat
     picture(24, 36).save(tmp_path / "photo.png", exif=exif)
     upright = ImageOps.exif_transpose(Image.open(tmp_path / "photo.png"))
     photos = [dataset.encode_image(planted(), tmp_path / "photo.png", (16, 16), "a dog")]
-    drawn = sample(photos)
-    assert drawn.original == upright.size[::-1] == ((36, 24) if orientation > 4 else (24, 36))
-    assert torch.equal(drawn.x_0, latents_at(upright, (16, 16), drawn.place))
+    drawn, (original, place, _) = sample(photos)
+    assert original == upright.size[::-1] == ((36, 24) if orientation > 4 else (24, 36))
+    assert torch.equal(drawn.x_0[0], latents_at(upright, (16, 16), place))
 
 
 def test_posterior_and_noise_are_independent_unit_gaussians_at_each_step():
     photos = constant_photos(4, std=0.5, side=4)[3:]  # of the value 3
-    samples = [sample(photos, step=step) for step in range(200)]
+    samples = [sample(photos, step=step)[0] for step in range(200)]
     z = (torch.stack([s.x_0 for s in samples]) - 3) / 0.5
     eps = torch.stack([s.eps for s in samples])
     assert not (z[0] == z[1]).any() and not (eps[0] == eps[1]).any()
@@ -168,22 +158,18 @@ def test_posterior_and_noise_are_independent_unit_gaussians_at_each_step():
 def test_a_sample_is_a_function_of_seed_step_and_index_alone():
     photos = constant_photos(3, std=1.0)
 
-    def samples():
-        return [sample(photos, seed=5, step=s, index=i) for s, i in ((0, 0), (7, 4), (7, 5))]
-
-    first = samples()
+    first, _ = sample(photos, seed=5, step=7, index=4)
     torch.manual_seed(123)
     np.random.seed(9)
     state = torch.get_rng_state()
-    again = samples()
+    again, _ = sample(photos, seed=5, step=7, index=4)
     assert torch.equal(torch.get_rng_state(), state)  # the global generator is not used
-    for a, b in zip(first, again):
-        assert torch.equal(a.x_0, b.x_0) and torch.equal(a.eps, b.eps) and a.t == b.t
-        assert torch.equal(a.ids, b.ids) and a.prompt == b.prompt
-    base = sample(photos, seed=5, step=7, index=4)
+    for name in ("x_0", "eps", "t", "time_ids"):
+        assert torch.equal(getattr(first, name), getattr(again, name))
+    assert first.prompts == again.prompts
     for seed, step, index in ((6, 7, 4), (5, 8, 4), (5, 7, 5)):
-        other = sample(photos, seed=seed, step=step, index=index)
-        assert not torch.equal(other.eps, base.eps)
+        other, _ = sample(photos, seed=seed, step=step, index=index)
+        assert not torch.equal(other.eps, first.eps)
 
 
 @pytest.mark.parametrize("batch, accumulation, world", [(3, 1, 1), (1, 2, 1), (2, 2, 2)])
@@ -198,12 +184,11 @@ def test_batches_hold_consecutive_samples_with_their_targets(batch, accumulation
         for micro_step in range(accumulation):
             for get_batch in batchers:
                 got = get_batch(step, micro_step)
-                assert got.x_0.shape == (batch, 4, 4, 4) and got.time_ids.shape == (batch, 6)
                 for i in range(batch):
-                    one = sample(photos, seed=5, step=step, index=index)
-                    assert torch.equal(got.x_0[i], one.x_0) and torch.equal(got.eps[i], one.eps)
-                    assert torch.equal(got.target[i], one.eps) and got.t[i] == one.t
-                    assert torch.equal(got.time_ids[i], one.ids)
+                    one, _ = sample(photos, seed=5, step=step, index=index)
+                    for name in ("x_0", "eps", "target", "loss_mask", "t", "time_ids"):
+                        assert torch.equal(getattr(got, name)[i : i + 1], getattr(one, name))
+                    assert torch.equal(one.target, one.eps)
                     index += 1
                 prompts += got.prompts
     # Each photo comes once before one comes twice, in an order of its own.
@@ -225,5 +210,7 @@ def test_concat_and_at_timestep_keep_target_and_time_consistent():
 
 def test_timesteps_are_drawn_evenly_from_the_first_to_the_last():
     photos = constant_photos(1)
-    t = [int(sample(photos, step=step, index=step, timesteps=10).t) for step in range(300)]
+    t = []
+    for step in range(300):
+        t.append(int(sample(photos, step=step, index=step, timesteps=10)[0].t))
     assert set(t) == set(range(10)) and max(t.count(i) for i in range(10)) < 60

@@ -1,4 +1,4 @@
-"""The denoising loop never waits for the device: it reads no value from it and copies only noise."""
+"""The denoising loop never waits for the device: it reads no value and copies only noise."""
 
 from types import SimpleNamespace
 
@@ -37,13 +37,13 @@ class Reads(TorchDispatchMode):
 
 @pytest.fixture
 def far(tiny):
-    """The tiny checkpoint's UNet and VAE on the meta device, where a value that is read raises, and a prompt for them."""
+    """The tiny UNet on the meta device, where a value that is read raises, and two prompts."""
     sdxl = alchemy.load(tiny, "cpu", "float32")
-    told = [
-        Conditioning(*(part.to("meta") for part in sdxl.encode_prompt([prompt]).parts()))
-        for prompt in ("a dog", None)
-    ]
-    return SimpleNamespace(unet=sdxl.unet.to("meta"), schedule=sdxl.schedule), *told
+    encoded = []
+    for prompt in ("a dog", None):
+        parts = sdxl.encode_prompt([prompt]).parts()
+        encoded.append(Conditioning(*(part.to("meta") for part in parts)))
+    return SimpleNamespace(unet=sdxl.unet.to("meta"), schedule=sdxl.schedule), *encoded
 
 
 @pytest.mark.parametrize(
@@ -67,9 +67,7 @@ def test_no_step_of_any_sampler_reads_a_value_and_only_fresh_noise_is_sent(far, 
     )
     with Reads() as reads, optimizations.cache_prompt_kv(sdxl.unet):
         assert len(list(maps.follow(steps))) == 4 and maps.cross
-    assert reads.copies == drawn * [
-        ("cpu", "meta")
-    ]  # of the schedule, which is on the CPU, values are read; of the latents that would raise
+    assert reads.copies == drawn * [("cpu", "meta")]
 
 
 def test_reads_are_noticed(far):
@@ -94,14 +92,14 @@ def errors_where_it_waits():
 @pytest.mark.parametrize("sampler", ["euler", "euler_ancestral", "dpmpp_2m"])
 def test_on_cuda_the_denoising_loop_never_waits(tiny, sampler, errors_where_it_waits):
     sdxl = alchemy.load(tiny, "cuda")
-    told = [sdxl.encode_prompt([prompt]) for prompt in ("a dog", None)]
-    noise, unet = sampling.noise((1, 4, 8, 8), [0]).to("cuda"), sdxl.unet
-    loop_ = lambda: list(
-        sampling.denoise(
-            sdxl, noise, *told, steps=4, sampler=sampler, generators=sampling.generators([0])
-        )
-    )  # noqa: E731
-    loop_()
+    encoded = [sdxl.encode_prompt([prompt]) for prompt in ("a dog", None)]
+    noise = sampling.noise((1, 4, 8, 8), [0]).to("cuda")
+
+    def run():
+        rngs = sampling.generators([0])
+        list(sampling.denoise(sdxl, noise, *encoded, steps=4, sampler=sampler, generators=rngs))
+
+    run()
     errors_where_it_waits()
-    with optimizations.cache_prompt_kv(unet):
-        loop_()
+    with optimizations.cache_prompt_kv(sdxl.unet):
+        run()

@@ -119,8 +119,10 @@ def test_a_step_that_is_not_finite_is_not_applied(value):
     state, kept = TrainState.create(parameters(sdxl), 1e-2), []
     get_loss = make_get_loss(spoiled(sdxl, {2, 3}, value), class_prompt=None)
     for step, total in train(sdxl, state, get_loss, steps=4):
-        moments = [v.clone() for s in state.optimizer.state.values() for v in s.values()]
-        kept.append([p.detach().clone() for p in state.parameters.values()] + moments)
+        values = list(state.parameters.values())
+        for moments in state.optimizer.state.values():
+            values += moments.values()
+        kept.append([value.detach().clone() for value in values])
         assert math.isfinite(total) == (step not in (2, 3)) and state.step == step
     for i, same in ((1, True), (2, True), (3, False)):
         assert all(torch.equal(a, b) for a, b in zip(kept[0], kept[i])) == same
@@ -176,17 +178,15 @@ def quadratic(fused):
 
 @pytest.mark.parametrize("fused", [False, True])
 def test_a_restored_state_continues_to_the_bit_in_channels_last(tmp_path, fused):
-    whole, get_loss = quadratic(fused)
-    list(train(small(), whole, get_loss, steps=4))
-    first, get_loss = quadratic(fused)
-    list(train(small(), first, get_loss, steps=2))
+    (whole, whole_loss), (first, first_loss), (second, second_loss) = map(quadratic, [fused] * 3)
+    list(train(small(), whole, whole_loss, steps=4))
+    list(train(small(), first, first_loss, steps=2))
     first.save(tmp_path / "state.safetensors", {})
-    second, get_loss = quadratic(fused)
     second.restore(open_safetensors(tmp_path / "state.safetensors"), 4)
     weight = second.parameters["weight"]
     for moment in ("exp_avg", "exp_avg_sq"):
         assert second.optimizer.state[weight][moment].stride() == weight.stride()
-    list(train(small(), second, get_loss, steps=4))
+    list(train(small(), second, second_loss, steps=4))
     assert torch.equal(weight, whole.parameters["weight"]) and second.losses == whole.losses
 
 

@@ -40,7 +40,7 @@ FAULTS = {
             "zip(ts, ts[1:] + [None], strict=True)",
             "zip(ts, [t - len(self.alpha_bar) // steps for t in ts[:-1]] + [None], strict=True)",
         ),
-        ("linspace is floored", "steps)[::-1].round()]", "steps)[::-1]]"),
+        ("linspace is floored", "in ts.round()]", "in ts]"),
         ("Euler's linspace in float64", "steps, dtype=np.float32)", "steps)"),
         (
             "LCM's timesteps from the clean end",
@@ -48,7 +48,7 @@ FAULTS = {
             "LCM_TIMESTEPS * (i + 1) // steps for",
         ),
         ("strength truncates 28.999", "int(steps * strength + 1e-6)", "int(steps * strength)"),
-        ("strength keeps the noisy end", "[steps - count :]", "[:count]"),
+        ("strength keeps the noisy end", "pairs[steps - count :]", "pairs[:count]"),
         (
             "x_0 is not divided by the root of alpha_bar",
             "(x_t - s * prediction) / a, prediction",
@@ -307,7 +307,7 @@ FAULTS = {
             '"white"',
         ),
         ("a palette's transparency is lost", ' or "transparency" in image.info', ""),
-        ("rounded down", "* 127.5).round()", "* 127.5)"),
+        ("rounded down", "pixels.round().byte()", "pixels.byte()"),
         ("composited the other way", "* (b - a)", "* (a - b)"),
         ("a composite is rounded down", "np.round(mixed)", "mixed"),
         ("a line of an image is read", "max(size) > MAX_ASPECT_RATIO", "0 > MAX_ASPECT_RATIO"),

@@ -131,7 +131,7 @@ FAULTS = {
             "return mean * self.config.scaling_factor,",
             "return mean * self.config.scaling_factor ** 2,",
         ),
-        ("decode does not unscale", "(latents / self.config.scaling_factor)", "latents"),
+        ("decode does not unscale", "latents / self.config.scaling_factor", "latents"),
         (
             "SD 1.5's scaling factor",
             "scaling_factor: float = 0.13025",
@@ -152,13 +152,13 @@ FAULTS = {
         ("the variance is not about the mean", "(rows - center).square()", "rows.square()"),
         (
             "upsampled strips are shifted",
-            "start - factor * top : end - factor * top",
-            "start - top : end - top",
+            "offset = factor * top",
+            "offset = top",
         ),
         (
             "the whole is decoded at once",
-            "not torch.is_grad_enabled() and factor",
-            "False and factor",
+            "pixels > STRIPS_ABOVE and",
+            "False and",
         ),
     ),
     ("blocks", "core/vae"): (

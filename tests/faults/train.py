@@ -4,7 +4,7 @@ FAULTS = {
     ("training", "core/loss"): (
         (
             "min-SNR of v without the one",
-            '(snr if schedule.prediction == "epsilon" else snr + 1)',
+            'snr if schedule.prediction == "epsilon" else snr + 1',
             "snr",
         ),
         (
@@ -40,7 +40,11 @@ FAULTS = {
             "torch.empty_like(p).copy_(value)",
             "value.to(p.device)",
         ),
-        ("the checksum covers the header alone", "zlib.crc32(data.numpy(), zlib", "min(crc, zlib"),
+        (
+            "the checksum covers the header alone",
+            "zlib.crc32(values.view(torch.uint8).numpy(), crc)",
+            "crc",
+        ),
         ("a checksum is not compared", 'if header.get("checksum") != checksum', "if not checksum"),
         ("the step is not restored", "        self.step = step\n", ""),
         (
@@ -91,8 +95,8 @@ FAULTS = {
         ),
         (
             "the second batch keeps the first's target",
-            "else torch.cat(parts)",
-            "else torch.cat(parts[:1] * len(parts))",
+            "= torch.cat(parts)",
+            "= torch.cat(parts[:1] * len(parts))",
         ),
         ("another timestep keeps its target", "t=t, target=schedule", "t=self.t, target=schedule"),
     ),

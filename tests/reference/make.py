@@ -6,8 +6,15 @@ python tests/reference/make.py [NAME ...] --check        make them elsewhere and
 
 import argparse
 import os
+import tempfile
 from pathlib import Path
 
+FOLDER = Path(__file__).parent
+QUIET = {
+    "DIFFUSERS_VERBOSITY": "error",
+    "TRANSFORMERS_VERBOSITY": "error",
+    "HF_HUB_OFFLINE": "1",
+}
 NETWORKS = ("text_1", "text_2", "vae", "vae_8", "unet_a", "unet_b", "lora")
 VISION = ("dino", "clip_vision")
 NAMES = (*NETWORKS, *VISION, "schedule", "trajectories", "img2img", "masked", "tokens")
@@ -38,77 +45,55 @@ def differing(made, kept):
     from safetensors.torch import load_file
 
     new, old = load_file(made), load_file(kept)
-    tolerance = {"torch.float64": 1e-11, "torch.float32": 5e-6}
+    tolerances = {"torch.float64": 1e-11, "torch.float32": 5e-6}
     wrong = sorted(new.keys() ^ old.keys())
     for name in new.keys() & old.keys():
-        a, b = new[name], old[name]
-        if (
-            a.shape != b.shape
-            or (a.double() - b.double()).abs().max()
-            > tolerance.get(str(b.dtype), 0) * b.double().abs().max()
-        ):
+        a, b = new[name].double(), old[name].double()
+        tolerance = tolerances.get(str(old[name].dtype), 0)
+        if a.shape != b.shape or (a - b).abs().max() > tolerance * b.abs().max():
             wrong.append(name)
     return wrong
 
 
 def check(names):
     """Make them in a temporary folder and compare; the exit status."""
-    import tempfile
-
-    wrong = {}
+    status = 0
     with tempfile.TemporaryDirectory() as folder:
         for name in names:
             make(name, Path(folder))
-            wrong[name] = differing(
-                Path(folder) / f"{name}.safetensors", Path(__file__).parent / f"{name}.safetensors"
-            )
-            print(
-                f"{name}: "
-                + (f"differs in {', '.join(wrong[name][:5])}" if wrong[name] else "the same")
-            )
-    return int(any(wrong.values()))
+            file = f"{name}.safetensors"
+            wrong = differing(Path(folder) / file, FOLDER / file)
+            print(f"{name}: differs in {', '.join(wrong[:5])}" if wrong else f"{name}: the same")
+            status |= bool(wrong)
+    return status
 
 
 def main(argv=None):
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument(
-        "names", nargs="*", metavar="NAME", help="what to make: " + ", ".join(NAMES) + " (all)"
-    )
-    parser.add_argument(
-        "--out",
-        type=Path,
-        metavar="DIR",
-        default=Path(__file__).parent,
-        help="folder for the files",
-    )
-    parser.add_argument(
-        "--check", action="store_true", help="write nothing, compare with the files that are there"
-    )
+    add = parser.add_argument
+    add("names", nargs="*", metavar="NAME", help=f"of {', '.join(NAMES)} (default: all)")
+    add("--out", type=Path, metavar="DIR", default=FOLDER, help="folder for the files")
+    add("--check", action="store_true", help="write nothing, compare with the files there")
     args = parser.parse_args(argv)
-    unknown = [name for name in args.names if name not in NAMES]
-    if unknown:
-        parser.error(f"no reference is called {unknown[0]}; there are {', '.join(NAMES)}")
-    os.environ |= {
-        "DIFFUSERS_VERBOSITY": "error",
-        "TRANSFORMERS_VERBOSITY": "error",
-        "HF_HUB_OFFLINE": "1",
-    }
+    for name in args.names:
+        if name not in NAMES:
+            parser.error(f"no reference is called {name}; there are {', '.join(NAMES)}")
+    os.environ |= QUIET
     import torch
 
-    # the order of additions, and so the last bit, depends on the number of threads
+    # The order of additions, and so the last bit, depends on the number of threads.
     torch.set_num_threads(1)
+    names = args.names or NAMES
     if args.check:
-        return check(args.names or NAMES)
+        return check(names)
     args.out.mkdir(parents=True, exist_ok=True)
-    for name in args.names or NAMES:
+    for name in names:
         make(name, args.out)
-    files = sorted(args.out.glob("*.safetensors"))
-    print(
-        f"{args.out}: {', '.join(f'{f.name} {f.stat().st_size / 1e6:.2f}' for f in files)};"
-        f" {sum(f.stat().st_size for f in files) / 1e6:.2f} MB in all"
-    )
+        path = args.out / f"{name}.safetensors"
+        print(f"{path}: {path.stat().st_size / 1e6:.2f} MB")
+    return 0
 
 
 if __name__ == "__main__":

@@ -69,14 +69,15 @@ def prompt_ids():
 
 def text_encoder(name, cls, **config):
     config = CLIPTextConfig(vocab_size=49408 + 3, num_hidden_layers=3, eos_token_id=EOS, **config)
-    table = "text_model.embeddings.token_embedding.weight".removeprefix(
-        "text_model." if cls is CLIPTextModel else ""
-    )
+    prefix = "" if cls is CLIPTextModel else "text_model."
     gain = config.hidden_size**0.5  # embeddings have no fan-in: N(0, 1)
-    model = randomize(
-        cls(config), name, {table: gain, table.replace("token", "position"): 0.5 * gain}
-    )
-    model.get_input_embeddings().weight.data = model.get_input_embeddings().weight.half().float()
+    gains = {
+        f"{prefix}embeddings.token_embedding.weight": gain,
+        f"{prefix}embeddings.position_embedding.weight": 0.5 * gain,
+    }
+    model = randomize(cls(config), name, gains)
+    table = model.get_input_embeddings().weight
+    table.data = table.half().float()
     return model
 
 
@@ -126,18 +127,16 @@ def make_text_2(path):
 
 def vae(path, name, images, channels, **config):
     levels = len(channels)
-    model = randomize(
-        AutoencoderKL(
-            block_out_channels=channels,
-            down_block_types=["DownEncoderBlock2D"] * levels,
-            latent_channels=4,
-            up_block_types=["UpDecoderBlock2D"] * levels,
-            scaling_factor=0.13025,
-            force_upcast=True,
-            **config,
-        ),
-        name,
+    model = AutoencoderKL(
+        block_out_channels=channels,
+        down_block_types=["DownEncoderBlock2D"] * levels,
+        latent_channels=4,
+        up_block_types=["UpDecoderBlock2D"] * levels,
+        scaling_factor=0.13025,
+        force_upcast=True,
+        **config,
     )
+    model = randomize(model, name)
     # one log-variance around -30, below which it is clamped
     model.quant_conv.bias.data[4] = -30
     config, tensors = folder(model)
@@ -224,10 +223,9 @@ def calls(name):
 
 
 def run(model, call, dtype):
+    latents, context = call["latents"].to(dtype), call["context"].to(dtype)
     added = {"text_embeds": call["pooled"].to(dtype), "time_ids": call["time_ids"].to(dtype)}
-    return model(
-        call["latents"].to(dtype), call["t"], call["context"].to(dtype), added_cond_kwargs=added
-    ).sample
+    return model(latents, call["t"], context, added_cond_kwargs=added).sample
 
 
 def make_unet_a(path):
@@ -244,12 +242,13 @@ def forward(path, name, model):
         tensors |= {f"inputs/{i}/{key}": value for key, value in call.items()}
         # float32 sinusoids, stored because sin and cos may differ in the last bit between CPUs
         for key, dim in (("t", model.config.block_out_channels[0]), ("time_ids", 6)):
-            tensors[f"sinusoid/{i}/{key}"] = get_timestep_embedding(
-                call[key].flatten(), dim, True, 0
-            )
-    tensors |= both(
-        model, lambda m, dtype: {str(i): run(m, call, dtype) for i, call in enumerate(calls(name))}
-    )
+            values = call[key].flatten()
+            tensors[f"sinusoid/{i}/{key}"] = get_timestep_embedding(values, dim, True, 0)
+
+    def outputs(model, dtype):
+        return {str(i): run(model, call, dtype) for i, call in enumerate(calls(name))}
+
+    tensors |= both(model, outputs)
     write(path, tensors, {"config": config})
 
 
@@ -259,9 +258,8 @@ def forward(path, name, model):
 def make_lora(path):
     rank, alpha, scale = 4, 6, 0.7
     model = unet_a()
-    model.add_adapter(
-        LoraConfig(r=rank, lora_alpha=alpha, target_modules=["to_q", "to_k", "to_v", "to_out.0"])
-    )
+    layers = ["to_q", "to_k", "to_v", "to_out.0"]
+    model.add_adapter(LoraConfig(r=rank, lora_alpha=alpha, target_modules=layers))
     for key, p in model.named_parameters():
         if "lora_" in key:
             p.data = draw("lora/" + key, *p.shape, std=0.5 * p.shape[1] ** -0.5)
@@ -269,10 +267,8 @@ def make_lora(path):
     with tempfile.TemporaryDirectory() as tmp:
         layers = convert_state_dict_to_diffusers(get_peft_model_state_dict(model))
         StableDiffusionXLPipeline.save_lora_weights(tmp, unet_lora_layers=layers)
-        tensors = {
-            "lora/" + key: value
-            for key, value in load_file(f"{tmp}/pytorch_lora_weights.safetensors").items()
-        }
+        saved = load_file(f"{tmp}/pytorch_lora_weights.safetensors")
+    tensors = {"lora/" + key: value for key, value in saved.items()}
     call = next(calls("unet_a"))
 
     def outputs(model, dtype):
@@ -291,12 +287,8 @@ def make_lora(path):
     for weight in (1.0, scale):
         model.fuse_lora(lora_scale=weight)
         for name in names:
-            tensors[f"merged/scale_{weight}/{name}.weight"] = model.get_submodule(
-                name
-            ).base_layer.weight.clone()
+            merged = model.get_submodule(name).base_layer.weight
+            tensors[f"merged/scale_{weight}/{name}.weight"] = merged.clone()
         model.unfuse_lora()
-    write(
-        path,
-        tensors,
-        {"rank": rank, "alpha": alpha, "network": "unet_a", "inputs": "unet_a inputs/0"},
-    )
+    facts = {"rank": rank, "alpha": alpha, "network": "unet_a", "inputs": "unet_a inputs/0"}
+    write(path, tensors, facts)

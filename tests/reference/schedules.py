@@ -67,18 +67,15 @@ def alpha_bar_at(table, t):
 
 def make_schedule(path):
     tensors = {"alpha_bar": alpha_bars(), "alpha_bar_zero_snr": alpha_bars(True)}
-    tensors["diffusers/alpha_bar"] = scheduler("ddim", "leading", 1).alphas_cumprod
-    tensors["diffusers/alpha_bar_zero_snr"] = scheduler(
-        "ddim", "trailing", 1, zero_snr=True
-    ).alphas_cumprod
+    for name, zero_snr in (("alpha_bar", False), ("alpha_bar_zero_snr", True)):
+        made = scheduler("ddim", "trailing", 1, zero_snr=zero_snr)
+        tensors[f"diffusers/{name}"] = made.alphas_cumprod
     for steps in (1, 7, 16, 20, 25, 30, 40, 50, 999, 1000):
         for spacing in SPACINGS:
-            ddpm, ddim, euler, ancestral = (
-                scheduler(sampler, spacing, steps) for sampler in CLASSES
-            )
-            assert torch.equal(ddim.timesteps, ddpm.timesteps) and torch.equal(
-                euler.timesteps, ancestral.timesteps
-            )
+            made = (scheduler(sampler, spacing, steps) for sampler in CLASSES)
+            ddpm, ddim, euler, ancestral = made
+            assert torch.equal(ddim.timesteps, ddpm.timesteps)
+            assert torch.equal(euler.timesteps, ancestral.timesteps)
             tensors[f"timesteps/{spacing}_{steps}"] = ddim.timesteps
             tensors[f"sigmas/{spacing}_{steps}"] = euler.sigmas
             if spacing == "linspace":
@@ -95,9 +92,8 @@ def ddim(eta):
     def step(x_t, x_0, eps, ab, ab_prev, z):
         """Song et al. 2021, eq. 12 and 16."""
         sigma = eta * ((1 - ab_prev) / (1 - ab) * (1 - ab / ab_prev)) ** 0.5
-        direction = (
-            max(1 - ab_prev - sigma**2, 0.0) ** 0.5
-        )  # rounding may fall below 0 where ᾱ = 0 and eta = 1
+        # Rounding may fall below 0 where ᾱ = 0 and eta = 1.
+        direction = max(1 - ab_prev - sigma**2, 0.0) ** 0.5
         return ab_prev**0.5 * x_0 + direction * eps + sigma * z
 
     return step

@@ -22,17 +22,13 @@ def draw(name, *shape, std=1.0):
 
 def write(path, tensors, facts):
     """Save tensors; the header gets facts (strings or JSON) and versions of the libraries."""
-    facts = {
-        "seed": SEED,
-        **{p: version(p) for p in ("torch", "diffusers", "transformers", "peft")},
-        **facts,
-    }
-    metadata = {
-        key: value if isinstance(value, str) else json.dumps(value) for key, value in facts.items()
-    }
-    data = save(
-        {key: value.detach().clone().contiguous() for key, value in tensors.items()}, metadata
-    )
+    metadata = {"seed": str(SEED)}
+    for library in ("torch", "diffusers", "transformers", "peft"):
+        metadata[library] = version(library)
+    for key, value in facts.items():
+        metadata[key] = value if isinstance(value, str) else json.dumps(value)
+    copies = {key: value.detach().clone().contiguous() for key, value in tensors.items()}
+    data = save(copies, metadata)
     # safetensors writes the metadata in a random order: sort it, at the same length
     length = int.from_bytes(data[:8], "little")
     header = json.loads(data[8 : 8 + length])

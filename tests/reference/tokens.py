@@ -6,6 +6,7 @@ tokens.safetensors: ids_1 and ids_2, (N, 77) int32, with the vocabulary of weigh
 `prompts` (a JSON list of N) and the libraries' versions.
 """
 
+import itertools
 import json
 from importlib.metadata import version
 from pathlib import Path
@@ -19,7 +20,7 @@ def make_tokens(path):
     from transformers import CLIPTokenizer
 
     groups = json.loads(Path(__file__).with_name("prompts.json").read_text("utf-8"))
-    prompts = [prompt for group in groups.values() for prompt in group]
+    prompts = list(itertools.chain(*groups.values()))
     tensors = {}
     for name, folder in (("ids_1", "tokenizer"), ("ids_2", "tokenizer_2")):
         tokenizer = CLIPTokenizer.from_pretrained(MINI / folder)

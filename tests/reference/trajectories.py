@@ -4,6 +4,7 @@
 `float64_loop`: the formulas of schedules.py, the network in float64. Both get the same noise."""
 
 import contextlib
+import itertools
 from unittest import mock
 
 import schedules
@@ -42,18 +43,12 @@ def guided(dtype):
     """The guided network as a function of x_t (variance preserving) and t."""
     net = unet_a().to(dtype)
     given = {key: value.to(dtype) for key, value in inputs().items()}
-    halves = {
-        k: torch.cat([given["uncond/" + k], given["cond/" + k]]) for k in ("context", "pooled")
-    }
-    added = {"text_embeds": halves["pooled"], "time_ids": given["time_ids"].repeat(2, 1)}
+    context = torch.cat([given["uncond/context"], given["cond/context"]])
+    pooled = torch.cat([given["uncond/pooled"], given["cond/pooled"]])
+    added = {"text_embeds": pooled, "time_ids": given["time_ids"].repeat(2, 1)}
 
     def predict(x_t, t):
-        out = net(
-            torch.cat([x_t, x_t]),
-            t,
-            encoder_hidden_states=halves["context"],
-            added_cond_kwargs=added,
-        ).sample
+        out = net(torch.cat([x_t, x_t]), t, context, added_cond_kwargs=added).sample
         uncond, cond = out.chunk(2)
         return uncond + GUIDANCE * (cond - uncond)
 
@@ -63,20 +58,28 @@ def guided(dtype):
 @contextlib.contextmanager
 def fed(z):
     """diffusers draws z instead of fresh noise."""
-    with contextlib.ExitStack() as stack:
-        for module in (scheduling_ddpm, scheduling_euler_ancestral_discrete):
-            stack.enter_context(
-                mock.patch.object(module, "randn_tensor", lambda *args, **kwargs: z)
-            )
+
+    def randn_tensor(*args, **kwargs):
+        return z
+
+    with (
+        mock.patch.object(scheduling_ddpm, "randn_tensor", randn_tensor),
+        mock.patch.object(scheduling_euler_ancestral_discrete, "randn_tensor", randn_tensor),
+    ):
         yield
+
+
+def scheduler_of(case):
+    """diffusers' scheduler of a case."""
+    sampler = case["sampler"].partition("_eta")[0]
+    settings = (case[name] for name in ("spacing", "steps", "prediction", "zero_snr"))
+    return schedules.scheduler(sampler, *settings)
 
 
 def diffusers_loop(case, predict, given):
     """States x_t before every step and at the end, variance preserving, (steps + 1, 2, 4, 7, 3)."""
     sampler, eta = case["sampler"].partition("_eta")[::2]
-    made = schedules.scheduler(
-        sampler, case["spacing"], case["steps"], case["prediction"], case["zero_snr"]
-    )
+    made = scheduler_of(case)
     timesteps = made.timesteps[case["t_start"] :]
     if hasattr(made, "set_begin_index"):
         made.set_begin_index(case["t_start"])
@@ -86,11 +89,9 @@ def diffusers_loop(case, predict, given):
         return (x.double() / (sigma**2 + 1) ** 0.5).float()
 
     noise, image = given["noise"], given.get("image")
-    x = (
-        made.add_noise(image, noise, timesteps[:1])
-        if case["from_image"]
-        else noise * made.init_noise_sigma
-    )
+    x = noise * made.init_noise_sigma
+    if case["from_image"]:
+        x = made.add_noise(image, noise, timesteps[:1])
     states = [preserving(x, 0)]
     for i, t in enumerate(timesteps):
         out, z = predict(made.scale_model_input(x, t), t), given["z"][i]
@@ -108,10 +109,7 @@ def diffusers_loop(case, predict, given):
 def timesteps_and_levels(case):
     """The timesteps of diffusers in float64, and ᾱ before every step and at the end."""
     sampler = case["sampler"].partition("_eta")[0]
-    made = schedules.scheduler(
-        sampler, case["spacing"], case["steps"], case["prediction"], case["zero_snr"]
-    )
-    timesteps = made.timesteps[case["t_start"] :].double()
+    timesteps = scheduler_of(case).timesteps[case["t_start"] :].double()
     table = schedules.alpha_bars(case["zero_snr"])
     if case["zero_snr"] and sampler == "euler" and not case["exact_zero"]:
         table[-1] = 2.0**-24  # as diffusers' Euler does, to keep σ finite
@@ -123,18 +121,17 @@ def float64_loop(case, predict, given):
     """diffusers_loop without diffusers; the previous ᾱ is always that of the next timestep."""
     given = {key: value.double() for key, value in given.items()}
     timesteps, ab = timesteps_and_levels(case)
-    step = STEPS[
-        "ddim_eta0" if case["exact_zero"] else case["sampler"]
-    ]  # σ is infinite at ᾱ = 0; DDIM is the limit
+    # σ is infinite at ᾱ = 0; DDIM is the limit.
+    step = STEPS["ddim_eta0" if case["exact_zero"] else case["sampler"]]
     noise, image = given["noise"], given.get("image")
 
     def noised(ab):
         return ab**0.5 * image + (1 - ab) ** 0.5 * noise
 
     below_one = case["sampler"].startswith("euler") and case["spacing"] != "leading"
-    x_t = (
-        noised(ab[0]) if case["from_image"] else noise * (1 - ab[0]) ** 0.5 if below_one else noise
-    )
+    x_t = noise * (1 - ab[0]) ** 0.5 if below_one else noise
+    if case["from_image"]:
+        x_t = noised(ab[0])
     states = [x_t]
     for i, t in enumerate(timesteps):
         a, b, out = ab[i] ** 0.5, (1 - ab[i]) ** 0.5, predict(x_t, t)
@@ -162,11 +159,8 @@ def case(
     t_start = 0 if strength is None else steps - min(int(steps * strength), steps)
     # diffusers' DDIM steps to t - 1000 // steps, which elsewhere is not its next timestep. With
     # eta 1 and zero terminal SNR its first step is nan: 1 - ᾱ_prev - σ² falls below 0 by rounding.
-    own = (
-        not sampler.startswith("ddim")
-        or spacing == "leading"
-        or (spacing == "trailing" and 1000 % steps == 0)
-    )
+    exact = spacing == "leading" or (spacing == "trailing" and 1000 % steps == 0)
+    own = exact or not sampler.startswith("ddim")
     return dict(
         sampler=sampler,
         spacing=spacing,
@@ -205,7 +199,9 @@ def make(path, cases, given):
 
 
 def make_trajectories(path):
-    cases = {f"{s}_{g}": case(s, g) for s in STEPS for g in schedules.SPACINGS}
+    cases = {}
+    for sampler, spacing in itertools.product(STEPS, schedules.SPACINGS):
+        cases[f"{sampler}_{spacing}"] = case(sampler, spacing)
     v = dict(prediction="v_prediction", zero_snr=True)
     cases |= {
         "ddim_eta0_trailing_25": case("ddim_eta0", "trailing", 25),
@@ -219,12 +215,10 @@ def make_trajectories(path):
 
 
 def make_img2img(path):
-    cases = {
-        f"{s}_leading_{n}_{strength}": case(s, "leading", n, strength)
-        for s in ("euler", "ddim_eta0")
-        for n in (50, 30)
-        for strength in (0.3, 0.8)
-    }
+    cases = {}
+    for values in itertools.product(("euler", "ddim_eta0"), (50, 30), (0.3, 0.8)):
+        sampler, steps, strength = values
+        cases[f"{sampler}_leading_{steps}_{strength}"] = case(sampler, "leading", steps, strength)
     make(path, cases, inputs() | {"image": known()["image"]})
 
 
