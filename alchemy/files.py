@@ -8,6 +8,7 @@ import shutil
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import IO
 
 UMASK = os.umask(0o077)  # the only way to read it is to set it
 os.umask(UMASK)
@@ -35,7 +36,10 @@ def create(path: str | Path, write: Callable[[Path], object]) -> Path:
     return write_and_move(free_path(path), write, move)
 
 
-def write_and_move(path: Path, write: Callable, move: Callable) -> Path:
+def write_and_move(
+    path: Path, write: Callable[[Path], object], move: Callable[[Path, Path], Path]
+) -> Path:
+    """Write a new file in a private folder beside path, sync it, and move(it, path)."""
     try:
         with tempfile.TemporaryDirectory(prefix=TEMPORARY, dir=path.parent) as folder:
             new = Path(folder) / path.name
@@ -160,11 +164,11 @@ def lock_folder(folder: str | Path, flag: str = "--out") -> Iterator[None]:
         file.close()
 
 
-def same_file(file, path: Path) -> bool:
+def same_file(file: IO, path: Path) -> bool:
     return os.path.samestat(os.fstat(file.fileno()), path.stat())
 
 
-def try_lock(file) -> bool:
+def try_lock(file: IO) -> bool:
     """False where another process holds the lock. A file system without locks counts as free."""
     try:
         import fcntl

@@ -5,10 +5,10 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from .. import cli, dataset, images
-from ..dataset import Batch, TrainingImage
+from ..dataset import Batch, GetBatch, TrainingImage
 from ..extras import distributed
 from ..sdxl import SDXL
-from ..training import TrainingTask
+from ..training import Prompts, TrainingTask
 from . import captions, flags, masks, prior, textual_inversion
 
 UNRELATED_PROMPT = "a photo of a car"  # of the previews: what training should not change
@@ -70,7 +70,7 @@ def prepare_captions(args: Namespace, sdxl: SDXL, examples: list[Example]) -> Tr
     texts = list(dict.fromkeys(caption for _, caption in used))
     shown = args.preview_prompt or texts[:3]
     shapes = ", ".join(f"{len(buckets[h, w])} of {w}x{h}" for h, w in sorted(buckets))
-    count = cli.count_of(len(examples), "image")
+    count = cli.count_of(len(set(examples)), "image")
     cli.log(f"{count} with {cli.count_of(len(texts), 'caption')}: {shapes}")
     get_batch = captions.make_batcher(
         sdxl,
@@ -91,16 +91,18 @@ def prepare_inversion(args: Namespace, sdxl: SDXL, examples: list[Example]) -> T
     templates = textual_inversion.build_prompts(args.token, args.style)
     textual_inversion.start(sdxl, args.token, init_word, args.vectors, templates)
     photos = encode_photos(args, sdxl, examples)
-    count, vectors = cli.count_of(len(examples), "photo"), cli.count_of(args.vectors, "vector")
+    count = cli.count_of(len(set(examples)), "photo")
+    vectors = cli.count_of(args.vectors, "vector")
     cli.log(f"{count}, {args.token!r} starts from {init_word!r}, {vectors} per text encoder")
     shown = args.preview_prompt or [
         templates[0],
         templates[0].replace(args.token, init_word),
         UNRELATED_PROMPT,
     ]
-    ranks = distributed.rank(), distributed.world()
     get_batch = make_batcher(args, sdxl, photos, args.seed)
-    get_batch = textual_inversion.vary_prompts(get_batch, templates, args.seed, *ranks)
+    get_batch = textual_inversion.vary_prompts(
+        get_batch, templates, args.seed, distributed.rank(), distributed.world()
+    )
     return TrainingTask(get_batch, no_prior, encode_prompts(args, sdxl, []), shown)
 
 
@@ -113,33 +115,30 @@ def prepare_subject(
     photos = encode_photos(args, sdxl, examples)
     shown = args.preview_prompt or [subject, class_prompt, UNRELATED_PROMPT]
     prompts = encode_prompts(args, sdxl, [subject, class_prompt, *shown])
-    get_batch = make_batcher(args, sdxl, photos, args.seed)
-    count = cli.count_of(len(examples), "photo")
+    count = cli.count_of(len(set(examples)), "photo")
     cli.log(f"{count}, {subject!r}; prior weight {args.prior_weight:g} on {class_prompt!r}")
-    if not args.prior_weight:
-        return TrainingTask(get_batch, no_prior, prompts, shown)
-    if not args.class_images:
+    get_class_batch = None
+    if args.class_images:
+        cli.log(f"{cli.count_of(args.class_images, 'class image')} for the prior")
+        # They have noise and timesteps of their own. For --check, the photos are as good.
+        generated = photos if args.check else encode_class_images(args, sdxl, class_prompt, jobs)
+        get_class_batch = make_batcher(args, sdxl, generated, args.seed + prior.FIRST_SEED)
 
-        def get_teacher_batch(batch, step, micro_step):
-            return prior.teacher_batch(sdxl, batch, prompts, class_prompt)
+    def get_prior(batch: Batch, step: int, micro_step: int) -> Batch | None:
+        if not args.prior_weight:
+            return None
+        if get_class_batch:
+            return get_class_batch(step, micro_step)
+        return prior.teacher_batch(sdxl, batch, prompts, class_prompt)
 
-        return TrainingTask(get_batch, get_teacher_batch, prompts, shown)
-    cli.log(f"{cli.count_of(args.class_images, 'class image')} for the prior")
-    class_photos = photos if args.check else encode_class_images(args, sdxl, class_prompt, jobs)
-    # The class images have noise and timesteps of their own.
-    get_class_batch = make_batcher(args, sdxl, class_photos, args.seed + prior.FIRST_SEED)
-
-    def get_prior(batch, step, micro_step):
-        return get_class_batch(step, micro_step)
-
-    return TrainingTask(get_batch, get_prior, prompts, shown)
+    return TrainingTask(make_batcher(args, sdxl, photos, args.seed), get_prior, prompts, shown)
 
 
 def no_prior(batch: Batch, step: int, micro_step: int) -> None:
     return None
 
 
-def make_batcher(args: Namespace, sdxl: SDXL, photos: list[TrainingImage], seed: int):
+def make_batcher(args: Namespace, sdxl: SDXL, photos: list[TrainingImage], seed: int) -> GetBatch:
     ranks = distributed.rank(), distributed.world()
     return dataset.make_batcher(
         sdxl, photos, args.size, seed, args.batch, args.accumulation, *ranks
@@ -162,7 +161,7 @@ def encode_photos(
     return [encoded[example] for example in used]
 
 
-def encode_prompts(args: Namespace, sdxl: SDXL, prompts: list[str]):
+def encode_prompts(args: Namespace, sdxl: SDXL, prompts: list[str]) -> Prompts:
     if encode_every_step(args):
         return dataset.EncodeEveryStep(sdxl, args.size)
     return dataset.encode_prompts(sdxl, list(dict.fromkeys(prompts)), args.size)
