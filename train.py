@@ -60,7 +60,8 @@ def run(args: Namespace, out: Path, page: Path | None) -> int:
     saved = outputs.open_state(args)
     memory.choose_memory_mode(args, sdxl)
     images = cli.count_of(outputs.samples_per_step(args), "image")
-    steps = f"{cli.count_of(args.steps, 'step')} of {images}"
+    ranks = f", {distributed.world()} ranks" if distributed.world() > 1 else ""
+    steps = f"{cli.count_of(args.steps, 'step')} of {images}{ranks}"
     cli.log(f"{cli.describe(sdxl, args)}: --method {args.method}, {steps}")
 
     with cli.suggest_when_out_of_memory(lambda: memory.suggest_flags(args, sdxl)):
