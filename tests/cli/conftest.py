@@ -1,12 +1,5 @@
-"""The fixtures of helpers.running, for every file here."""
+"""The fixtures of helpers.running and helpers.training, for every file here."""
 
 from helpers.checkpoints import vocabulary_read_once  # noqa: F401
-from helpers.running import (  # noqa: F401
-    drawn,
-    inserted,
-    lora_file,
-    pictures,
-    quick,
-    taught,
-    tiny,
-)
+from helpers.running import drawn, inserted, lora_file, pictures, quick, taught, tiny  # noqa: F401
+from helpers.training import stopped  # noqa: F401

@@ -5,8 +5,7 @@ import json
 import numpy as np
 import pytest
 import torch
-from helpers.checkpoints import vocabulary_read_once  # noqa: F401
-from helpers.running import call, contents, good, photos, picture, quick, taught, tiny  # noqa: F401
+from helpers.running import call, contents, good, photos, picture
 from PIL import Image
 
 import alchemy

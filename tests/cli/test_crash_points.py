@@ -12,8 +12,7 @@ from pathlib import Path
 
 import pytest
 import safetensors.torch
-from helpers.checkpoints import vocabulary_read_once  # noqa: F401
-from helpers.running import call, contents, good, photos, quick, tiny  # noqa: F401
+from helpers.running import call, contents, good, photos
 
 OPERATIONS = ("replace", "rename", "unlink", "rmdir", "mkdir", "fsync", "link")
 ALL = os.environ.get("ALCHEMY_CRASH_POINTS") == "all"

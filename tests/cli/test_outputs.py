@@ -95,17 +95,14 @@ def test_on_a_full_disk_the_file_is_named_and_no_part_of_it_stays(
     picture(32, 32).save("own.png")
     Image.fromarray(np.pad(np.full((16, 16), 255, dtype=np.uint8), 8)).save("mask.png")
     images = ("--image", "own.png", "--mask", "mask.png")
-    for run, folder, names in (
-        (lambda: drawn("--out", "s", "--count", 4), "s", [f"000{i}.png" for i in range(4)]),
-        (
-            lambda: inserted(*images, "--out", "i"),
-            "i",
-            ["result.png", "scene.png", "soft_mask.png", "mask.png"],
-        ),
+    masks = ["result.png", "scene.png", "soft_mask.png", "mask.png"]
+    for run, flags, folder, names in (
+        (drawn, ("--count", 4), "s", [f"000{i}.png" for i in range(4)]),
+        (inserted, images, "i", masks),
     ):
         with monkeypatch.context() as patch:
             patch.setattr(files.os, "fsync", FullDisk(after))
-            ended = run()
+            ended = run(*flags, "--out", folder)
         error = ended.err.splitlines()[-1]
         expected = f"{folder}/{names[after]}: could not be written (No space left on device)"
         assert ended.status == 2 and expected in error
@@ -145,7 +142,8 @@ def test_two_runs_of_sample_at_once_lose_no_image(tiny):
     runs = [start("sample.py", *flags, "--count", 6) for _ in range(2)]
     outputs = [run.communicate(timeout=300) for run in runs]
     assert [run.returncode for run in runs] == [0, 0], outputs
-    reported = [line.split("/")[1] for out, _ in outputs for line in out.splitlines()]
+    lines = "".join(out for out, _ in outputs).splitlines()
+    reported = [line.split("/")[1] for line in lines]
     assert len(set(reported)) == 12 and sorted(contents("out")) == sorted(reported)
     for name in reported:
         assert read_metadata(f"out/{name}")["seed"] == int(name[:4])
@@ -185,9 +183,8 @@ def make(folder):
 
 def test_the_lock_of_a_killed_process_is_released(tmp_path):
     code = "import time; from alchemy import files\n"
-    code += (
-        f"with files.lock_folder({str(tmp_path)!r}): print('locked', flush=True); time.sleep(60)"
-    )
+    code += f"with files.lock_folder({str(tmp_path)!r}):\n"
+    code += "    print('locked', flush=True); time.sleep(60)"
     holder = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, stdout=subprocess.PIPE)
     assert holder.stdout.readline() == b"locked\n"
     with pytest.raises(files.FolderInUseError), files.lock_folder(tmp_path):

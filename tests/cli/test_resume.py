@@ -6,9 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers.checkpoints import vocabulary_read_once  # noqa: F401
-from helpers.running import call, contents, good, photos, process, quick, refused, tiny  # noqa: F401
-from helpers.training import stopped  # noqa: F401
+from helpers.running import call, contents, good, photos, process, refused
 from safetensors import safe_open
 
 from alchemy import dataset, files

@@ -139,19 +139,19 @@ def test_defaults_are_the_same_as_given_and_are_written(pictures):
 
 
 def test_a_lora_changes_the_image_and_at_scale_0_no_bit_of_it(pictures, lora_file):
-    none, one, zero, half, both = (
-        pictures(PROMPT, *(flag for file in files for flag in ("--lora", f"{lora_file}{file}")))[0]
-        for files in ([], [""], [":0"], [":0.5"], [":0.5", ":0"])
-    )
+    images = []
+    for scales in ([], [""], [":0"], [":0.5"], [":0.5", ":0"]):
+        flags = [f"--lora={lora_file}{scale}" for scale in scales]
+        images += pictures(PROMPT, *flags)
+    none, one, zero, half, both = images
     assert same(none, zero) and not same(none, one) and not same(one, half) and same(both, half)
 
 
 def test_the_folder_of_a_run_is_a_lora(pictures, lora_file, tmp_path):
     (tmp_path / "run").mkdir()
     (tmp_path / "run/lora.safetensors").write_bytes(lora_file.read_bytes())
-    assert same(
-        pictures("a", "--lora", "run:0.5")[0], pictures("a", "--lora", f"{lora_file}:0.5")[0]
-    )
+    ours, theirs = (pictures("a", "--lora", f"{file}:0.5") for file in ("run", lora_file))
+    assert same(ours[0], theirs[0])
     (tmp_path / "empty").mkdir()
     refused(call("sample.py", "a", "--lora", "empty"), "--lora empty", "no lora.safetensors")
 

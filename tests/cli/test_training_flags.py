@@ -4,7 +4,7 @@ import json
 
 import pytest
 from helpers.checkpoints import refused
-from helpers.running import call, good, photos, quick, tiny  # noqa: F401
+from helpers.running import call, good, photos
 
 import train
 from alchemy.methods import flags, task
