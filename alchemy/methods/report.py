@@ -5,6 +5,8 @@ from argparse import Namespace
 from collections.abc import Iterator
 from pathlib import Path
 
+from PIL import Image
+
 from .. import cli
 from ..extras import distributed
 from ..extras.inspect import sheets
@@ -88,19 +90,18 @@ class Report:
             lora.parent.mkdir(exist_ok=True)
             save_lora(self.sdxl, lora, format=self.args.format)
 
-    def curve(self):
-        """The loss, and the scores of --validate, over the steps: a PIL image."""
+    def curve(self) -> Image.Image:
+        """The loss, and the scores of --validate, over the steps."""
         curve = sheets.curve(self.state.losses)
         return self.validation.draw(curve, self.state.step) if self.validation else curve
 
     def finish(self) -> None:
-        """Save the results; the state goes last, so that a run killed here can be resumed."""
+        """Save the results. The mark comes last, so that a run killed here can be resumed."""
         title, out = self.task.preview_prompts[0], self.out
         metadata = outputs.metadata_of(self.args, title)
         if self.validation:
             self.validation.log_best()
-        facts = {key: value for key, value in metadata.items() if key != "name"}
-        png.save(self.curve(), out / "loss.png", facts)
+        png.save(self.curve(), out / "loss.png", {k: v for k, v in metadata.items() if k != "name"})
         written = outputs.save_result(self.args, self.sdxl, metadata)
         names = ("preview.png", "loss.png", "log.csv", outputs.SETTINGS)
         written += [out / name for name in names if (out / name).exists()]
