@@ -41,11 +41,11 @@ from helpers.training import (
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-import train as train_script
 from alchemy import dataset, files
 from alchemy.extras import distributed
 from alchemy.formats import png
 from alchemy.methods import captions, textual_inversion
+from alchemy.methods.report import Report
 from alchemy.training import TrainState, denoising_loss, train
 
 
@@ -164,7 +164,7 @@ def test_only_rank_0_writes_and_previews_are_those_of_one_process(tiny, monkeypa
 @pytest.fixture
 def unfinished(monkeypatch):
     """The last state is kept, with its moments: they are sums of gradients."""
-    monkeypatch.setattr(train_script, "finish", lambda *_: None)
+    monkeypatch.setattr(Report, "finish", lambda self: None)
 
 
 @pytest.mark.parametrize("way", WAYS)
