@@ -136,16 +136,19 @@ def train_and_save(
     # Everything that was asked for can be done: earlier results may go.
     report.begin(parser())
 
-    def save_state() -> None:
-        if not distributed.rank():  # only rank 0 writes files
+    def save_state(replace: bool = True) -> None:
+        # Only rank 0 writes and removes files, and another may look too early: all decide.
+        if not distributed.all_reduce_max(replace or not path.exists()):
+            return
+        if not distributed.rank():
             batch = str(outputs.samples_per_step(args))
             state.save(path, {"kind": args.method, "batch": batch})
         distributed.barrier()
 
     # The state of a whole SDXL UNet has 31 GB.
     save_every = args.save_every or (None if args.method == "full" else 100)
-    if save_every and not path.exists():
-        save_state()  # from the beginning there is one to resume from
+    if save_every:
+        save_state(replace=False)  # from the beginning there is one to resume from
 
     # The loop is a generator of (step, loss).
     parameters = state.parameters.values()
@@ -175,8 +178,7 @@ def train_and_save(
                 if args.preview_every and (step % args.preview_every == 0 or step == args.steps):
                     report.add_previews()
         except FloatingPointError as error:
-            if not path.exists():  # an older one is better: the last steps led to this
-                save_state()
+            save_state(replace=False)  # an older one is better: the last steps led to this
             raise FloatingPointError(f"{error}; --resume continues from {path}") from None
 
     # Save the results.

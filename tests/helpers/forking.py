@@ -47,9 +47,9 @@ def forked(world, work):
     runs = []
     for rank, process in enumerate(processes):
         process.join(120)
-        process.kill()
         out, err = (Path(f".{rank}.{name}").read_text() for name in ("out", "err"))
         runs.append(Run(process.exitcode, out, err))
+        process.kill()
     return runs
 
 
