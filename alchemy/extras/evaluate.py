@@ -196,7 +196,8 @@ def format_table(rows: list[dict], columns: Iterable[str]) -> str:
         cells = [column, *map(shown, values)]
         width = max(map(len, cells))
         is_text = any(isinstance(value, str) for value in values)
-        padded.append([cell.ljust(width) if is_text else cell.rjust(width) for cell in cells])
+        pad = str.ljust if is_text else str.rjust
+        padded.append([pad(cell, width) for cell in cells])
     return "\n".join("  ".join(line).rstrip() for line in zip(*padded, strict=True))
 
 

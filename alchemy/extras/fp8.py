@@ -10,6 +10,7 @@ only W₈.
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd.function import FunctionCtx
 
 from ..lora import LoRALayer, LoRALinear
 
@@ -33,7 +34,9 @@ class Product(torch.autograd.Function):
     """W x + b that saves W₈ and s for the backward pass, not W. Neither is trained."""
 
     @staticmethod
-    def forward(ctx, x: Tensor, packed: Tensor, scale: Tensor, bias: Tensor | None) -> Tensor:
+    def forward(
+        ctx: FunctionCtx, x: Tensor, packed: Tensor, scale: Tensor, bias: Tensor | None
+    ) -> Tensor:
         ctx.save_for_backward(packed, scale)
         rows = x.numel() // x.shape[-1]
         # Scale the smaller of W (out, in) and the result (rows, out). A power of two commutes with
@@ -45,7 +48,7 @@ class Product(torch.autograd.Function):
         return F.linear(x, packed.to(x.dtype), bias) * scale
 
     @staticmethod
-    def backward(ctx, grad: Tensor) -> tuple[Tensor, None, None, None]:
+    def backward(ctx: FunctionCtx, grad: Tensor) -> tuple[Tensor, None, None, None]:
         return grad @ unpack(*ctx.saved_tensors, grad.dtype), None, None, None
 
 

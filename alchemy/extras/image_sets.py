@@ -127,7 +127,9 @@ def read_like(path: str, p: cli.Parser, args: argparse.Namespace) -> dict:
     return values
 
 
-def like_file(path: str, p: cli.Parser, args: argparse.Namespace, name: str, wanted) -> dict:
+def like_file(
+    path: str, p: cli.Parser, args: argparse.Namespace, name: str, wanted: object
+) -> dict:
     """The value of --like for a flag that names a file; see read_like."""
     given = getattr(args, name)
     if name == "lora" and [file for file, _ in given or ()] == [file for file, _ in wanted or ()]:

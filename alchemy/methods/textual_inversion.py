@@ -106,7 +106,8 @@ def build_prompts(token: str, style: bool) -> list[str]:
         raise ValueError(
             f"--token {token!r} is a word of the training prompts; choose another, like <my-dog>"
         )
-    return [template.format(token) for template in (STYLE if style else OBJECT)]
+    templates = STYLE if style else OBJECT
+    return [template.format(token) for template in templates]
 
 
 def start(sdxl: SDXL, token: str, init_word: str, vectors: int, prompts: list[str]) -> None:

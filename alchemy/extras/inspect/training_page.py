@@ -1,6 +1,5 @@
 """The page of train.py: loss, how far each layer has moved, previews."""
 
-import math
 from collections.abc import Iterable, Iterator
 from os import PathLike
 from pathlib import Path
@@ -90,7 +89,7 @@ def write_training_page(
             cells.append([label.partition(": ")[2], data_uri(image)])
         previews.append([step, cells])
     shown = {
-        "losses": [round(x, 5) if math.isfinite(x) else None for x in losses],
+        "losses": [round(x, 5) for x in losses],  # page.finite leaves out NaN
         "means": sheets.running_mean(losses),
         "recorded_steps": recorder.recorded_steps,
         "network": group_by_block(recorder.norms),
