@@ -71,6 +71,8 @@ def check_config(path: Path, config: dict[str, Any]) -> None:
             check(name, "must be a list")
         for number in value if isinstance(value, list) and name in PER_LEVEL else [value]:
             check(name, problem_of(number, *RANGES[name]))
+    if not isinstance(config.get("hidden_act", ""), str):
+        check("hidden_act", "must be a string")
     if "hidden_size" in config and config["hidden_size"] % config.get("num_attention_heads", 12):
         check("hidden_size", "must be a multiple of num_attention_heads")
     if config.get("beta_start", 0.0) > config.get("beta_end", 0.012):

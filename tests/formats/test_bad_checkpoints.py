@@ -283,6 +283,7 @@ def test_an_invalid_configuration_is_named(copy, file, content):
         ("vae/config.json", {"force_upcast": "yes"}, "must be true or false"),
         ("vae/config.json", {"latent_channels": 16}, "must be from 4 to 4"),
         ("text_encoder/config.json", {"num_attention_heads": 3}, "must be a multiple of"),
+        ("text_encoder/config.json", {"hidden_act": {}}, "must be a string"),
     ],
 )
 def test_a_value_that_cannot_be_is_named(copy, file, change, words):
