@@ -116,7 +116,8 @@ class TextModel(nn.Module):
         super().__init__()
         self.embeddings = Embeddings(cfg)
         self.encoder = nn.Module()
-        self.encoder.layers = nn.ModuleList([Layer(cfg) for _ in range(cfg.num_hidden_layers)])
+        layers = [Layer(cfg) for _ in range(cfg.num_hidden_layers)]
+        self.encoder.layers = nn.ModuleList(layers)
         self.final_layer_norm = nn.LayerNorm(cfg.hidden_size, eps=cfg.layer_norm_eps)
 
 
@@ -144,4 +145,5 @@ class TextEncoder(nn.Module):
         last = model.final_layer_norm(model.encoder.layers[-1](x))
         # The first EOS: the padding may be EOS too, and added tokens have higher ids than EOS.
         end = (ids == EOS).int().argmax(dim=1)
-        return x, self.text_projection(last[torch.arange(len(ids), device=ids.device), end])
+        rows = torch.arange(len(ids), device=ids.device)
+        return x, self.text_projection(last[rows, end])

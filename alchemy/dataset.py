@@ -16,6 +16,7 @@ from PIL import Image, ImageOps
 from torch import Tensor
 
 from . import images
+from .images import Size
 from .schedule import Schedule
 from .sdxl import SDXL, Conditioning, to_device
 
@@ -32,7 +33,7 @@ class TrainingImage:
     """
 
     views: tuple[View, ...]
-    original: tuple[int, int]
+    original: Size
     prompt: str | None
 
 
@@ -84,7 +85,7 @@ def concat(*batches: Batch) -> Batch:
 def encode_image(
     sdxl: SDXL,
     path: str | Path,
-    size: tuple[int, int],
+    size: Size,
     prompt: str | None,
     mirror: bool = False,
     mask: Image.Image | None = None,
@@ -119,11 +120,12 @@ def encode_view(sdxl: SDXL, photo: Image.Image, mask: Image.Image) -> View:
     pixels = images.to_tensor(photo.crop(box))
     mean, std = sdxl.vae.encode(pixels.to(sdxl.device))
     weights = images.mask_to_tensor(mask.crop(box))
-    return mean[0].cpu(), std[0].cpu(), F.avg_pool2d(weights[None], f)
+    loss_mask = F.avg_pool2d(weights[None], f)
+    return mean[0].cpu(), std[0].cpu(), loss_mask
 
 
 def encode_prompts(
-    sdxl: SDXL, prompts: Sequence[str], size: tuple[int, int]
+    sdxl: SDXL, prompts: Sequence[str], size: Size
 ) -> dict[str | None, Conditioning]:
     """{prompt: Conditioning of one} on the CPU, where thousands have room; None is included."""
     encoded = {}
@@ -137,7 +139,7 @@ class EncodeEveryStep:
     """encode[prompt] is its Conditioning, encoded anew each time: for runs that train a text
     encoder or its embeddings, so that gradients reach them."""
 
-    def __init__(self, sdxl: SDXL, size: tuple[int, int]):
+    def __init__(self, sdxl: SDXL, size: Size):
         self.sdxl = sdxl
         self.size = size
 
@@ -154,7 +156,7 @@ def generator(*numbers: int) -> torch.Generator:
 def get_sample(
     photos: Sequence[TrainingImage],
     schedule: Schedule,
-    size: tuple[int, int],
+    size: Size,
     factor: int,
     seed: int,
     step: int,
@@ -174,11 +176,12 @@ def get_sample(
 
     # Choose the view and the crop.
     view = photo.views[draw(len(photo.views))]
-    _, rows, columns = view[0].shape
+    _, height, width = view[0].shape
     h, w = size[0] // factor, size[1] // factor
-    top = draw(rows - h + 1)
-    left = draw(columns - w + 1)
-    mean, std, loss_mask = (part[None, :, top : top + h, left : left + w] for part in view)
+    top = draw(height - h + 1)
+    left = draw(width - w + 1)
+    rows, columns = slice(top, top + h), slice(left, left + w)
+    mean, std, loss_mask = (part[None, :, rows, columns] for part in view)
 
     # A fresh sample of the posterior each time, then the noise and the timestep.
     x_0 = mean + std * torch.randn(mean.shape, generator=rng)
@@ -193,7 +196,7 @@ def get_sample(
 def make_batcher(
     sdxl: SDXL,
     photos: Sequence[TrainingImage],
-    size: tuple[int, int],
+    size: Size,
     seed: int,
     batch_size: int,
     accumulation: int = 1,

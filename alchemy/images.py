@@ -9,6 +9,8 @@ import torch
 from PIL import Image, ImageOps
 from torch import Tensor
 
+Size = tuple[int, int]  # (height, width)
+ImageLike = Image.Image | str | PathLike  # an image, or the path of one
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff")
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "TIFF")
 MAX_PIXELS = 100_000_000  # a small file can unpack to gigabytes
@@ -64,7 +66,7 @@ def flatten(image: Image.Image, mode: str) -> Image.Image:
     return image.convert(mode)
 
 
-def as_image(image: Image.Image | str | PathLike) -> Image.Image:
+def as_image(image: ImageLike) -> Image.Image:
     """An image or the path of one as an RGB image. Raises ValueError for anything else."""
     if isinstance(image, (str, PathLike)):
         return read(image)
@@ -76,7 +78,7 @@ def as_image(image: Image.Image | str | PathLike) -> Image.Image:
     return image if image.mode == "RGB" else flatten(image, "RGB")
 
 
-def as_mask(mask: Tensor | Image.Image | str | PathLike, size: tuple[int, int]) -> Tensor:
+def as_mask(mask: Tensor | ImageLike, size: Size) -> Tensor:
     """A tensor, image or path as a mask (H,W) float32 in [0,1]. Raises ValueError if not of size.
 
     White, or 1, is where something may change.

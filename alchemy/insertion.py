@@ -9,7 +9,6 @@ The rest of the scene stays bit-identical.
 import re
 import secrets
 from dataclasses import dataclass, replace
-from os import PathLike
 from typing import Any, NamedTuple
 
 import torch
@@ -18,6 +17,7 @@ from PIL import Image
 from torch import Tensor
 
 from . import images, lora, pipeline
+from .images import ImageLike, Size
 from .pipeline import Progress
 from .samplers import Sampler
 from .sdxl import SDXL, Conditioning
@@ -52,7 +52,7 @@ class Box(NamedTuple):
         return cls(top, left, rows[-1] + 1 - top, columns[-1] + 1 - left)
 
     @property
-    def size(self) -> tuple[int, int]:
+    def size(self) -> Size:
         return self.height, self.width
 
     @property
@@ -128,7 +128,7 @@ def composite_weight(mask: Tensor, box: Box, fade: int | None) -> Tensor:
     return feather(in_box, fade)
 
 
-def crop_box(sdxl: SDXL, mask: Tensor, crop: bool) -> tuple[Box, tuple[int, int]]:
+def crop_box(sdxl: SDXL, mask: Tensor, crop: bool) -> tuple[Box, Size]:
     """The part of an image that stage 2 works on, and the size (H,W) that it is generated at.
 
     mask: (H,W), what may change. With crop, the part is the mask with half its size again on each
@@ -142,10 +142,11 @@ def crop_box(sdxl: SDXL, mask: Tensor, crop: bool) -> tuple[Box, tuple[int, int]
         height = min(max(2 * subject.height, least), rows)
         width = min(max(2 * subject.width, least), columns)
         height, width = max(height, width // 2), max(width, height // 2)
-    size = model_resolution(sdxl, (min(height, rows), min(width, columns)))
+        height, width = min(height, rows), min(width, columns)
+    size = model_resolution(sdxl, (height, width))
 
     # The smallest part of this aspect ratio that covers it, or the largest in the image.
-    cover = max(min(height, rows) / size[0], min(width, columns) / size[1])
+    cover = max(height / size[0], width / size[1])
     scale = min(cover, rows / size[0], columns / size[1])
     height = min(round(size[0] * scale), rows)
     width = min(round(size[1] * scale), columns)
@@ -164,7 +165,7 @@ def generate_scene(
     class_word: str,
     encoded: tuple[Conditioning, Conditioning],
     seed: int,
-    size: tuple[int, int],
+    size: Size,
     progress: Progress | None = None,
     **options: Any,
 ) -> tuple[Image.Image, Tensor]:
@@ -231,10 +232,10 @@ def insert(
     class_word: str,
     token: str,
     *,
-    image: Image.Image | str | PathLike | None = None,
-    mask: Tensor | Image.Image | str | PathLike | None = None,
+    image: ImageLike | None = None,
+    mask: Tensor | ImageLike | None = None,
     seed: int | None = 0,
-    size: int | tuple[int, int] | None = None,
+    size: int | Size | None = None,
     strength: float | None = None,
     threshold: float | None = None,
     dilate: float | None = None,

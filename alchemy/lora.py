@@ -144,7 +144,8 @@ def add_adapter(
     if layer.base_weight is not None:
         raise ValueError("adapters are merged; unmerge before another one is added")
     device = layer.weight.device
-    layer.lora[name] = Adapter(down.to(device), up.to(device), alpha, scale)
+    adapter = Adapter(down.to(device), up.to(device), alpha, scale)
+    layer.lora[name] = adapter
 
 
 def add_lora(

@@ -2,7 +2,6 @@
 
 import secrets
 from collections.abc import Callable, Iterable
-from os import PathLike
 from typing import Any
 
 import torch
@@ -11,6 +10,7 @@ from PIL import Image, ImageOps
 from torch import Tensor
 
 from . import images
+from .images import ImageLike, Size
 from .samplers import Sampler
 from .sampling import Hook, Step, denoise, generators, keep_background, noise
 from .sdxl import SDXL, Conditioning
@@ -32,7 +32,7 @@ def resolve_options(sdxl: SDXL, **options: Any) -> dict[str, Any]:
     return chosen
 
 
-def resolve_size(sdxl: SDXL, size: int | tuple[int, int] | None) -> tuple[int, int]:
+def resolve_size(sdxl: SDXL, size: int | Size | None) -> Size:
     """A size as (H, W): one number is a square, None what the checkpoint was trained at."""
     if size is None:
         return sdxl.size
@@ -40,7 +40,7 @@ def resolve_size(sdxl: SDXL, size: int | tuple[int, int] | None) -> tuple[int, i
 
 
 def encode_pair(
-    sdxl: SDXL, prompt: str, negative_prompt: str | None, size: tuple[int, int]
+    sdxl: SDXL, prompt: str, negative_prompt: str | None, size: Size
 ) -> tuple[Conditioning, Conditioning]:
     """The conditioning of one prompt, and of the prompt that guidance leads away from."""
     if not isinstance(prompt, str):
@@ -54,7 +54,7 @@ def sample(
     conditioning: Conditioning,
     unconditional: Conditioning | None,
     seed: int | None,
-    size: tuple[int, int],
+    size: Size,
     *,
     image: Image.Image | None = None,
     mask: Tensor | None = None,
@@ -102,7 +102,7 @@ def sample(
     return images.to_image(sdxl.vae.decode(last.x_prev)[0])
 
 
-def check_size(size: tuple[int, int], factor: int) -> None:
+def check_size(size: Size, factor: int) -> None:
     """Raise ValueError for a size (H, W) at which no image can be generated."""
     height, width = size
     if min(size) < factor or height % factor or width % factor:
@@ -121,7 +121,7 @@ def text_to_image(
     sdxl: SDXL,
     prompt: str,
     *,
-    size: int | tuple[int, int] | None = None,
+    size: int | Size | None = None,
     seed: int | None = 0,
     negative_prompt: str | None = None,
     sampler: str | Sampler | None = None,
@@ -154,10 +154,10 @@ def text_to_image(
 def image_to_image(
     sdxl: SDXL,
     prompt: str,
-    image: Image.Image | str | PathLike,
+    image: ImageLike,
     *,
     strength: float | None = None,
-    mask: Tensor | Image.Image | str | PathLike | None = None,
+    mask: Tensor | ImageLike | None = None,
     seed: int | None = 0,
     negative_prompt: str | None = None,
     sampler: str | Sampler | None = None,

@@ -78,7 +78,8 @@ def dpmpp_2m_step(step: Step, previous: Step | None, eta: float, randn: Randn) -
     x_0 = step.x_0 + (step.x_0 - previous.x_0) * (then - now) / (now - before) / 2
 
     # The ε that belongs to this x_0.
-    eps = (step.x_t - step.alpha_bar**0.5 * x_0) / (1 - step.alpha_bar) ** 0.5
+    noise = step.x_t - step.alpha_bar**0.5 * x_0
+    eps = noise / (1 - step.alpha_bar) ** 0.5
     sigma = ddim_sigma(step.alpha_bar, step.alpha_bar_prev, eta)
     return renoise(x_0, eps, step.alpha_bar_prev, sigma, randn)
 

@@ -162,7 +162,9 @@ class Schedule:
         ab = self.alpha_bar[t.cpu()].view(-1, 1, 1, 1)
         a = ab.sqrt().to(like.dtype)  # the root in float64, then cast
         s = (1 - ab).sqrt().to(like.dtype)
-        return a.to(like.device, non_blocking=True), s.to(like.device, non_blocking=True)
+        a = a.to(like.device, non_blocking=True)
+        s = s.to(like.device, non_blocking=True)
+        return a, s
 
     def snr(self, t: Tensor) -> Tensor:
         """ᾱ/(1−ᾱ) (B,) float64 at integer timesteps t (B,)."""

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from . import defaults
+from .images import Size
 from .lora import layers
 from .schedule import Schedule
 from .tokenizer import Tokenizer
@@ -36,9 +37,9 @@ class Conditioning:
 
     def at_size(
         self,
-        size: tuple[int, int],
-        original: tuple[int, int] | None = None,
-        crop: tuple[int, int] = (0, 0),
+        size: Size,
+        original: Size | None = None,
+        crop: Size = (0, 0),
     ) -> "Conditioning":
         """The same prompts for an image of another size (H, W).
 
@@ -47,7 +48,8 @@ class Conditioning:
         """
         # Height before width, original before crop before target; bfloat16 would round them.
         time_ids = torch.tensor([[*(original or size), *crop, *size]], dtype=torch.float32)
-        time_ids = to_device(time_ids, self.context.device).expand(len(self.context), -1)
+        time_ids = to_device(time_ids, self.context.device)
+        time_ids = time_ids.expand(len(self.context), -1)
         return replace(self, time_ids=time_ids)
 
 
@@ -149,13 +151,13 @@ class SDXL:
         return 2 ** (len(self.configs["vae"].block_out_channels) - 1)
 
     @property
-    def size(self) -> tuple[int, int]:
+    def size(self) -> Size:
         """(H, W) in pixels that the checkpoint was trained to generate."""
         side = self.configs["unet"].sample_size * self.vae_scale_factor
         return side, side
 
     def encode_prompt(
-        self, prompts: Sequence[str | None], size: tuple[int, int] | None = None
+        self, prompts: Sequence[str | None], size: Size | None = None
     ) -> Conditioning:
         """B prompts to Conditioning, on the device, for images of size (H, W) in pixels.
 
@@ -180,7 +182,8 @@ class SDXL:
         # Zeros for None.
         keep = [prompt is not None or not self.zeros_for_none for prompt in prompts]
         keep = to_device(torch.tensor(keep), self.device)
-        context = torch.cat([first, second], dim=-1) * keep[:, None, None]  # (B, 77, 768 + 1280)
+        context = torch.cat([first, second], dim=-1)  # (B, 77, 768 + 1280)
+        context = context * keep[:, None, None]
         no_size = torch.zeros(len(prompts), 6)
         conditioning = Conditioning(context, pooled * keep[:, None], no_size)
         return conditioning.at_size(size or self.size)

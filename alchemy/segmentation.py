@@ -11,7 +11,6 @@ import math
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack
-from os import PathLike
 
 import torch
 import torch.nn.functional as F
@@ -19,6 +18,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from . import attention, images, sampling
+from .images import ImageLike, Size
 from .sampling import Step
 from .sdxl import SDXL, Conditioning
 
@@ -58,7 +58,7 @@ class AttentionMaps:
         self,
         unet: nn.Module,
         positions: Sequence[int],
-        latent_size: tuple[int, int],
+        latent_size: Size,
         timesteps: int = 1000,
         window: tuple[float, float] = (0.0, 1.0),
     ):
@@ -67,11 +67,11 @@ class AttentionMaps:
         self.latent_size = latent_size
         self.first_t = window[0] * timesteps
         self.last_t = window[1] * timesteps
-        self.cross: dict[tuple[int, int], tuple[Tensor, int]] = {}
-        self.self_attn: dict[tuple[int, int], tuple[Tensor, int]] = {}
+        self.cross: dict[Size, tuple[Tensor, int]] = {}
+        self.self_attn: dict[Size, tuple[Tensor, int]] = {}
         self.pending: list[tuple[str, Tensor]] = []
 
-    def layer_size(self, name: str) -> tuple[int, int]:
+    def layer_size(self, name: str) -> Size:
         """(h, w) of a layer: the latents' sides, halved and rounded up at each level down."""
         block, index = name.split(".")[:2]
         level = len(self.unet.down_blocks) - 1  # of the mid block
@@ -172,7 +172,7 @@ class AttentionMaps:
         return heat
 
 
-def resize(x: Tensor, size: tuple[int, int], mode: str) -> Tensor:
+def resize(x: Tensor, size: Size, mode: str) -> Tensor:
     """x (h, w) interpolated to size (H, W)."""
     align_corners = None if mode in ("area", "nearest") else False
     return F.interpolate(x[None, None], size, mode=mode, align_corners=align_corners)[0, 0]
@@ -238,7 +238,7 @@ def to_pixels(heat: Tensor, image: Image.Image) -> Tensor:
 @torch.no_grad()
 def segment(
     sdxl: SDXL,
-    image: Image.Image | str | PathLike,
+    image: ImageLike,
     word: str,
     *,
     prompt: str | None = None,
@@ -280,7 +280,7 @@ def segment(
     return to_pixels(maps.heatmap(walk_iterations), image)
 
 
-def model_resolution(sdxl: SDXL, size: tuple[int, int]) -> tuple[int, int]:
+def model_resolution(sdxl: SDXL, size: Size) -> Size:
     """The size (H, W) to generate at for an image of `size`.
 
     About the area that the checkpoint was trained at, in the aspect ratio of size, both sides

@@ -257,8 +257,10 @@ class Tokenizer:
 
     def decode(self, ids: Iterable[int]) -> str:
         """The text of some ids, in lower case; words are separated by one blank."""
-        symbols = "".join(self.id_to_token[i] for i in ids).replace("</w>", BYTE_TO_SYMBOL[32])
-        return bytes(SYMBOL_TO_BYTE[s] for s in symbols).decode("utf-8", "replace").strip()
+        symbols = "".join(self.id_to_token[i] for i in ids)
+        symbols = symbols.replace("</w>", BYTE_TO_SYMBOL[32])
+        data = bytes(SYMBOL_TO_BYTE[symbol] for symbol in symbols)
+        return data.decode("utf-8", "replace").strip()
 
     def words(self, text: str) -> list[Word]:
         """The words of a text; a special token is a word of its own."""

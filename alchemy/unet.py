@@ -234,7 +234,12 @@ class UNet(nn.Module):
         return x.to(latents.dtype)
 
     def embed(
-        self, batch: int, t: Tensor | float, pooled: Tensor, time_ids: Tensor, dtype: torch.dtype
+        self,
+        batch: int,
+        t: Tensor | float,
+        pooled: Tensor,
+        time_ids: Tensor,
+        dtype: torch.dtype,
     ) -> Tensor:
         """The sum (B, 4 C) of the embeddings of the timestep and of (pooled, time_ids)."""
         device = pooled.device
@@ -244,7 +249,8 @@ class UNet(nn.Module):
         times = timestep_embedding(t, self.conv_in.out_channels)
         sizes = timestep_embedding(time_ids.flatten(), self.config.addition_time_embed_dim)
         sizes = sizes.view(batch, -1)  # (B, 6 · 256)
-        added = torch.cat([pooled.to(dtype), sizes.to(dtype)], dim=-1)  # pooled first
+        pooled, sizes = pooled.to(dtype), sizes.to(dtype)
+        added = torch.cat([pooled, sizes], dim=-1)  # pooled first
         return self.time_embedding(times.to(dtype)) + self.add_embedding(added)
 
     def run(self, layer: nn.Module, *inputs: Tensor) -> Tensor:

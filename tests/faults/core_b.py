@@ -193,8 +193,8 @@ FAULTS = {
         ),
         (
             "sizes before pooled",
-            "torch.cat([pooled.to(dtype), sizes.to(dtype)], dim=-1)",
-            "torch.cat([sizes.to(dtype), pooled.to(dtype)], dim=-1)",
+            "torch.cat([pooled, sizes], dim=-1)",
+            "torch.cat([sizes, pooled], dim=-1)",
         ),
         (
             "skip before input",
