@@ -24,8 +24,9 @@ from alchemy.methods import flags, outputs
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from alchemy.methods.report import Report
     from alchemy.sdxl import SDXL
-    from alchemy.training import GetLoss, TrainingTask, TrainState
+    from alchemy.training import GetLoss
 
 
 def parser() -> cli.Parser:
@@ -51,6 +52,7 @@ def run(args: Namespace, out: Path, page: Path | None) -> int:
     """The whole of it; returns the number of the signal that stopped the run, or 0."""
     from alchemy.extras import memory
     from alchemy.methods import preview
+    from alchemy.methods.report import Report
     from alchemy.methods.task import encode_every_step, list_examples, prepare
     from alchemy.training import TrainState, loss
 
@@ -90,7 +92,7 @@ def run(args: Namespace, out: Path, page: Path | None) -> int:
             cli.log_written(out / "check.png")
             stopped = 0
         else:
-            stopped = train_and_save(args, out, page, sdxl, task, state, get_loss)
+            stopped = train_and_save(Report(args, out, page, sdxl, task, state), get_loss)
     memory.log_peak(sdxl)
     return stopped
 
@@ -116,25 +118,15 @@ def trainable_parameters(args: Namespace, sdxl: "SDXL") -> dict[str, "Tensor"]:
     return {name: p for name, p in sdxl.unet.named_parameters() if ".lora." in name}
 
 
-def train_and_save(
-    args: Namespace,
-    out: Path,
-    page: Path | None,
-    sdxl: "SDXL",
-    task: "TrainingTask",
-    state: "TrainState",
-    get_loss: "GetLoss",
-) -> int:
+def train_and_save(report: "Report", get_loss: "GetLoss") -> int:
     """All steps, with previews and saved states, then the results. Returns the number of the
     signal that stopped it, or 0."""
     from alchemy.extras.compile import report_compile_time
-    from alchemy.methods.report import Report
     from alchemy.training import StopSignal, train
 
-    path = out / outputs.STATE
-    report = Report(args, out, page, sdxl, task, state)
     # Everything that was asked for can be done: earlier results may go.
     report.begin(parser())
+    args, sdxl, state, path = report.args, report.sdxl, report.state, report.out / outputs.STATE
 
     def save_state(replace: bool = True) -> None:
         # Only rank 0 writes and removes files, and another may look too early: all decide.

@@ -97,8 +97,12 @@ class Parser(argparse.ArgumentParser):
         raise ValueError(f"{message}{self.hint(message)} (--help shows every flag)")
 
     def hint(self, message: str) -> str:
-        """The name here of the first flag that argparse did not recognize, if it is known."""
+        """The name here of a flag or sampler that argparse did not recognize, if it is known."""
         match = re.match(r"unrecognized arguments: .*?--?([\w-]+)", message)
+        choice = re.search(r"invalid choice: '(.*?)'", message)
+        if choice:
+            name = name_here(choice[1].lower().replace(" ", "_"), OTHER_SAMPLERS)
+            return f"; here it is {name}" if name else ""
         if not match:
             return ""
         name, known = match[1].lower().replace("_", "-"), self._option_string_actions
@@ -265,15 +269,6 @@ def scaled_file(text: str) -> tuple[str, float | None]:
     return path, scale
 
 
-def sampler(text: str) -> str:
-    """The name of a sampler; the names of other tools get a hint."""
-    if text in SAMPLERS:
-        return text
-    name = name_here(text.lower().replace(" ", "_"), OTHER_SAMPLERS)
-    hint = f"; here it is {name}" if name else ""
-    raise argparse.ArgumentTypeError(f"{quoted(text)} is not one of {', '.join(SAMPLERS)}{hint}")
-
-
 # Flag groups
 
 
@@ -317,7 +312,7 @@ def add_sampling(p: Parser) -> None:
     text = "what guidance leads away from (default: zeros, as SDXL was trained)"
     add("--negative-prompt", text, metavar="TEXT")
     text = by_checkpoint("sampler", ", ".join(SAMPLERS))
-    add("--sampler", text, type=sampler, metavar="NAME")
+    add("--sampler", text, choices=tuple(SAMPLERS), metavar="NAME")
     spacings = ("leading", "trailing", "linspace")
     text = "of the sampler's timesteps (default: the checkpoint's; lcm has its own)"
     add("--timestep-spacing", text, dest="spacing", choices=spacings)

@@ -60,8 +60,7 @@ def add_subject(p: cli.Parser) -> None:
     add("--token", text, metavar="WORD")
     text = 'prompt of each photo, {} is token and class word (default: "a photo of a {}")'
     add("--caption", text, default="a photo of a {}", metavar="TEXT")
-    text = "the images have captions of their own; there is no subject and no class"
-    add("--captions", text, action="store_true")
+    add("--captions", "the images have captions; there is no class word", action="store_true")
     text = "train on a part of each photo: its alpha channel, the class word's region, or masks "
     text += "with the photos' names (default: all of it)"
     add("--mask", text, metavar="alpha|segment|FOLDER")
@@ -87,32 +86,26 @@ def add_training(p: cli.Parser) -> None:
     add("--learning-rate", text, type=cli.POSITIVE, metavar="X")
     text = "learning rate after the warm-up, cosine ends at 0 (default: constant)"
     add("--schedule", text, default="constant", choices=("constant", "cosine"))
-    text = "steps over which the learning rate rises (default: 0)"
-    add("--warmup", text, type=cli.WHOLE, default=0, metavar="N")
+    add("--warmup", "steps of rising rate (default: 0)", type=cli.WHOLE, default=0, metavar="N")
     add("--batch", cli.by_checkpoint("batch", "photos per batch"), type=cli.COUNT, metavar="N")
-    text = "batches per optimizer step (default: 1)"
-    add("--accumulation", text, type=cli.COUNT, default=1, metavar="N")
+    add("--accumulation", "batches per step (default: 1)", type=cli.COUNT, default=1, metavar="N")
     add("--size", cli.by_checkpoint("size", "pixels"), type=cli.size, metavar="N|WxH")
     text = cli.by_checkpoint("rank", "of the LoRA")
     add("--rank", text, type=cli.number(int, 1, 4096), metavar="N")
-    text = "the LoRA is scaled by alpha/rank (default: rank)"
-    add("--alpha", text, type=cli.POSITIVE, metavar="X")
+    add("--alpha", "scales the LoRA by alpha/rank (default: rank)", type=cli.POSITIVE, metavar="X")
     add("--init-lora", "continue training this LoRA (default: a new one)", metavar="FILE")
-    text = "with --method full: train both text encoders too"
-    add("--text-encoders", text, action="store_true")
+    add("--text-encoders", "with --method full: train both encoders too", action="store_true")
     text = "weight of prior preservation, which keeps the class word; 0 is none (default: 1)"
     add("--prior-weight", text, type=cli.WEIGHT, default=1.0, metavar="X")
     text = "prior preservation with N class images, generated first, instead of the model's own "
     text += "prediction (default: 0; 100 with --method full)"
     add("--class-images", text, type=cli.WHOLE, metavar="N")
-    text = "where they are kept, to be used again (default: class/ in --out)"
-    add("--class-folder", text, metavar="FOLDER")
+    add("--class-folder", "where they are kept (default: class/ in --out)", metavar="FOLDER")
     text = "share of captions that are dropped, with --captions (default: 0.1)"
     add("--caption-dropout", text, type=cli.SHARE, default=0.1, metavar="X")
     text = "vectors of the new token in each text encoder (default: 2)"
     add("--vectors", text, type=cli.number(int, 1, 75), default=2, metavar="N")
-    text = "word that the new token starts from (default: the class word)"
-    add("--init-word", text, metavar="WORD")
+    add("--init-word", "the new token starts from it (default: the class word)", metavar="WORD")
     add("--style", "the new token is a style, not an object", action="store_true")
     text = "min-SNR weighting of the loss; 0 is none (default: 5)"
     add("--snr-gamma", text, type=cli.WEIGHT, default=5.0, metavar="X")
@@ -120,14 +113,12 @@ def add_training(p: cli.Parser) -> None:
     add("--mirror", text, action=cli.BooleanOptionalAction, default=False)
     text = "less memory, a third more time (default: by free GPU memory; on a CPU for SDXL)"
     add("--checkpointing", text, action=cli.BooleanOptionalAction)
-    text = "of crops, noise and timesteps; -1 draws one (default: 0)"
-    add("--seed", text, type=cli.SEED, default=0, metavar="N")
+    add("--seed", "-1 draws one (default: 0)", type=cli.SEED, default=0, metavar="N")
 
 
 def add_files(p: cli.Parser) -> None:
     add = p.group("files")
-    text = "look at the photos, write check.png, time one step, and stop"
-    add("--check", text, action="store_true")
+    add("--check", "look at the photos, write check.png, time a step, stop", action="store_true")
     text = "key names in lora.safetensors (default: kohya, which all tools read)"
     add("--format", text, default="kohya", choices=("kohya", "diffusers", "peft"))
     text = "steps between previews; 0 is none (default: a quarter of the steps)"

@@ -3,6 +3,7 @@
 import time
 from argparse import Namespace
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 from PIL import Image
@@ -19,31 +20,29 @@ from . import outputs
 from .preview import preview
 
 
+@dataclass
 class Report:
     """Follows a run and writes its files, all but the state; rank 0 alone does."""
 
-    def __init__(
-        self,
-        args: Namespace,
-        out: Path,
-        page: Path | None,
-        sdxl: SDXL,
-        task: TrainingTask,
-        state: TrainState,
-    ):
-        self.args, self.out, self.page = args, out, page
-        self.sdxl, self.task, self.state = sdxl, task, state
+    args: Namespace
+    out: Path
+    page: Path | None
+    sdxl: SDXL
+    task: TrainingTask
+    state: TrainState
+
+    def __post_init__(self):
         self.is_main = not distributed.rank()
         self.rows, self.log = [], None
         self.recorder = self.validation = None
-        if page:
+        if self.page:
             from ..extras.inspect.training_page import TrainingRecorder
 
-            self.recorder = TrainingRecorder(sdxl, args.steps, state.step)
-        if args.validate and self.is_main:
+            self.recorder = TrainingRecorder(self.sdxl, self.args.steps, self.state.step)
+        if self.args.validate and self.is_main:
             from ..extras.validation import Validation
 
-            self.validation = Validation.create(args, sdxl, out)
+            self.validation = Validation.create(self.args, self.sdxl, self.out)
 
     def begin(self, p: cli.Parser) -> None:
         """Remove the results of an earlier run, and write the settings of this one."""

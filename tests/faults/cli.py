@@ -15,7 +15,7 @@ FAULTS = {
         ("NaN is a number", " or value != value", ""),
         ("a scale may be infinite", "if not abs(scale) <= 1e6:", "if False:"),
         ("other tools' flags give no hint", "name_here(name, OTHER_TOOLS)", '""'),
-        ("other tools' samplers give no hint", "hint = f", 'hint = "" and f'),
+        ("other tools' samplers give no hint", 'here it is {name}" if name', '" if name'),
         (
             "a switch takes any JSON",
             "action.nargs == 0 and type(value) is bool",
