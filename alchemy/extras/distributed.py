@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, nullcontext, suppress
 from datetime import timedelta
 from functools import cache
-from typing import TYPE_CHECKING, TextIO
+from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -20,6 +20,10 @@ if TYPE_CHECKING:
 GRADIENT_TIMEOUT = timedelta(minutes=10)  # a process that ends is noticed at once
 CONTROL_TIMEOUT = timedelta(days=7)  # a rank may still be generating images or writing gigabytes
 RANK_0_FIRST = timedelta(seconds=10)  # how long rank 0 has to report an error that all ranks met
+LOST_RANK = (
+    "error: another rank has ended or cannot be reached; torchrun reports which. Images and the "
+    "last state are kept: go on with train.py --resume, or the same sample.py --prompts"
+)
 
 
 def launched() -> bool:
@@ -139,14 +143,18 @@ def rank_zero_output() -> Iterator[None]:
     if not launched():
         yield
         return
+    from torch import distributed
+
     stderr = sys.stderr
     sys.stderr = stderr if rank() == 0 else io.StringIO()
     try:
-        join_or_exit()
+        try:
+            join()
+        except ValueError as error:
+            print(f"error: {error}", file=sys.stderr, flush=True)
+            sys.exit(2)
         yield
         barrier()  # rank 0 may still be writing; an earlier end would look like a failure to it
-        from torch import distributed
-
         distributed.destroy_process_group()
     except SystemExit as end:
         if end.code and is_first_to_report() and rank() != 0:
@@ -154,40 +162,13 @@ def rank_zero_output() -> Iterator[None]:
             print(f"rank {rank()}: {message}", file=stderr, flush=True)
         raise
     except RuntimeError as error:
-        if not is_lost_connection(error):
+        if not isinstance(error, distributed.DistError) and "gloo" not in str(error):
             raise
-        report_lost_rank(error, stderr)
+        if is_first_to_report():
+            print(LOST_RANK, file=stderr, flush=True)
         os._exit(2)  # an orderly end would wait for the rank that is gone
     finally:
         sys.stderr = stderr
-
-
-def join_or_exit() -> None:
-    try:
-        join()
-    except ValueError as error:
-        print(f"error: {error}", file=sys.stderr, flush=True)
-        sys.exit(2)
-
-
-def is_lost_connection(error: RuntimeError) -> bool:
-    """Whether torch.distributed raised the error because another rank has ended."""
-    from torch import distributed
-
-    return isinstance(error, distributed.DistError) or "gloo" in str(error)
-
-
-def report_lost_rank(error: RuntimeError, stderr: TextIO) -> None:
-    if not is_first_to_report():
-        return
-    # Leave out gloo's source location and its advice.
-    reason = str(error).split("] ", 1)[-1].split(". ")[0].splitlines()[0]
-    message = (
-        f"error: another rank has ended or cannot be reached ({reason}); torchrun reports which. "
-        "Images and the last state are kept: go on with train.py --resume, or the same sample.py "
-        "--prompts"
-    )
-    print(message, file=stderr, flush=True)
 
 
 def is_first_to_report() -> bool:
