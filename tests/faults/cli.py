@@ -10,7 +10,7 @@ FAULTS = {
             "    return height, width\n",
             "    return width, height\n",
         ),
-        ("any size is taken", "1 <= width <= MAX_SIDE and 1", "1 <= width and 1"),
+        ("any size is taken", "<= MAX_SIDE and 1 <= height <= MAX_SIDE", "and 1 <= height"),
         ("low itself is above low", "value <= low if above", "value < low if above"),
         ("NaN is a number", " or value != value", ""),
         ("a scale may be infinite", "if not abs(scale) <= 1e6:", "if False:"),
