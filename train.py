@@ -51,9 +51,8 @@ def main(argv: list[str] | None = None) -> None:
 def run(args: Namespace, out: Path, page: Path | None) -> int:
     """The whole of it; returns the number of the signal that stopped the run, or 0."""
     from alchemy.extras import memory
-    from alchemy.methods import preview
+    from alchemy.methods import task as tasks
     from alchemy.methods.report import Report
-    from alchemy.methods.task import encode_every_step, list_examples, prepare
     from alchemy.training import TrainState, loss
 
     # Load the checkpoint; networks are read on first use.
@@ -68,10 +67,10 @@ def run(args: Namespace, out: Path, page: Path | None) -> int:
 
     with cli.suggest_when_out_of_memory(lambda: memory.suggest_flags(args, sdxl)):
         # Encode photos and prompts once, then free the encoders.
-        examples = list_examples(args)
-        preview.inspect_photos(args, sdxl, list(dict.fromkeys(examples)), out)
-        task = prepare(args, sdxl, examples, out)
-        if not encode_every_step(args):
+        examples = tasks.list_examples(args)
+        tasks.inspect_photos(args, sdxl, list(dict.fromkeys(examples)), out)
+        task = tasks.prepare(args, sdxl, examples, out)
+        if not tasks.encode_every_step(args):
             sdxl.free("text_encoders")
         sdxl.free("vae")
 
@@ -88,7 +87,7 @@ def run(args: Namespace, out: Path, page: Path | None) -> int:
         if saved:
             outputs.restore(args, state, saved)
         if args.check:
-            preview.time_step(args, sdxl, state, get_loss)
+            tasks.time_step(args, sdxl, state, get_loss)
             cli.log_written(out / "check.png")
             stopped = 0
         else:

@@ -6,18 +6,22 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
+import torch
 from PIL import Image
 
-from .. import cli
+from .. import cli, pipeline
 from ..extras import distributed
 from ..extras.inspect import sheets
+from ..extras.optimizations import cached_steps
 from ..files import free_path, save_json
 from ..formats import png
 from ..formats.lora import save_lora
-from ..sdxl import SDXL
+from ..sdxl import SDXL, Conditioning
 from ..training import TrainingTask, TrainState
 from . import outputs
-from .preview import preview
+
+Row = list[tuple[str, Image.Image]]
 
 
 @dataclass
@@ -114,3 +118,49 @@ class Report:
         outputs.mark_finished(self.args)
         sheet = out / "preview.png"
         cli.log_written(*written, main=sheet if sheet.exists() else out / "loss.png")
+
+
+@torch.no_grad()
+def preview(args: Namespace, sdxl: SDXL, task: TrainingTask, step: int) -> Row:
+    """(label, image) of each preview prompt, always of the same seeds; the ranks share the work.
+
+    Computed in the training dtype. Raises FloatingPointError where an image is not finite.
+    """
+
+    def encoded(prompt):
+        parts = task.prompts[prompt].parts()
+        return Conditioning(*(part.to(sdxl.device) for part in parts))
+
+    prompts, (height, width) = task.preview_prompts, args.size
+    options = {name: sdxl.defaults[name] for name in ("sampler", "steps", "guidance")}
+    pixels = torch.zeros(len(prompts), height, width, 3, dtype=torch.uint8)
+    failure = None
+    lower = torch.autocast(
+        sdxl.device.type, sdxl.dtype, enabled=args.method == "full" and sdxl.dtype != torch.float32
+    )
+
+    def follow(steps):
+        with lower:  # the UNet alone: the VAE may need float32
+            yield from cached_steps(sdxl.unet, steps)
+
+    try:
+        for index in range(len(prompts))[distributed.rank_slice()]:
+            cond, uncond = encoded(prompts[index]), encoded(None)
+            image = pipeline.sample(
+                sdxl, cond, uncond, args.seed, args.size, progress=follow, **options
+            )
+            pixels[index] = torch.from_numpy(np.array(image))
+    except FloatingPointError as error:
+        failure = error
+    sdxl.free("vae")
+    if distributed.all_reduce_max(bool(failure)):
+        if failure and not step:
+            raise failure  # training cannot be the reason
+        raise FloatingPointError(
+            f"the preview at step {step} became NaN or infinite: training diverged; "
+            "lower --learning-rate"
+        )
+    row = []
+    for prompt, image in zip(prompts, distributed.all_reduce_sum(pixels), strict=True):
+        row.append((f"step {step}: {prompt}", Image.fromarray(image.numpy())))
+    return row

@@ -1,5 +1,8 @@
-"""From the flags of train.py to a TrainingTask: what the batches, the prior and the prompts are."""
+"""From the flags of train.py to a TrainingTask: what the batches, the prior and the prompts are;
+and a look at them before the training."""
 
+import time
+import warnings
 from argparse import Namespace
 from collections.abc import Sequence
 from pathlib import Path
@@ -7,8 +10,10 @@ from pathlib import Path
 from .. import cli, dataset, images
 from ..dataset import Batch, GetBatch, TrainingImage
 from ..extras import distributed
+from ..extras.inspect import preflight
+from ..formats import png
 from ..sdxl import SDXL
-from ..training import Prompts, TrainingTask
+from ..training import GetLoss, Prompts, TrainingTask, TrainState, train
 from . import captions, flags, masks, prior, textual_inversion
 
 UNRELATED_PROMPT = "a photo of a car"  # of the previews: what training should not change
@@ -194,3 +199,40 @@ def encode_class_images(
         raise
     distributed.barrier()
     return [dataset.encode_image(sdxl, path, args.size, prompt) for path, _ in jobs]
+
+
+def inspect_photos(args: Namespace, sdxl: SDXL, examples: Sequence, out: Path) -> None:
+    """Log what is odd about photos and token, before anything is computed; with --check, write
+    the photos and their crops to check.png."""
+
+    def mask_of(path):
+        # Raises where a mask is missing. Segmenting takes the model: one photo stands for all.
+        first = args.check and path == examples[0][0]
+        if args.mask and (args.mask != "segment" or first):
+            return masks.mask_of(args.mask, path, sdxl, args.class_word or args.init_word)
+        return None
+
+    lines, sheet = preflight.look(sdxl, examples, args.size, args.captions, mask_of)
+    counts = (0, 0)
+    if args.token and args.method != "textual-inversion":
+        counts = tuple(len(tokenizer.tokens(args.token)) for tokenizer in sdxl.tokenizers)
+    if args.check and any(counts) or max(counts) > 3:
+        line = f"{args.token!r} has {counts[0]} and {counts[1]} tokens in the two tokenizers"
+        if max(counts) > 3:
+            line += "; a short rare word, such as sks, is learned more easily"
+        lines.append(line)
+    for line in lines:
+        cli.log(line)
+    warnings.filterwarnings("ignore", "prompt too long")  # logged above, with the photo's name
+    if args.check:
+        png.save(sheet, out / "check.png", cli.metadata(args))
+
+
+def time_step(args: Namespace, sdxl: SDXL, state: TrainState, get_loss: GetLoss) -> None:
+    """Log what a step costs: of two, the second; the first warms up and makes the moments."""
+    ends = []
+    for _ in train(sdxl, state, get_loss, steps=state.step + 2, accumulation=args.accumulation):
+        ends.append(time.perf_counter())
+    seconds = ends[1] - ends[0]
+    total = cli.duration(args.steps * seconds)
+    cli.log(f"a step takes {seconds:.1f} s, {cli.count_of(args.steps, 'step')} {total}")

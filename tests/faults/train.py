@@ -134,7 +134,7 @@ FAULTS = {
             'sdxl.read(name, torch.float32).requires_grad_(name == "unet")',
         ),
     ),
-    ("methods/preview", "extras/dreambooth"): (
+    ("methods/report", "extras/dreambooth"): (
         ("previews of full in float32", 'enabled=args.method == "full" and', "enabled=False and"),
         ("a base model's NaN is the training's", "if failure and not step:", "if failure:"),
     ),
