@@ -14,7 +14,6 @@ FAMILIES = {  # by a pattern in some tensor's name
     r"^conditioner\.embedders\.0\.model\.": "the SDXL refiner",
 }
 FIRST = PREFIX["unet"] + "input_blocks.0.0.weight"
-NETWORKS = ("unet", "vae", "text_encoder", "text_encoder_2")
 
 
 def check_family(path: Path, tensors: dict) -> None:
@@ -22,21 +21,17 @@ def check_family(path: Path, tensors: dict) -> None:
 
     tensors: {name: open file}, see tensors.names_in.
     """
-    family = None
-    for pattern, name in FAMILIES.items():
-        if not family and any(re.search(pattern, key) for key in tensors):
-            family = name
-    if not family and FIRST not in tensors:
+    for pattern, family in FAMILIES.items():
+        if any(re.search(pattern, key) for key in tensors):
+            raise other_family(path, family)
+    if FIRST not in tensors:
         raise ValueError(
             f"{path}: not an SDXL checkpoint, it has no {FIRST}; "
             f"its first tensors are {first_names(tensors)}"
         )
-    if not family:
-        shape = tensors[FIRST].get_slice(FIRST).get_shape()
-        if shape[1:2] != [4]:
-            family = f"an inpainting or editing model ({FIRST} is {shape})"
-    if family:
-        raise ValueError(f"{path}: this is {family}, not an SDXL base checkpoint")
+    shape = tensors[FIRST].get_slice(FIRST).get_shape()
+    if shape[1:2] != [4]:
+        raise other_family(path, f"an inpainting or editing model ({FIRST} is {shape})")
     prefixes = tuple(PREFIX.values())
     unknown = [key for key in tensors if not (key.startswith(prefixes) or EXTRAS.search(key))]
     if unknown:
@@ -51,20 +46,22 @@ def check_folder(root: Path, json_files: dict[str, dict]) -> None:
         json_files["unet/config.json"],
         json_files["model_index.json"].get("_class_name"),
     )
-    family = None
     if not unet and list(root.glob("*lora*.safetensors")):
-        family = "a LoRA (give its file with --lora)"
-    elif not unet and pipeline:
-        family = f"made for {pipeline}"
-    elif unet.get("in_channels", 4) != 4:
-        family = f"an inpainting or editing model ({unet['in_channels']} input channels)"
-    elif unet and unet.get("addition_embed_type") != "text_time":
+        raise other_family(root, "a LoRA (give its file with --lora)")
+    if not unet and pipeline:
+        raise other_family(root, f"made for {pipeline}")
+    channels = unet.get("in_channels", 4)
+    if channels != 4:
+        raise other_family(root, f"an inpainting or editing model ({channels} input channels)")
+    if unet and unet.get("addition_embed_type") != "text_time":
         is_old = "cross_attention_dim" in unet
-        family = "Stable Diffusion 1 or 2" if is_old else "of another kind"
-    elif unet and not json_files["text_encoder/config.json"]:
-        family = "the SDXL refiner"
-    if family:
-        raise ValueError(f"{root}: this is {family}, not an SDXL base checkpoint")
-    for name in NETWORKS:
+        raise other_family(root, "Stable Diffusion 1 or 2" if is_old else "of another kind")
+    if unet and not json_files["text_encoder/config.json"]:
+        raise other_family(root, "the SDXL refiner")
+    for name in PREFIX:
         if not json_files[f"{name}/config.json"]:
             raise ValueError(f"{root}: not a checkpoint folder, it has no {name}/config.json")
+
+
+def other_family(path: Path, family: str) -> ValueError:
+    return ValueError(f"{path}: this is {family}, not an SDXL base checkpoint")

@@ -155,15 +155,13 @@ def to_single_file(network: str, tensors: dict[str, Tensor], config: Any) -> dic
     The inverse of `adapt` under the names of `single_file_name`, PREFIX included.
     """
     stored = {}
-    second = network == "text_encoder_2"
     for name, tensor in tensors.items():
-        third = re.search(r"self_attn\.([qkv])_proj", name) if second else None
-        if third and third[1] != "q":
-            continue  # k_proj and v_proj are stored with q_proj
-        if third:
-            parts = [tensors[name.replace("q_proj", f"{part}_proj")] for part in "qkv"]
-            tensor = torch.cat(parts)
-        elif second and name == "text_projection.weight":
+        is_openclip = network == "text_encoder_2"
+        if is_openclip and (".k_proj" in name or ".v_proj" in name):
+            continue  # stored with q_proj
+        if is_openclip and ".q_proj" in name:
+            tensor = torch.cat([tensors[name.replace("q_proj", f"{part}_proj")] for part in "qkv"])
+        elif name == "text_projection.weight":
             tensor = tensor.T
         elif network == "vae" and ".attentions." in name and tensor.ndim == 2:
             tensor = tensor[:, :, None, None]

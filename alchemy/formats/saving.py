@@ -16,14 +16,6 @@ from ..sdxl import SDXL
 from . import layout
 from .checkpoint import BUILD
 
-VOCABULARY = (
-    "vocab.json",
-    "merges.txt",
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-)
 POSITION_IDS = layout.PREFIX["text_encoder"] + "text_model.embeddings.position_ids"
 
 
@@ -92,13 +84,10 @@ def merged_tensors(sdxl: SDXL, name: str, dtype: torch.dtype) -> dict[str, Tenso
 
 def write_settings(sdxl: SDXL, folder: Path) -> None:
     """The sub-folders, configurations and vocabularies of a checkpoint folder."""
-    for name in ("scheduler", "tokenizer", "tokenizer_2", *BUILD):
+    for name in ("scheduler", *BUILD):
         (folder / name).mkdir(parents=True)
     for path, content in sdxl.read.json_files.items():
         if content:
             save_json(content, folder / path)
     for tokenizer in ("tokenizer", "tokenizer_2"):
-        for file in VOCABULARY:
-            source = sdxl.read.vocabulary / tokenizer / file
-            if source.exists():
-                shutil.copyfile(source, folder / tokenizer / file)
+        shutil.copytree(sdxl.read.vocabulary / tokenizer, folder / tokenizer)
