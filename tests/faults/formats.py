@@ -22,6 +22,8 @@ FAULTS = {
         ("v-prediction is not marked", 'tensors["v_pred"] = torch.zeros(0)', "pass"),
         ("zero terminal SNR is not marked", 'tensors["ztsnr"] = torch.zeros(0)', "pass"),
         ("an existing file is replaced", "if path.is_file() or (", "if ("),
+        ("base weights are kept after merging", "        layer.base_weight = None\n", ""),
+        ("a LoRA is written beside its weight", "        layer.merge()\n", ""),
     ),
     ("formats/lora", "formats/tool_names"): (
         (
@@ -135,9 +137,5 @@ FAULTS = {
     ),
     ("formats/tensors", "formats/lora_files"): (
         ("NaN is loaded", "if not tensor.isfinite().all():", "if False:"),
-    ),
-    ("formats/saving", "formats/converting"): (
-        ("base weights are kept after merging", "        layer.base_weight = None\n", ""),
-        ("a LoRA is written beside its weight", "        layer.merge()\n", ""),
     ),
 }

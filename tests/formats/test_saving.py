@@ -121,13 +121,18 @@ def test_the_schedule_is_marked_by_v_pred_and_ztsnr(fresh, tiny, tmp_path, predi
 
 
 @pytest.mark.parametrize("target", ["a.safetensors", "a"])
-def test_loras_are_merged_and_nothing_is_kept_beside(fresh, tiny, tmp_path, target):
-    sdxl = fresh()
-    alchemy.add_lora(sdxl, 2)
-    for adapter in lora.adapters(sdxl):
-        adapter.up.data += 0.1
-    lora.merge(sdxl)
-    expected = {key: p.clone() for key, p in sdxl.unet.state_dict().items() if ".lora." not in key}
+@pytest.mark.parametrize("merged_before", [True, False])
+def test_loras_are_merged_and_nothing_is_kept_beside(fresh, tiny, tmp_path, target, merged_before):
+    sdxl, merged = fresh(), fresh()
+    for checkpoint in (sdxl, merged):
+        alchemy.add_lora(checkpoint, 2)
+        for adapter in lora.adapters(checkpoint):
+            adapter.up.data += 0.1
+    lora.merge(merged)
+    if merged_before:
+        lora.merge(sdxl)
+    state = merged.unet.state_dict()
+    expected = {key: tensor for key, tensor in state.items() if ".lora." not in key}
     save_checkpoint(sdxl, tmp_path / target)
     config = tiny if target == "a.safetensors" else None
     same(alchemy.load(tmp_path / target, "cpu", config=config).unet, expected)
