@@ -135,7 +135,8 @@ def crop_box(sdxl: SDXL, mask: Tensor, crop: bool) -> tuple[Box, Size]:
     side, else the whole image. Its aspect ratio is that of the size, so that nothing is stretched.
     """
     subject = Box.around(mask)
-    rows, columns = height, width = mask.shape
+    rows, columns = mask.shape
+    height, width = rows, columns
     if crop:
         # Twice the mask, but a tiny one is not enlarged without limit; at most 2 : 1.
         least = sdxl.size[0] // 4

@@ -65,8 +65,8 @@ class AttentionMaps:
         self.unet = unet
         self.positions = positions
         self.latent_size = latent_size
-        self.first_t = window[0] * timesteps
-        self.last_t = window[1] * timesteps
+        self.low_t = window[0] * timesteps
+        self.high_t = window[1] * timesteps
         self.cross: dict[Size, tuple[Tensor, int]] = {}
         self.self_attn: dict[Size, tuple[Tensor, int]] = {}
         self.pending: list[tuple[str, Tensor]] = []
@@ -117,7 +117,7 @@ class AttentionMaps:
         self.pending = []
 
     def in_window(self, t: float) -> bool:
-        return self.first_t <= t <= self.last_t
+        return self.low_t <= t <= self.high_t
 
     def follow(self, steps: Iterable[Step]) -> Iterator[Step]:
         """Pass Steps through, while the attention of those in the window is recorded."""
@@ -138,7 +138,7 @@ class AttentionMaps:
         """
         if not self.cross:
             raise ValueError(
-                f"no step lies between timesteps {self.first_t:g} and {self.last_t:g}, "
+                f"no step lies between timesteps {self.low_t:g} and {self.high_t:g}, "
                 "where attention locates objects: raise --steps"
             )
         finest = max(self.cross)
