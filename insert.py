@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 
     from alchemy.insertion import Insertion
     from alchemy.sampling import Step
+    from alchemy.sdxl import SDXL
 
 IMAGES = ("scene", "soft_mask", "mask", "feathered", "crop", "generated", "sheet")
 NAMES = (*(f"{name}.png" for name in IMAGES), "metadata.json")  # written beside the result
@@ -134,12 +135,12 @@ def main(argv: list[str] | None = None) -> None:
         insert(args, result, folder, page)
 
 
-def insert(args: Namespace, result: Path, folder: Path, page: Path | None) -> None:
-    import alchemy
+def load(args: Namespace) -> "tuple[SDXL, dict]":
+    """The checkpoint with the LoRA, and the options of alchemy.insert that the flags leave open."""
     from alchemy import images
     from alchemy.extras import memory
 
-    # Read the user's image and mask, and the checkpoint with the LoRA.
+    # Read the user's image and mask, and the checkpoint.
     image = images.read(args.image) if args.image else None
     sdxl = cli.load(args)
     args.size = image.size[::-1] if image else args.size or sdxl.size
@@ -154,16 +155,25 @@ def insert(args: Namespace, result: Path, folder: Path, page: Path | None) -> No
     for name in OPTIONS:
         value = getattr(args, name)
         options[name] = sdxl.defaults[name] if value is None else value
+    options |= {"image": image, "mask": mask, "negative_prompt": args.negative_prompt}
+    return sdxl, options | {"spacing": args.spacing, "eta": args.eta}
+
+
+def insert(args: Namespace, result: Path, folder: Path, page: Path | None) -> None:
+    import alchemy
+    from alchemy.extras import memory
+
+    # Load the checkpoint, and count the steps of each stage; an image leaves out the first.
+    sdxl, options = load(args)
+    is_given = options["image"] is not None
     stage_2 = cli.timesteps(args, sdxl, options, options["strength"])
     totals = [len(cli.timesteps(args, sdxl, options, 1.0)), len(stage_2)]
-    stages = list(enumerate(totals, 1))[1 if image else 0 :]
+    stages = list(enumerate(totals, 1))[1 if is_given else 0 :]
     steps = " + ".join(str(total) for _, total in stages)
     cli.log(f"{cli.describe(sdxl, args)}: {args.size[1]}x{args.size[0]}, {steps} steps")
 
     # Generate the scene, segment the class, and insert the subject.
     subject = (sdxl, args.prompt, args.class_word, args.token)
-    options |= {"image": image, "mask": mask, "negative_prompt": args.negative_prompt}
-    options |= {"spacing": args.spacing, "eta": args.eta}
     recorder = None
     if page:
         from alchemy.extras.inspect import insertion_page
@@ -181,7 +191,7 @@ def insert(args: Namespace, result: Path, folder: Path, page: Path | None) -> No
         insertion = alchemy.insert(
             *subject,
             seed=args.seed,
-            size=None if image else args.size,
+            size=None if is_given else args.size,
             crop=args.crop,
             progress=progress,
             free_text_encoders=True,

@@ -86,23 +86,31 @@ def main(argv: list[str] | None = None) -> None:
         generate(args, folder, page)
 
 
+def load(args: Namespace, prompts: list[str]) -> "tuple[SDXL, dict]":
+    """The checkpoint with the LoRAs, and the sampling options with its defaults."""
+    from alchemy import pipeline
+    from alchemy.extras import memory
+
+    # Add the LoRAs before a prompt is encoded: they may change that too.
+    sdxl = cli.load(args)
+    used = [*prompts, args.negative_prompt]
+    cli.apply_loras(sdxl, args.lora, args.embedding, used, merge=args.merge)
+    options = pipeline.resolve_options(sdxl, **cli.sampling_options(args))
+    args.size = pipeline.resolve_size(sdxl, args.size)
+    memory.choose_memory_mode(args, sdxl)
+    return sdxl, options
+
+
 def generate(args: Namespace, folder: Path, page: Path | None) -> None:
     from alchemy import pipeline
     from alchemy.extras import image_sets, memory
 
-    # Load the checkpoint and add the LoRAs, before a prompt is encoded: they may change that too.
+    # List the images, load the checkpoint, and note all that determines an image.
     jobs = image_sets.list_jobs(args)
     if args.prompts:
         image_sets.check_list(folder, jobs)
-    sdxl = cli.load(args)
     prompts = list(dict.fromkeys(job.prompt for job in jobs))
-    used = [*prompts, args.negative_prompt]
-    cli.apply_loras(sdxl, args.lora, args.embedding, used, merge=args.merge)
-
-    # Fill in the checkpoint's defaults.
-    options = pipeline.resolve_options(sdxl, **cli.sampling_options(args))
-    args.size = pipeline.resolve_size(sdxl, args.size)
-    memory.choose_memory_mode(args, sdxl)
+    sdxl, options = load(args, prompts)
     start, strength = read_start(args, sdxl.defaults["strength"])
     timesteps = cli.timesteps(args, sdxl, options, strength)
     metadata = cli.metadata(args) | options

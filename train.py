@@ -22,6 +22,8 @@ from alchemy.extras import distributed
 from alchemy.methods import flags, outputs
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+
     from torch import Tensor
 
     from alchemy.methods.report import Report
@@ -117,15 +119,35 @@ def trainable_parameters(args: Namespace, sdxl: "SDXL") -> dict[str, "Tensor"]:
     return {name: p for name, p in sdxl.unet.named_parameters() if ".lora." in name}
 
 
+def training_steps(report: "Report", get_loss: "GetLoss") -> "Iterator[tuple[int, float]]":
+    """The loop: a generator of (step, loss), logged and with a progress bar."""
+    from alchemy.extras.compile import report_compile_time
+    from alchemy.training import train
+
+    args, state = report.args, report.state
+    parameters = state.parameters.values()
+    steps = train(
+        report.sdxl,
+        state,
+        distributed.mean_over_ranks(get_loss, parameters, args.accumulation, args.text_encoders),
+        steps=args.steps,
+        accumulation=args.accumulation,
+        warmup=args.warmup,
+        schedule=args.schedule,
+        autocast=args.method == "full",
+    )
+    steps = report_compile_time(steps, cli.log) if args.compile else steps
+    return cli.progress(report.follow(steps), args.steps - state.step, "training", show_loss)
+
+
 def train_and_save(report: "Report", get_loss: "GetLoss") -> int:
     """All steps, with previews and saved states, then the results. Returns the number of the
     signal that stopped it, or 0."""
-    from alchemy.extras.compile import report_compile_time
-    from alchemy.training import StopSignal, train
+    from alchemy.training import StopSignal
 
     # Everything that was asked for can be done: earlier results may go.
     report.begin(parser())
-    args, sdxl, state, path = report.args, report.sdxl, report.state, report.out / outputs.STATE
+    args, state, path = report.args, report.state, report.out / outputs.STATE
 
     def save_state(replace: bool = True) -> None:
         # Only rank 0 writes and removes files, and another may look too early: all decide.
@@ -141,20 +163,8 @@ def train_and_save(report: "Report", get_loss: "GetLoss") -> int:
     if save_every:
         save_state(replace=False)  # from the beginning there is one to resume from
 
-    # The loop is a generator of (step, loss).
-    parameters = state.parameters.values()
-    steps = train(
-        sdxl,
-        state,
-        distributed.mean_over_ranks(get_loss, parameters, args.accumulation, args.text_encoders),
-        steps=args.steps,
-        accumulation=args.accumulation,
-        warmup=args.warmup,
-        schedule=args.schedule,
-        autocast=args.method == "full",
-    )
-    steps = report_compile_time(steps, cli.log) if args.compile else steps
-    steps = cli.progress(report.follow(steps), args.steps - state.step, "training", show_loss)
+    # Train.
+    steps = training_steps(report, get_loss)
     stopped = 0
     with StopSignal() as stop:
         try:
