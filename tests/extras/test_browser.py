@@ -1,4 +1,3 @@
-# ruff: noqa: F401, F811  pytest fixtures are imported and named as arguments
 """The pages in a real browser, opened from disk: controls change the images, the console is clean.
 
 A script goes into a copy of the page. It acts as a reader would and leaves what it saw in the
@@ -12,9 +11,8 @@ import shutil
 import subprocess
 
 import pytest
-from helpers.checkpoints import vocabulary_read_once
 from helpers.pages import HOSTILE
-from helpers.running import good, inserted, lora_file, picture, quick, taught, tiny
+from helpers.running import good, picture
 
 import alchemy
 from alchemy.extras.inspect import training_page

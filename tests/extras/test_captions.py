@@ -1,4 +1,3 @@
-# ruff: noqa: F401, F811  pytest fixtures are imported and named as arguments
 """Images with captions, in buckets of their shapes, and masks of the photos."""
 
 import math
@@ -6,11 +5,11 @@ import math
 import numpy as np
 import pytest
 import torch
-from helpers.checkpoints import refused, vocabulary_read_once
+from helpers.checkpoints import refused
 from helpers.planted import Planted
-from helpers.running import call, contents, good, photos, picture, quick, tiny
+from helpers.running import call, contents, good, photos, picture
 from helpers.running import refused as run_refused
-from helpers.training import captioned, left_half, same_tensors, stopped
+from helpers.training import captioned, left_half, same_tensors
 from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file

@@ -1,13 +1,11 @@
-# ruff: noqa: F401, F811  pytest fixtures are imported and named as arguments
 """The UNet's blocks compiled: which, when, what they compute, and what is logged."""
 
 import functools
 
 import pytest
 import torch
-from helpers.checkpoints import vocabulary_read_once
 from helpers.networks import random_lora, unet_inputs
-from helpers.running import call, good, lora_file, photos, quick, refused, tiny
+from helpers.running import call, good, photos, refused
 
 from alchemy import attention, lora
 from alchemy.blocks import ResnetBlock

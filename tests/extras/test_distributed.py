@@ -1,4 +1,3 @@
-# ruff: noqa: F401, F811  pytest fixtures are imported and named as arguments
 """N ranks with batch B train as one with batch N·B; ranks share work and end together."""
 
 import os
@@ -15,20 +14,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers.checkpoints import vocabulary_read_once
 from helpers.forking import WAYS, all_good, called, flags, forked, read_once
-from helpers.running import (
-    ROOT,
-    call,
-    contents,
-    good,
-    lora_file,
-    pixels,
-    quick,
-    refused,
-    same,
-    tiny,
-)
+from helpers.running import ROOT, call, contents, good, pixels, refused, same
 from helpers.training import (
     SIZE,
     encoded_photos,

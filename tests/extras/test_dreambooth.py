@@ -1,4 +1,3 @@
-# ruff: noqa: F401, F811  pytest fixtures are imported and named as arguments
 """train.py --method full: the whole UNet is trained, and the result is a checkpoint."""
 
 import itertools
@@ -7,9 +6,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers.checkpoints import vocabulary_read_once
-from helpers.running import call, contents, good, photos, quick, refused, taught, tiny
-from helpers.training import PROMPTS, SIZE, draw, make_batch, same_tensors, stopped
+from helpers.running import call, contents, good, photos, refused
+from helpers.training import PROMPTS, SIZE, draw, make_batch, same_tensors
 from safetensors.torch import load_file
 
 import alchemy

@@ -1,4 +1,3 @@
-# ruff: noqa: F401, F811  pytest fixtures are imported and named as arguments
 """Recorders and their pages: what they show is what was computed, and recording changes nothing."""
 
 import dataclasses
@@ -11,26 +10,18 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers.checkpoints import vocabulary_read_once
 from helpers.pages import HOSTILE, cut_frames, page_data, random
 from helpers.running import (
     SCENE,
     contents,
-    drawn,
     good,
-    inserted,
-    lora_file,
     nothing_written,
     picture,
     pixels,
     process,
-    quick,
     refused,
     same,
-    taught,
-    tiny,
 )
-from helpers.training import model
 from PIL import Image
 from safetensors.torch import load_file
 

@@ -1,24 +1,10 @@
-# ruff: noqa: F401, F811  pytest fixtures are imported and named as arguments
 """--fp8-base and --merge in the scripts."""
 
 import json
 import signal
 
 import pytest
-from helpers.checkpoints import vocabulary_read_once
-from helpers.running import (
-    call,
-    contents,
-    good,
-    lora_file,
-    nothing_written,
-    photos,
-    pixels,
-    quick,
-    refused,
-    same,
-    tiny,
-)
+from helpers.running import call, contents, good, nothing_written, photos, pixels, refused, same
 
 from alchemy import dataset, lora
 from alchemy.extras import fp8

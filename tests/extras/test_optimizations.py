@@ -1,4 +1,3 @@
-# ruff: noqa: F401, F811  pytest fixtures are imported and named as arguments
 """fp8 weights, and what is computed once per sampling."""
 
 from types import SimpleNamespace
@@ -7,9 +6,7 @@ import pytest
 import saver_errors
 import torch
 import torch.nn.functional as F
-from helpers.checkpoints import vocabulary_read_once
 from helpers.networks import down_up, linear, random_lora, unet_inputs
-from helpers.running import tiny
 
 import alchemy
 import alchemy.formats.checkpoint

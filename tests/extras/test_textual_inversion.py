@@ -1,4 +1,3 @@
-# ruff: noqa: F401, F811  pytest fixtures are imported and named as arguments
 """Textual Inversion: the new rows and nothing else are trained; files are those of other tools."""
 
 from dataclasses import replace
@@ -6,9 +5,9 @@ from dataclasses import replace
 import pytest
 import torch
 from helpers.checkpoints import refused
-from helpers.running import call, contents, good, lora_file, photos, quick, tiny
+from helpers.running import call, contents, good, photos
 from helpers.running import refused as run_refused
-from helpers.training import make_batch, same_tensors, stopped
+from helpers.training import make_batch, same_tensors
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 

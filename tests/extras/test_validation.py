@@ -1,10 +1,9 @@
-# ruff: noqa: F401, F811  pytest fixtures are imported and named as arguments
 """train.py --validate: scores of the previews, in the log, on the curve, and the best step."""
 
 import csv
 
 import pytest
-from helpers.running import call, good, photos, refused, tiny
+from helpers.running import call, good, photos, refused
 from helpers.vision import by_colour
 from PIL import Image
 
