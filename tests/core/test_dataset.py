@@ -126,6 +126,7 @@ def test_the_loss_mask_is_the_masks_share_of_each_latent_in_the_crop(tmp_path):
     assert [tuple(m.shape) for m in masks] == [(1, 8, 12)] * 2
     assert torch.equal(masks[0], masks[0][:, :1].expand(1, 8, 12))
     assert masks[0][0, 0].tolist() == pytest.approx([1] * 6 + [0.4] + [0] * 5, abs=0.1)
+    assert masks[1][0, 0, 0] == 0 and masks[1][0, 0, -1] == 1  # of the mirrored photo
     for step in range(20):
         drawn, (_, place, _) = sample([photo], (32, 32), step=step)
         left = place[1] // 4
