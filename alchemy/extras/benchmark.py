@@ -12,9 +12,11 @@ import argparse
 import os
 import re
 import shlex
+import signal
 import subprocess
 import sys
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -31,6 +33,7 @@ from ..methods.captions import find_photos
 from ..sdxl import SDXL
 from . import distributed, evaluate
 from .encoders import Clip, Encoder, load_clip, load_dino
+from .optimizations import cached_steps
 
 STAGES = ("one", "two")
 FIGURES = ("DINO", "CLIP-I", "CLIP-T")
@@ -43,7 +46,8 @@ PUBLISHED = (  # subject, DINO, CLIP-I, CLIP-T, source
 )
 TORCHRUN = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
 LIVE = ("cat", "dog")  # classes with the prompts of live subjects; all others are objects
-SAME = ("weights", "vae", "model_config", "revision", "dtype", "token", "train", "steps", "size")
+SAME = ("weights", "vae", "model_config", "revision", "dtype", "fp8_base", "token", "train")
+SAME += ("steps", "size")
 
 
 def read_benchmark(folder: Path) -> tuple[dict[str, str], dict[bool, list[str]]]:
@@ -66,9 +70,9 @@ def read_benchmark(folder: Path) -> tuple[dict[str, str], dict[bool, list[str]]]
 
 
 def check_settings(args: argparse.Namespace, out: Path) -> None:
-    """Write settings.json; where it exists, raise ValueError if its settings are others."""
+    """Write settings.json; raise ValueError if a subject was trained with other settings."""
     path = out / "settings.json"
-    if not path.exists():
+    if not path.exists() or not any(out.glob("*/settings.json")):
         if not distributed.rank():
             save_json(cli.settings(args), path)
         return
@@ -127,9 +131,30 @@ def train_subject(args: argparse.Namespace, photos: Path, class_word: str, out: 
     if distributed.launched() and torch.cuda.is_available():
         command += ["--device", f"cuda:{torch.cuda.current_device()}"]
     command += shlex.split(args.train)
-    status = subprocess.run(command, env=environment, stdout=subprocess.DEVNULL).returncode
+    status = run_to_saved_state(command, environment)
     if status:
         raise ValueError(f"{photos}: train.py ended with status {status}; its message is above")
+
+
+def run_to_saved_state(command: list[str], environment: dict[str, str]) -> int:
+    """The exit status of train.py, which is waited for when this process is interrupted.
+
+    In a session of its own it does not see Ctrl-C. It gets one signal, after which it saves its
+    state; the next one would end it at once.
+    """
+    process = subprocess.Popen(
+        command, env=environment, stdout=subprocess.DEVNULL, start_new_session=True
+    )
+    previous = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        return process.wait()
+    except KeyboardInterrupt:
+        process.terminate()
+        process.wait()
+        cli.log("the same command continues the benchmark")
+        raise
+    finally:
+        signal.signal(signal.SIGTERM, previous)
 
 
 def generate(
@@ -137,10 +162,12 @@ def generate(
 ) -> tuple[Image.Image, bool]:
     """The image of a job, the subject's LoRA being on sdxl, and whether the subject is in it."""
     options = {"seed": job.seed, "size": args.size, "steps": args.steps}
+    options["progress"] = partial(cached_steps, sdxl.unet)
     if job.stage == "one":
         return pipeline.text_to_image(sdxl, job.prompt, **options), True
     try:
-        return insertion.insert(sdxl, job.scene, class_word, args.token, **options).result, True
+        inserted = insertion.insert(sdxl, job.scene, class_word, args.token, **options)
+        return inserted.result, True
     except ValueError as error:  # the class was not found in the scene, which stays as it is
         cli.log(f"{job.path}: {error}")
         with lora.lora_scale(sdxl, 0):

@@ -148,6 +148,16 @@ def score(
 # The command.
 
 
+def generated_images(folder: str) -> list[Path]:
+    """The images of a folder; of one that insert.py wrote, the result alone."""
+    paths, _ = find_photos(folder)
+    names = {path.name for path in paths}
+    if {"result.png", "scene.png", "feathered.png"} <= names:
+        cli.log(f"{folder}: written by insert.py; only result.png is scored")
+        return [path for path in paths if path.name == "result.png"]
+    return paths
+
+
 def find_prompts(paths: list[Path], file: str | None, token: str) -> dict[str, str]:
     """{image name: prompt without the token}: of the file, a line per image in the order of the
     names; else of the folder's metadata.jsonl; else of the PNG files written by this package."""
@@ -240,14 +250,15 @@ def parser() -> cli.Parser:
     text = "a prompt per line, in the order of the images' names (default: metadata.jsonl of the "
     text += "folder, or the text chunks of its PNG files)"
     add("--prompts", metavar="FILE", help=text)
-    text = "also score subject and background: masks from --class-word and --weights, or from a "
-    text += "folder, of the images' names"
-    add("--mask", metavar="segment|FOLDER", help=text)
-    add("--photo-mask", metavar="segment|FOLDER", help="of the photos (default: --mask)")
+    text = "also score subject and background: masks from --class-word and --weights, from the "
+    text += "alpha channel, or from a folder, of the images' names"
+    add("--mask", metavar="segment|alpha|FOLDER", help=text)
+    add("--photo-mask", metavar="segment|alpha|FOLDER", help="of the photos (default: --mask)")
     add("--class-word", metavar="WORD", help="what the subject is, for --mask segment")
     add("--token", default="sks", metavar="WORD", help="of the subject (default: sks)")
     add("--prior", metavar="FOLDER", help="images of the class, for PRES and DIV")
     add("--out", default="out/scores", metavar="FOLDER", help="(default: out/scores)")
+    add("--overwrite", action="store_true", help="replace the scores in --out")
     add = p.add_argument_group("benchmark").add_argument
     add("--benchmark", metavar="FOLDER", help="train and score every subject of it")
     text = "of train.py, as one text, such as '--steps 800'"
@@ -273,10 +284,16 @@ def check_flags(args: argparse.Namespace, p: cli.Parser) -> None:
         return
     if not args.generated or not args.photos:
         raise ValueError("two folders are needed: the generated images and the photos")
-    if Path(args.out).resolve() == Path(args.generated).resolve():
-        raise ValueError("--out is the folder of the generated images; name another")
+    for name in ("generated", "photos", "prior", "mask", "photo_mask"):
+        folder = getattr(args, name)
+        if folder and Path(args.out).resolve() == Path(folder).resolve():
+            raise ValueError(f"--out is the folder {folder}, which is read; name another")
     if args.photo_mask and not args.mask:
         raise ValueError("--photo-mask goes with --mask")
+    for name in ("mask", "photo_mask"):
+        folder = getattr(args, name)
+        if folder not in (None, "segment", "alpha") and not Path(folder).is_dir():
+            raise ValueError(f"--{name.replace('_', '-')} {folder}: no such folder")
     if "segment" in (args.mask, args.photo_mask) and not args.class_word:
         raise ValueError("--mask segment needs --class-word, the word to look for")
 
@@ -313,7 +330,9 @@ def main(argv: list[str] | None = None) -> None:
         from . import benchmark
 
         return benchmark.run(args)
-    paths, _ = find_photos(args.generated)
+    if (Path(args.out) / "scores.csv").exists() and not args.overwrite:
+        raise ValueError(f"{args.out} holds scores; name another --out, or --overwrite them")
+    paths = generated_images(args.generated)
     photos, _ = find_photos(args.photos)
     prompts = find_prompts(paths, args.prompts, args.token)
     if not prompts:

@@ -128,7 +128,7 @@ def add_files(p: cli.Parser) -> None:
     text = "score each preview: likeness of the subject to the photos, and of the class to the "
     text += "base model's; the best step is named at the end"
     add("--validate", text, action="store_true")
-    text = "DINO ViT-S/16 for --validate (default: facebook/dino-vits16; offline on the miniature)"
+    text = "DINO ViT-S/16 for --validate (default: Hub; offline on the miniature)"
     add("--dino", text, metavar="PATH|ID")
     text = "steps between saved states (default: 100; with --method full only at the end)"
     add("--save-every", text, type=cli.COUNT, metavar="N")

@@ -1,6 +1,11 @@
 """evaluate --benchmark: the DreamBooth benchmark on the miniature, with random vision weights."""
 
 import json
+import os
+import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -37,7 +42,8 @@ prompt_list = [
 'a red {0} {1}'.format(unique_token, class_token)
 ]
 """
-DREAMBOOTH = Path(__file__).resolve().parents[3] / "shared" / "dreambooth"
+ROOT = Path(__file__).resolve().parents[2]
+DREAMBOOTH = ROOT.parent / "shared" / "dreambooth"
 
 
 @pytest.fixture
@@ -80,9 +86,34 @@ def test_a_scene_without_the_class_stays_as_the_base_model_draws_it(monkeypatch)
     monkeypatch.setattr(insertion, "insert", insert)
     monkeypatch.setattr(benchmark.pipeline, "text_to_image", lambda sdxl, prompt, **_: prompt)
     args, model = SimpleNamespace(size=None, steps=3, token="sks"), torch.nn.Module()
+    model.unet = torch.nn.Module()
     one, two = benchmark.list_jobs(Path("out"), ["a red {0} {1}"], "sks", "dog", 1)
     assert benchmark.generate(model, one, args, "dog") == ("a red sks dog", True)
     assert benchmark.generate(model, two, args, "dog") == ("a red dog", False)
+
+
+def test_an_interrupted_benchmark_waits_until_its_training_has_saved(tmp_path):
+    child = (
+        "import signal, time; stop = []; signal.signal(signal.SIGTERM, lambda *_: stop.append(1));"
+    )
+    child += "open('ready', 'w').close()\nwhile not stop: time.sleep(0.01)\n"
+    child += "time.sleep(0.3); open('saved', 'w').close()"
+    parent = "import sys, os; from alchemy.extras import benchmark; "
+    parent += "benchmark.run_to_saved_state([sys.executable, '-c', sys.argv[1]], dict(os.environ))"
+    for number in (signal.SIGINT, signal.SIGTERM):
+        folder = tmp_path / str(number)
+        folder.mkdir()
+        process = subprocess.Popen(
+            [sys.executable, "-c", parent, child],
+            cwd=folder,
+            env=os.environ | {"PYTHONPATH": str(ROOT)},
+            stderr=subprocess.DEVNULL,
+        )
+        while not (folder / "ready").exists():
+            assert process.poll() is None
+            time.sleep(0.01)
+        process.send_signal(number)
+        assert process.wait() != 0 and (folder / "saved").exists()
 
 
 def test_a_folder_without_subjects_is_refused(dataset):
@@ -129,7 +160,7 @@ def test_the_benchmark_trains_generates_scores_and_resumes(dataset, reference, m
     for stage in (0, 1):
         for name in benchmark.FIGURES:
             both = (rows[stage][name] + rows[2 + stage][name]) / 2
-            assert rows[4 + stage][name] == pytest.approx(both)
+            assert rows[4 + stage][name] == pytest.approx(both, abs=2e-6)  # six digits
     assert "0.668   0.803   0.305  arXiv 2208.12242, table 1" in run.out
     refused(call_main(evaluate.main, *argv, "--steps", 2), "begun with --steps 3")
     refused(call_main(evaluate.main, *argv, "--train", "--steps 2"), "begun with --train")

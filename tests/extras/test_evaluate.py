@@ -139,6 +139,24 @@ def test_masks_of_a_folder_and_a_prior_set_add_their_figures(folders, tmp_path, 
     assert mean["leakage"] == pytest.approx(1, abs=1e-5)
 
 
+def test_of_a_folder_that_insert_wrote_only_the_result_is_scored(tmp_path):
+    photos(tmp_path / "made", 3)
+    assert len(evaluate.generated_images(str(tmp_path / "made"))) == 3
+    names = ("result.png", "scene.png", "feathered.png")
+    for path, name in zip(sorted((tmp_path / "made").iterdir()), names, strict=True):
+        path.rename(path.with_name(name))
+    assert [p.name for p in evaluate.generated_images(str(tmp_path / "made"))] == ["result.png"]
+
+
+def test_scores_are_replaced_with_overwrite_alone(folders, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    photos(tmp_path / "made")
+    argv = ["made", "made", "--out", "scores", *folders]
+    good(call_main(evaluate.main, *argv))
+    refused(call_main(evaluate.main, *argv), "scores holds scores")
+    good(call_main(evaluate.main, *argv, "--overwrite"))
+
+
 def test_an_image_without_a_mask_is_named_and_left_out(tmp_path, capsys):
     paths = sorted(photos(tmp_path / "made", 2).iterdir())
     (tmp_path / "masks").mkdir()
@@ -154,6 +172,8 @@ BAD = {
     "segmentation without a word": (["made", "dog", "--mask", "segment"], "needs --class-word"),
     "prompts that are too few": (["made", "dog", "--prompts", "p.txt"], "1 prompts for 3 images"),
     "the images' own folder": (["made", "dog", "--out", "made"], "name another"),
+    "the photos' folder": (["made", "dog", "--out", "dog"], "which is read; name another"),
+    "no masks": (["made", "dog", "--mask", "nothing"], "--mask nothing: no such folder"),
     "masks of the photos alone": (["made", "dog", "--photo-mask", "m"], "goes with --mask"),
     "a flag of the benchmark": (["made", "dog", "--seeds", "2"], "--seeds goes with --benchmark"),
     "a folder for the benchmark": (["made", "--benchmark", "b"], "GENERATED has no effect with"),
