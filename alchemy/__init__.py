@@ -5,20 +5,20 @@ A tour; each name has its own help():
     import alchemy
     sdxl = alchemy.load("weights/mini")             # a folder, a .safetensors file or a Hub id
 
-    image = alchemy.text_to_image(sdxl, "a photo of a bear on grass", seed=0)
-    image = alchemy.image_to_image(sdxl, "a watercolor of a bear", image, strength=0.6)
-    mask = alchemy.segment(sdxl, image, "bear")     # (H,W) in [0,1], from the model's attention
+    image = alchemy.text_to_image(sdxl, "a photo of a flower on grass", seed=0)
+    image = alchemy.image_to_image(sdxl, "a watercolor of a flower", image, strength=0.6)
+    mask = alchemy.segment(sdxl, image, "flower")   # (H,W) in [0,1], from the model's attention
 
-    for step, loss in alchemy.train_lora(sdxl, ["1.jpg", "2.jpg", "3.jpg"], "bear", "sks"):
-        print(step, loss)                           # then save_lora(sdxl, "panda.safetensors")
+    for step, loss in alchemy.train_lora(sdxl, ["1.jpg", "2.jpg", "3.jpg"], "flower", "sks"):
+        print(step, loss)                           # then save_lora(sdxl, "sunflower.safetensors")
 
     alchemy.load_lora(sdxl, "weights/example.safetensors")      # also: add_lora, save_lora
-    made = alchemy.insert(sdxl, "a photo of a bear on grass", "bear", "sks")
-    made.result.save("panda.png")
+    made = alchemy.insert(sdxl, "a photo of a flower on grass", "flower", "sks")
+    made.result.save("sunflower.png")
 
 The denoising loop is a generator of Steps, for whoever wants to look inside or change it:
 
-    cond, uncond = sdxl.encode_prompt(["a bear"]), sdxl.encode_prompt([None])
+    cond, uncond = sdxl.encode_prompt(["a flower"]), sdxl.encode_prompt([None])
     noise = alchemy.noise((1, 4, 32, 32), seeds=[0])
     for step in alchemy.denoise(sdxl, noise, cond, uncond, sampler="euler", steps=30):
         print(step.t, step.x_0.std())

@@ -33,8 +33,8 @@ ROOT = Path(__file__).resolve().parents[1]
 MINI = "weights/mini"  # relative to the repository, wherever the script is called from
 
 # The example: a subject that the miniature has never seen.
-EXAMPLE_PHOTOS = ROOT / "weights" / "subjects" / "bear-panda"
-EXAMPLE_CLASS, EXAMPLE_TOKEN, EXAMPLE_SCENE = "bear", "sks", "on grass"
+EXAMPLE_PHOTOS = ROOT / "weights" / "subjects" / "flower-sunflower"
+EXAMPLE_CLASS, EXAMPLE_TOKEN, EXAMPLE_SCENE = "flower", "sks", "on grass"
 TRAINED_LORA = Path("out") / EXAMPLE_PHOTOS.name / "lora.safetensors"  # train.py's default output
 BUNDLED_LORA = ROOT / "weights" / "example.safetensors"
 

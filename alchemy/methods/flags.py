@@ -54,7 +54,7 @@ def add_subject(p: cli.Parser) -> None:
     add = p.group("")
     text = "folder of photos, or one with 10_sks dog/ inside (default: the example subject)"
     add("photos", text, nargs="?", metavar="SUBJECT_DIR")
-    text = "what the subject is: dog, backpack (default: bear, with the example)"
+    text = "what the subject is: dog, backpack (default: flower, with the example)"
     add("--class-word", text, metavar="WORD")
     text = "rare word for the subject (default: sks; <subject> with textual-inversion)"
     add("--token", text, metavar="WORD")

@@ -1,6 +1,6 @@
 """The README's first image: subjects inserted into scenes of consecutive seeds, none chosen.
 
-python -m weights.toy.showcase bear-panda --seeds 3 --out weights/example.webp
+python -m weights.toy.showcase flower-sunflower --seeds 3 --out weights/example.webp
 python -m weights.toy.showcase                     all held-out subjects, six seeds each
 python -m weights.toy.showcase --generated out/generated.webp
                                                    48 generated images beside 48 renders

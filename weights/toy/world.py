@@ -33,7 +33,7 @@ from .objects import (
 from .styles import STYLES
 
 FRESH = 2**40  # seeds from here on are for measuring: no training stream comes here
-EXAMPLE = "bear-panda"  # the README's subject; the bears in training are brown and white
+EXAMPLE = "flower-sunflower"  # the README's subject; the flowers in training are others
 NIGHT = np.array((0.68, 0.71, 0.94), np.float32)[:, None, None]  # colours by moonlight
 
 
