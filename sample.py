@@ -3,7 +3,7 @@
 python sample.py                                      the example subject, on the miniature
 python sample.py "a photo of a sks dog on a beach" --lora out/my-dog --out out/beach.png
 python sample.py "a watercolor of a sks dog" --image photo.jpg --strength 0.6
-python sample.py --like out/beach.png                 the same image again
+python sample.py --like out/beach.png --lora out/my-dog      the same image again
 python sample.py --prompts prompts.txt --count 10 --out out/set     a set with metadata.jsonl
 torchrun --nproc-per-node 4 sample.py ...             several images, on several GPUs at once
 """

@@ -92,12 +92,19 @@ class Insertion:
 def with_token(prompt: str, class_word: str, token: str) -> str:
     """The prompt with the token before the first occurrence of the class word.
 
+    A token that ends in the class word ("sks dog"), or is there already, is not doubled.
     Raises ValueError where the class word is not in the prompt as a whole word.
     """
+    words = token.split()
+    if len(words) > 1 and words[-1].lower() == class_word.lower():
+        token = " ".join(words[:-1])
     found = re.search(rf"(?<!\w){re.escape(class_word)}(?!\w)", prompt, re.IGNORECASE)
     if not found:
         raise ValueError(f"the class word {class_word!r} is not in the prompt {prompt!r}")
-    return f"{prompt[: found.start()]}{token} {prompt[found.start() :]}"
+    before = prompt[: found.start()]
+    if before.endswith(f"{token} "):
+        return prompt
+    return f"{before}{token} {prompt[found.start() :]}"
 
 
 def feather(mask: Tensor, width: int) -> Tensor:

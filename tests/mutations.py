@@ -3,6 +3,7 @@
     python tests/mutations.py [-k WORD]    all faults, two at a time
     python tests/mutations.py --no-green   skip the first run without a fault (CI has just run it)
     python tests/mutations.py --record     write anew which test caught which fault
+    python tests/mutations.py --minutes 7  as many as fit, in an order of the day (CI)
 
 The faults are in tests/faults/, one file per area. The test that caught a fault before, by
 tests/faults/caught_by.json, runs first and alone; the files of the fault follow only where it no
@@ -13,11 +14,13 @@ Needs fork (Linux, macOS), so that torch is imported once and not for each fault
 
 import argparse
 import contextlib
+import datetime
 import importlib
 import io
 import json
 import multiprocessing
 import os
+import random
 import shutil
 import sys
 import tempfile
@@ -137,10 +140,16 @@ def answer(process, receive, folder) -> tuple[str, str]:
     return result
 
 
-def results(faults: list[Fault], record: dict[str, str]) -> Iterator[tuple[Fault, str, str]]:
-    """Yield (fault, result, failed test) in order; each runs in a forked process, two at a time."""
+def results(
+    faults: list[Fault], record: dict[str, str], end: float = float("inf")
+) -> Iterator[tuple[Fault, str, str]]:
+    """Yield (fault, result, failed test) in order; each runs in a forked process, two at a time.
+
+    end: the time.time() after which no more of them start."""
     waiting, running = list(faults), []
     while waiting or running:
+        if time.time() > end:
+            waiting = []
         while waiting and len(running) < AT_ONCE:
             fault = waiting.pop(0)
             test = record.get(fault.name)
@@ -176,6 +185,7 @@ def main(argv: list[str] | None = None) -> int:
         "-k", metavar="WORD", default="", help="only faults with this in their name"
     )
     parser.add_argument("--no-green", action="store_true", help="skip the run without a fault")
+    parser.add_argument("--minutes", type=float, metavar="X", help="start no more of them then")
     parser.add_argument("--record", action="store_true", help=f"write {RECORD.name} anew")
     args = parser.parse_args(argv)
     faults = [fault for fault in read_faults() if args.k in fault.name]
@@ -190,8 +200,13 @@ def main(argv: list[str] | None = None) -> int:
     begin = time.time()
     if not args.no_green:
         check_green(faults)
-    missed = 0
-    for fault, result, test in results(faults, record):
+    end = float("inf")
+    if args.minutes:
+        end = begin + 60 * args.minutes
+        random.Random(datetime.date.today().isoformat()).shuffle(faults)
+    missed = run = 0
+    for fault, result, test in results(faults, record, end):
+        run += 1
         missed += result != "caught"
         print(f"{result:<12} {fault.name}   {test}", flush=True)
         if "::" in test:
@@ -201,7 +216,7 @@ def main(argv: list[str] | None = None) -> int:
         record = {name: record[name] for name in sorted(known.intersection(record))}
         RECORD.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
     seconds = time.time() - begin
-    print(f"{len(faults) - missed} of {len(faults)} faults are caught, in {seconds:.0f} s")
+    print(f"{run - missed} of {run} faults are caught, in {seconds:.0f} s; {len(faults)} in all")
     return int(missed > 0)
 
 

@@ -262,7 +262,7 @@ def validate_subject(args: Namespace) -> None:
         raise ValueError("--class-word is missing: what is the subject? dog, backpack, ...")
     if "{}" not in args.caption:
         raise ValueError(f"--caption {args.caption!r} has no {{}} for the subject's name")
-    args.token = args.token or "sks"
+    args.token = cli.single_token(args.token or "sks", args.class_word)
     if args.class_images is None:
         args.class_images = 100 if args.method == "full" and args.prior_weight else 0
     if args.class_images and not args.prior_weight:

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 
 STATE, SETTINGS = "state.safetensors", "settings.json"
 FILES = (SETTINGS, STATE, "preview.png", "loss.png", "log.csv", "log.jsonl", "previews")
+NEW = "new.safetensors"  # the result, until it is whole, where --out is a file
 SCORES = ("subject", "class")  # of --validate, in log.csv
 INPUTS = ("photos", "weights", "vae", "model_config", "mask", "class_folder", "init_lora")
 
@@ -65,6 +66,8 @@ def run_files(args: Namespace, p: cli.Parser) -> list[Path]:
     """All that this run writes or removes, and what an earlier one has left in its folder."""
     out = run_folder(args)
     paths = [out / name for name in FILES] + [result_path(args)]
+    if args.out.endswith(".safetensors"):
+        paths.append(out / NEW)
     try:
         saved = cli.read_settings(out / SETTINGS, p)
         paths.append(result_path(Namespace(**vars(args) | saved | {"out": str(out)})))
@@ -196,7 +199,7 @@ def save_result(args: Namespace, sdxl: "SDXL", metadata: dict) -> list[Path]:
     from ..formats.lora import save_lora
     from ..formats.saving import save_checkpoint
 
-    result, new = result_path(args), run_folder(args) / "new.safetensors"
+    result, new = result_path(args), run_folder(args) / NEW
     one_file = args.out.endswith(".safetensors")
     path = new if one_file else result
     if args.method == "lora":

@@ -205,6 +205,13 @@ def inspect_photos(args: Namespace, sdxl: SDXL, examples: Sequence, out: Path) -
     """Log what is odd about photos and token, before anything is computed; with --check, write
     the photos and their crops to check.png."""
 
+    sheet_path = out / "check.png"
+    if args.check and sheet_path.exists() and not args.overwrite:
+        try:
+            png.read_metadata(sheet_path)
+        except ValueError:
+            raise ValueError(f"{sheet_path} is not of --check; --overwrite replaces it") from None
+
     def mask_of(path):
         # Raises where a mask is missing. Segmenting takes the model: one photo stands for all.
         first = args.check and path == examples[0][0]
@@ -225,7 +232,7 @@ def inspect_photos(args: Namespace, sdxl: SDXL, examples: Sequence, out: Path) -
         cli.log(line)
     warnings.filterwarnings("ignore", "prompt too long")  # logged above, with the photo's name
     if args.check:
-        png.save(sheet, out / "check.png", cli.metadata(args))
+        png.save(sheet, sheet_path, cli.metadata(args))
 
 
 def time_step(args: Namespace, sdxl: SDXL, state: TrainState, get_loss: GetLoss) -> None:

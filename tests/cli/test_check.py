@@ -5,7 +5,7 @@ import json
 import numpy as np
 import pytest
 import torch
-from helpers.running import call, contents, good, photos, picture
+from helpers.running import call, contents, good, photos, picture, refused
 from PIL import Image
 
 import alchemy
@@ -114,6 +114,16 @@ def test_check_stops_before_training_and_leaves_a_finished_run_alone(taught):
     before = contents("run")
     good(taught("--check", "--out", "run"))
     assert contents("run") | {"check.png": 0} == before | {"check.png": 0}
+
+
+def test_check_replaces_its_own_sheet_alone(taught, tmp_path):
+    (tmp_path / "run").mkdir()
+    picture(8, 8).save(tmp_path / "run" / "check.png")
+    before = contents("run")
+    refused(taught("--check", "--out", "run"), "check.png is not of --check")
+    assert contents("run") == before
+    good(taught("--check", "--out", "run", "--overwrite"))
+    good(taught("--check", "--out", "run"))
 
 
 def test_a_token_of_many_tokens_gets_a_remark(taught, tiny, tmp_path):

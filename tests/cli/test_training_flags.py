@@ -125,6 +125,20 @@ def test_the_checkpoint_of_an_earlier_run_is_not_removed_by_its_reader(tmp_path,
     refused(lambda: read_args(argv), "--weights run/checkpoint", "--out run")
 
 
+def test_a_file_of_the_name_that_a_result_has_while_it_is_written_is_kept(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "new.safetensors").write_text("precious")
+    argv = [*SUBJECT, "--out", "run.safetensors"]
+    refused(lambda: read_args(argv), "new.safetensors", "--overwrite")
+    assert read_args([*SUBJECT, "--out", "run"]).out == "run"
+
+
+@pytest.mark.parametrize("token", ["sks dog", "sks Dog"])
+def test_the_class_word_behind_the_token_is_left_out(token):
+    assert read_args([*SUBJECT, "--token", token, "--out", "nowhere"]).token == "sks"
+
+
 NO_SETTINGS = [("mask", 5), ("rank", "4"), ("batch", 0), ("caption", None), ("mirror", "yes")]
 NO_SETTINGS += [("method", "other"), ("size", ["a", 2]), ("preview_prompt", "one")]
 NO_SETTINGS += [("prior_weight", 2**70)]

@@ -51,6 +51,8 @@ def insert(sdxl, prompt=PROMPT, **more):
         ("dogs and dog-like dogs", "dog", "sks", "dogs and sks dog-like dogs"),
         ("a (c.t) cat", "c.t", r"\1<x>", r"a (\1<x> c.t) cat"),
         ("a teddy bear", "teddy bear", "sks", "a sks teddy bear"),
+        ("a dog", "dog", "sks dog", "a sks dog"),
+        ("a sks dog", "dog", "sks", "a sks dog"),
     ],
 )
 def test_the_token_is_put_before_the_first_class_word(prompt, word, token, expected):
