@@ -110,7 +110,7 @@ class Parser(argparse.ArgumentParser):
         if not advice or advice.startswith("--") and advice.split()[0] not in known:
             import difflib
 
-            advice = " ".join(difflib.get_close_matches(f"--{name}", known, n=1))
+            advice = " ".join(difflib.get_close_matches(f"--{name}", known, 1, 0.8))
         return f"; here it is {advice}" if advice else ""
 
     def from_json(self, name: str, value: object) -> object:

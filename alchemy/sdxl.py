@@ -163,8 +163,13 @@ class SDXL:
 
         None as a prompt is zeros, as SDXL base was trained and released; "" is encoded.
         A prompt longer than 75 tokens is cut, with a warning that quotes the words left out.
+        Raises ValueError for one prompt that is not in a list, and for what is no text.
         """
+        if isinstance(prompts, str):
+            raise ValueError(f"encode_prompt takes a list of prompts: [{prompts[:40]!r}]")
         for prompt in prompts:
+            if not isinstance(prompt, str | None):
+                raise ValueError(f"a prompt is a text or None, not {prompt!r:.60}")
             rest = self.tokenizers[0].truncated_text(prompt or "")
             if rest:
                 warnings.warn(f"prompt too long, these words are lost: {rest!r}", stacklevel=2)

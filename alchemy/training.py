@@ -313,6 +313,8 @@ def train_lora(
 
     if isinstance(photos, (str, Path)):
         photos, _ = find_photos(photos)
+    if not photos:
+        raise ValueError("train_lora needs at least one photo")
     defaults = sdxl.defaults
     size = sdxl.size
     subject = f"a photo of a {token} {class_word}"

@@ -145,10 +145,12 @@ def open_state(args: Namespace) -> "safe_open | None":
     finished = json.loads(path.with_name(SETTINGS).read_text(encoding="utf-8-sig")).get("finished")
     if result.exists() and (finished == args.steps or not path.exists()):
         remove_unfinished(path.parent)
-        more = "--init-lora continues its LoRA in another --out"
+        more = "--overwrite starts again"
         if path.exists():
-            more = f"--steps above {finished} continues it"
-        raise ValueError(f"{args.out}: this run is finished; {more}, --overwrite starts again")
+            more = f"--steps above {finished} continues it, {more}"
+        elif args.method == "lora":
+            more = f"--init-lora continues its LoRA in another --out, {more}"
+        raise ValueError(f"{args.out}: this run is finished; {more}")
     if not path.exists():
         return None
     saved = open_safetensors(path, "--overwrite starts again")

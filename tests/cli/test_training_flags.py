@@ -125,6 +125,13 @@ def test_the_checkpoint_of_an_earlier_run_is_not_removed_by_its_reader(tmp_path,
     refused(lambda: read_args(argv), "--weights run/checkpoint", "--out run")
 
 
+def test_a_lora_to_start_from_has_to_exist(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "run").mkdir()
+    for given in ("none.safetensors", "run"):
+        refused(lambda given=given: read_args([*SUBJECT, "--init-lora", given]), "--init-lora")
+
+
 def test_a_file_of_the_name_that_a_result_has_while_it_is_written_is_kept(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "run").mkdir()

@@ -147,3 +147,9 @@ def test_repr_names_checkpoint_dtype_device_networks_and_loras(tiny):
     alchemy.add_lora(tiny, 2, name="panda")
     assert repr(tiny).startswith(f"SDXL({tiny.source!r}, float64 on cpu; networks in memory: ")
     assert "unet" in repr(tiny) and "vae" not in repr(tiny) and "LoRAs: panda" in repr(tiny)
+
+
+@pytest.mark.parametrize("prompts", ["a dog", [["a dog"]], [5]])
+def test_what_is_not_a_list_of_prompts_is_refused(tiny, prompts):
+    with pytest.raises(ValueError, match="prompt"):
+        tiny.encode_prompt(prompts)

@@ -294,13 +294,19 @@ def test_a_run_is_determined_by_its_seed(tiny, tmp_path):
     assert loras[0] == loras[1] != loras[2]
 
 
-def test_init_lora_continues_training_a_file(tiny, tmp_path):
+@pytest.mark.parametrize("given", ["first", "first/lora.safetensors"])
+def test_init_lora_continues_training_a_file_or_the_one_of_a_run(tiny, tmp_path, given):
     good(call(*flags(tiny, tmp_path, "--steps", 2, "--out", "first")))
-    more = ("--init-lora", "first/lora.safetensors", "--out", "second")
+    more = ("--init-lora", given, "--out", "second")
     good(call(*flags(tiny, tmp_path, "--steps", 1, "--learning-rate", 1e-9, *more)))
     first, second = (load_file(f"{name}/lora.safetensors") for name in ("first", "second"))
     for name, tensor in first.items():
         assert torch.allclose(second[name], tensor, atol=1e-7), name
+
+
+def test_train_lora_without_photos_is_refused(tiny):
+    with pytest.raises(ValueError, match="at least one photo"):
+        next(alchemy.train_lora(alchemy.load(tiny, "cpu"), [], "dog"))
 
 
 def test_train_lora_is_what_train_py_does(tiny, tmp_path):
