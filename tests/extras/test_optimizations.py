@@ -111,9 +111,9 @@ def test_gradients_on_an_fp8_base_equal_those_on_the_unpacked_one(network, input
         assert torch.equal(a, b) and a.any()
 
 
-def test_fp8_changes_the_miniatures_prediction_by_less_than_1_percent():
+def test_fp8_changes_the_miniatures_prediction_by_less_than_2_percent():
     off = saver_errors.fp8_errors(timesteps=(200, 981))
-    assert min(off.values()) > 1e-4 and max(off.values()) < 0.01
+    assert min(off.values()) > 1e-4 and max(off.values()) < 0.02
 
 
 def test_only_frozen_linear_layers_are_stored_and_only_once(network):
