@@ -96,9 +96,15 @@ FAULTS = {
         ),
         (
             "scores go among the images",
-            "if Path(args.out).resolve() == Path(args.generated).resolve():",
+            "if folder and Path(args.out).resolve() == Path(folder).resolve():",
             "if False:",
         ),
+        (
+            "masks of insert.py are scored",
+            '{"result.png", "scene.png", "feathered.png"} <= names',
+            "0",
+        ),
+        ("scores are replaced", "and not args.overwrite:", "and False:"),
         ("too few prompts", "if len(lines) != len(paths):", "if False:"),
     ),
     ("extras/validation", "extras/validation"): (
