@@ -81,7 +81,7 @@ def chosen(count):
     """The operations to crash at."""
     if ALL:
         return range(1, count + 1)
-    sample = {1 + k * count // 6 for k in range(6)} | {count - k for k in range(0, 8, 2)}
+    sample = {1 + k * count // 6 for k in range(6)} | {count - k for k in range(10)}
     return sorted(sample)
 
 
