@@ -7,8 +7,9 @@
 
 The faults are in tests/faults/, one file per area. The test that caught a fault before, by
 tests/faults/caught_by.json, runs first and alone; the files of the fault follow only where it no
-longer fails, so that the record saves time and cannot hide a fault. Exit status 1 if a fault is not caught, or if
-its old text is not found exactly once (the code has changed: change the fault with it).
+longer fails, so that the record saves time and cannot hide a fault. Exit status 1 if a fault is
+not caught, or if its old text is not found exactly once (the code has changed: change the fault
+with it).
 Needs fork (Linux, macOS), so that torch is imported once and not for each fault.
 """
 
@@ -37,7 +38,7 @@ RECORD = ROOT / "tests" / "faults" / "caught_by.json"  # {fault: "cli/test_flags
 
 @dataclass(frozen=True)
 class Fault:
-    """Replace `old`, which occurs once in alchemy/`module`.py, by `new`; one of `tests` must fail."""
+    """Replace `old`, which occurs once in alchemy/`module`.py, by `new`: a test must fail."""
 
     module: str  # "schedule", "formats/lora"; "../train" is the script
     tests: tuple[str, ...]  # "core/schedule" is tests/core/test_schedule.py

@@ -21,11 +21,14 @@ def fp8_errors(timesteps=(1, 200, 400, 600, 800, 981)):
     from alchemy.extras import optimizations
 
     sdxl = alchemy.load(ROOT / "weights" / "mini", "cpu", "float32")
-    x, told = alchemy.noise((2, 4, 32, 32), [0, 1]), sdxl.encode_prompt(PROMPTS).parts()
+    x = alchemy.noise((2, 4, 32, 32), [0, 1])
+    inputs = sdxl.encode_prompt(PROMPTS).parts()
     with torch.no_grad():
-        before = {t: sdxl.unet(x, t, *told) for t in timesteps}
+        before = {t: sdxl.unet(x, t, *inputs) for t in timesteps}
         optimizations.store_fp8(sdxl.unet)
-        return {t: float((sdxl.unet(x, t, *told) - y).norm() / y.norm()) for t, y in before.items()}
+        return {
+            t: float((sdxl.unet(x, t, *inputs) - y).norm() / y.norm()) for t, y in before.items()
+        }
 
 
 if __name__ == "__main__":

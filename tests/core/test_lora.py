@@ -25,7 +25,7 @@ def adapted(reference, network):
 
     def make(scale, base=torch.float64, adapter=torch.float64):
         net, stored = network("unet_a", base), reference("lora")
-        alpha = float(stored.facts["alpha"])
+        alpha = float(stored.header["alpha"])
         for name, layer in lora.attention_layers(net).items():
             key = f"lora/unet.{name}.lora"
             down, up = stored[f"{key}.down.weight"], stored[f"{key}.up.weight"]

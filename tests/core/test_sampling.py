@@ -22,7 +22,7 @@ V_NOT_QUITE_ZERO = dataclasses.replace(  # diffusers' Euler
 ETAS = {"": None, "0": 0.0, "05": 0.5, "1": 1.0}
 CASES = []
 for file in ("trajectories", "img2img", "masked"):
-    CASES += [(file, name) for name in read_reference(file).facts["cases"]]
+    CASES += [(file, name) for name in read_reference(file).header["cases"]]
 
 
 # The loop alone, around a network of one line.
@@ -204,7 +204,7 @@ def run(reference, unet, monkeypatch):
 
     def steps(file, name, dtype=torch.float64):
         stored = reference(file)
-        case = stored.facts["cases"][name]
+        case = stored.header["cases"][name]
         inputs = {key: value.to(dtype) for key, value in stored.group("inputs/").items()}
         sampler, _, eta = case["sampler"].partition("_eta")
         schedule = SDXL
@@ -229,7 +229,7 @@ def run(reference, unet, monkeypatch):
             sampler=sampler,
             spacing=case["spacing"],
             steps=case["steps"],
-            guidance=float(stored.facts["guidance"]),
+            guidance=float(stored.header["guidance"]),
             eta=ETAS[eta],
             generators=[iter(z[:, b]) for b in range(z.shape[1])],
             **options,

@@ -230,6 +230,6 @@ def test_the_header_names_the_token_and_no_lora(base):
     good(call(*base, *METHOD, "--init-word", "dog", "--steps", 1, "--vectors", 66, "--out", "run"))
     with safe_open("run/my-dog.safetensors", "pt") as file:
         header = file.metadata()
-    facts = {k.removeprefix("alchemy."): v for k, v in header.items() if k.startswith("alchemy.")}
+    found = {k.removeprefix("alchemy."): v for k, v in header.items() if k.startswith("alchemy.")}
     expected = {"base": "tiny", "steps": "1", "seed": "0", "name": "run", "token": TOKEN}
-    assert facts == expected | {"prompt": f"a photo of a {TOKEN}"}
+    assert found == expected | {"prompt": f"a photo of a {TOKEN}"}

@@ -12,7 +12,7 @@ NAMES = ("dino", "clip_vision")
 
 
 def network(stored, name, dtype=torch.float64):
-    model = VisionTransformer(VisionConfig.from_config(stored.facts["config"]))
+    model = VisionTransformer(VisionConfig.from_config(stored.header["config"]))
     weights = {}
     for key, parameter in model.state_dict().items():
         tensor = stored["weights/" + (dino_name(key) if name == "dino" else key)]

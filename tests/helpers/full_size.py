@@ -1,7 +1,9 @@
-"""Write a random checkpoint of SDXL's full size (6.9 GB in float16) in an official layout: speed, memory and loading do not depend on values.
+"""Write a random checkpoint of SDXL's full size (6.9 GB in float16) in an official layout.
 
-python tests/full_size.py out/full.safetensors        the single-file layout
-python tests/full_size.py out/full/                   the folder layout, with all that diffusers asks of one too
+Speed, memory and loading do not depend on the values.
+
+python tests/helpers/full_size.py out/full.safetensors   the single-file layout
+python tests/helpers/full_size.py out/full/              the folder layout, as diffusers has it
 """
 
 import json
@@ -16,13 +18,14 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from alchemy.formats import layout  # noqa: E402
 from alchemy.formats.checkpoint import BASE, BUILD, CONFIGS  # noqa: E402
 
-MINI = (
-    Path(__file__).resolve().parents[2] / "weights" / "mini"
-)  # what has no size, and so is as in the official folder
+# Its files that have no size are those of the official folder.
+MINI = Path(__file__).resolve().parents[2] / "weights" / "mini"
 
 
 def random(shape, block=torch.randn(1 << 22, generator=torch.Generator().manual_seed(0))):
-    """A float16 tensor, normal, its scale such that activations stay near 1; cut from one block, since drawing billions takes minutes."""
+    """A float16 Gaussian tensor, scaled so that activations stay near 1.
+
+    Cut from one block, since drawing billions of numbers takes minutes."""
     count = 1
     for side in shape:
         count *= side
@@ -31,7 +34,9 @@ def random(shape, block=torch.randn(1 << 22, generator=torch.Generator().manual_
 
 
 def networks(base=BASE):
-    """(name, network on the meta device, its random tensors) of each, by its configuration in base (of what is not said, SDXL's)."""
+    """(name, network on the meta device, its random tensors) of each.
+
+    base: {name: configuration}; what a configuration leaves out is as in SDXL."""
     for name, build in BUILD.items():
         with torch.device("meta"):
             network = build(CONFIGS[name].from_config(base[name]))

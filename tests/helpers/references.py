@@ -21,7 +21,7 @@ KINDS = {
 
 
 class Reference(dict):
-    """The tensors of a reference file by name; facts is its header, the JSON in it read."""
+    """The tensors of a reference file by name; `header` holds its metadata, JSON decoded."""
 
     def group(self, prefix):
         """The tensors below a prefix, named without it."""
@@ -34,10 +34,10 @@ def read_reference(name):
     """The tensors of tests/reference/NAME.safetensors."""
     with safe_open(FOLDER / f"{name}.safetensors", "pt") as file:
         tensors = Reference({key: file.get_tensor(key) for key in file.keys()})
-        tensors.facts = dict(file.metadata())
-    for key, value in tensors.facts.items():
+        tensors.header = dict(file.metadata())
+    for key, value in tensors.header.items():
         if value[0] in "{[":
-            tensors.facts[key] = json.loads(value)
+            tensors.header[key] = json.loads(value)
     return tensors
 
 
@@ -45,7 +45,7 @@ def build_network(name, dtype=torch.float64):
     """Our network of a reference's configuration and weights, a new one at each call."""
     kind, stored = KINDS[name], read_reference(name)
     with torch.device("meta"):
-        net = BUILD[kind](CONFIGS[kind].from_config(stored.facts["config"]))
+        net = BUILD[kind](CONFIGS[kind].from_config(stored.header["config"]))
     # transformers 5 saves the first encoder without this prefix.
     prefix = "text_model." if name == "text_1" else ""
     weights = {}

@@ -21,7 +21,7 @@ CLIP_TEXT = {
 def save_dino(folder, stored, **changes):
     """stored: the reference "dino"; changes: of its config.json."""
     folder.mkdir(exist_ok=True)
-    (folder / "config.json").write_text(json.dumps(stored.facts["config"] | changes))
+    (folder / "config.json").write_text(json.dumps(stored.header["config"] | changes))
     save_file(stored.group("weights/"), folder / "model.safetensors")
     return folder
 
@@ -30,7 +30,7 @@ def save_clip(folder, stored):
     """stored: the reference "clip_vision"; the text half is random."""
     folder.mkdir(exist_ok=True)
     config = {"model_type": "clip", "projection_dim": 10, "text_config": CLIP_TEXT}
-    config["vision_config"] = stored.facts["config"] | {"projection_dim": 999}
+    config["vision_config"] = stored.header["config"] | {"projection_dim": 999}
     (folder / "config.json").write_text(json.dumps(config))
     torch.manual_seed(0)
     text = TextEncoder(TextConfig.from_config(CLIP_TEXT | {"projection_dim": 10}), projection=True)

@@ -19,11 +19,11 @@ def test_the_same_trajectory(tmp_path, noise, grid, steps):  # noqa: F811
     pipe = built()
     pipe.save_pretrained(tmp_path)
     sdxl = alchemy.load(tmp_path, "cpu")
-    told, untold = sdxl.encode_prompt([PROMPT], SIZE), sdxl.encode_prompt([None], SIZE)
+    cond, uncond = sdxl.encode_prompt([PROMPT], SIZE), sdxl.encode_prompt([None], SIZE)
     ours = [
         step.x_prev
         for step in alchemy.denoise(
-            sdxl, noise, told, untold, sampler="dpmpp_2m", spacing=grid, steps=steps, guidance=2.0
+            sdxl, noise, cond, uncond, sampler="dpmpp_2m", spacing=grid, steps=steps, guidance=2.0
         )
     ]
 
@@ -52,7 +52,7 @@ def test_the_same_trajectory(tmp_path, noise, grid, steps):  # noqa: F811
             pipe.unet(
                 x, t, c.context, added_cond_kwargs={"text_embeds": c.pooled, "time_ids": c.time_ids}
             ).sample
-            for c in (untold, told)
+            for c in (uncond, cond)
         ]
         x = solver.step(eps[0] + 2.0 * (eps[1] - eps[0]), t, x).prev_sample
         agree([mine], [x], 3e-5)

@@ -1,4 +1,4 @@
-"""The sampler lcm against diffusers' LCMScheduler: whole trajectories with a network, Step by Step."""
+"""The sampler lcm against diffusers' LCMScheduler: whole trajectories with a network."""
 
 import pytest
 
@@ -18,13 +18,13 @@ def test_the_same_trajectory(tmp_path, noise, steps):  # noqa: F811
     pipe = built()
     pipe.save_pretrained(tmp_path)
     sdxl = alchemy.load(tmp_path, "cpu")
-    told, untold = sdxl.encode_prompt([PROMPT], SIZE), sdxl.encode_prompt([None], SIZE)
+    cond, uncond = sdxl.encode_prompt([PROMPT], SIZE), sdxl.encode_prompt([None], SIZE)
     ours = list(
         alchemy.denoise(
             sdxl,
             noise,
-            told,
-            untold,
+            cond,
+            uncond,
             sampler="lcm",
             steps=steps,
             guidance=1.5,
@@ -47,7 +47,7 @@ def test_the_same_trajectory(tmp_path, noise, steps):  # noqa: F811
             pipe.unet(
                 x, t, c.context, added_cond_kwargs={"text_embeds": c.pooled, "time_ids": c.time_ids}
             ).sample
-            for c in (untold, told)
+            for c in (uncond, cond)
         ]
         x, x_0 = lcm.step(
             eps[0] + 1.5 * (eps[1] - eps[0]), t, x, generator=generator, return_dict=False

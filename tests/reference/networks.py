@@ -290,5 +290,5 @@ def make_lora(path):
             merged = model.get_submodule(name).base_layer.weight
             tensors[f"merged/scale_{weight}/{name}.weight"] = merged.clone()
         model.unfuse_lora()
-    facts = {"rank": rank, "alpha": alpha, "network": "unet_a", "inputs": "unet_a inputs/0"}
-    write(path, tensors, facts)
+    metadata = {"rank": rank, "alpha": alpha, "network": "unet_a", "inputs": "unet_a inputs/0"}
+    write(path, tensors, metadata)

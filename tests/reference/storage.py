@@ -20,19 +20,19 @@ def draw(name, *shape, std=1.0):
     return torch.from_numpy((rng.standard_normal(shape) * std).astype(np.float32))
 
 
-def write(path, tensors, facts):
-    """Save tensors; the header gets facts (strings or JSON) and versions of the libraries."""
-    metadata = {"seed": str(SEED)}
+def write(path, tensors, metadata):
+    """Save tensors; the header gets the metadata (strings or JSON) and versions of libraries."""
+    strings = {"seed": str(SEED)}
     for library in ("torch", "diffusers", "transformers", "peft"):
-        metadata[library] = version(library)
-    for key, value in facts.items():
-        metadata[key] = value if isinstance(value, str) else json.dumps(value)
+        strings[library] = version(library)
+    for key, value in metadata.items():
+        strings[key] = value if isinstance(value, str) else json.dumps(value)
     copies = {key: value.detach().clone().contiguous() for key, value in tensors.items()}
-    data = save(copies, metadata)
+    data = save(copies, strings)
     # safetensors writes the metadata in a random order: sort it, at the same length
     length = int.from_bytes(data[:8], "little")
     header = json.loads(data[8 : 8 + length])
-    header["__metadata__"] = dict(sorted(metadata.items()))
+    header["__metadata__"] = dict(sorted(strings.items()))
     text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
     text += b" " * (-len(text) % 8)
     Path(path).write_bytes(len(text).to_bytes(8, "little") + text + data[8 + length :])
