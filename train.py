@@ -51,7 +51,8 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def run(args: Namespace, out: Path, page: Path | None) -> int:
-    """The whole of it; returns the number of the signal that stopped the run, or 0."""
+    """Train, from the checkpoint to the results; returns the number of the signal that stopped the
+    run, or 0."""
     from alchemy.extras import memory
     from alchemy.methods import task as tasks
     from alchemy.methods.report import Report

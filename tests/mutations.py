@@ -91,7 +91,9 @@ def run_tests(repo: Path, tests: list[str]) -> tuple[int, str]:
     import pytest
 
     os.chdir(repo)
-    sys.path[:] = [str(repo)] + [p for p in sys.path if not p.startswith(str(ROOT))]
+    # Not the original's modules; its virtual environment may well lie within ROOT.
+    own = ("", str(ROOT), str(ROOT / "tests"))
+    sys.path[:] = [str(repo)] + [p for p in sys.path if p not in own]
     with contextlib.redirect_stdout(io.StringIO()) as output:
         paths = [f"tests/{name}" for name in tests]
         status = pytest.main(["-x", "-q", "-p", "no:cacheprovider", *paths])

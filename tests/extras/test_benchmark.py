@@ -97,7 +97,7 @@ def test_an_interrupted_benchmark_waits_until_its_training_has_saved(tmp_path):
         "import signal, time; stop = []; signal.signal(signal.SIGTERM, lambda *_: stop.append(1));"
     )
     child += "open('ready', 'w').close()\nwhile not stop: time.sleep(0.01)\n"
-    child += "time.sleep(0.3); open('saved', 'w').close()"
+    child += "time.sleep(1.5); open('saved', 'w').close()"
     parent = "import sys, os; from alchemy.extras import benchmark; "
     parent += "benchmark.run_to_saved_state([sys.executable, '-c', sys.argv[1]], dict(os.environ))"
     for number in (signal.SIGINT, signal.SIGTERM):

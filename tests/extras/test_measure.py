@@ -266,6 +266,41 @@ def test_packing_writes_a_checkpoint_that_loads_with_the_ema_in_half_precision(
     assert alchemy.text_to_image(sdxl, "a photo of a dog", steps=1).size == (128, 128)
 
 
+@torch.no_grad()
+def test_a_warm_start_predicts_rotated_noise_of_rotated_latents(tmp_path):
+    scenes = recipe.Scenes(tmp_path / "scenes", 32)
+    before = alchemy.load(WEIGHTS / "mini", dtype="float32")
+    turn, _ = torch.linalg.qr(torch.randn(4, 4, generator=torch.Generator().manual_seed(0)))
+
+    class Turned:
+        def encode(self, x):
+            mean, std = before.vae.encode(x)
+            return torch.einsum("ij,bjhw->bihw", turn.T, mean), std
+
+    denoiser = recipe.Denoiser(recipe.NETWORKS["unet"], torch.device("cpu"))
+    share = recipe.warm_start(denoiser, Turned(), scenes, WEIGHTS / "mini")
+    assert share == pytest.approx(1, abs=1e-4)
+    x = alchemy.noise((2, 4, 16, 16), [0, 1])
+    inputs = before.encode_prompt(["a dog", "a cat"]).parts()
+    expected = torch.einsum("ij,bjhw->bihw", turn.T, before.unet(x, torch.tensor([500]), *inputs))
+    turned = torch.einsum("ij,bjhw->bihw", turn.T, x)
+    found = denoiser.modules["unet"](turned, torch.tensor([500]), *inputs)
+    assert torch.allclose(found, expected, atol=1e-3)
+
+
+def test_a_unet_goes_on_from_the_packed_weights_and_pack_keeps_their_vae(tmp_path, monkeypatch):
+    shutil.copytree(WEIGHTS / "mini", tmp_path / "mini")
+    monkeypatch.setattr(recipe, "WEIGHTS", tmp_path)
+    flags = ["--work", str(tmp_path), "--threads", "1", "--scenes", "40", "--batch", "2"]
+    recipe.main(["unet", "--minutes", "0.01", "--init", str(tmp_path / "mini"), *flags])
+    assert "by a rotation: 1.00" in (tmp_path / "unet.log").read_text()
+    recipe.pack(tmp_path)
+    before, after = (alchemy.load(root / "mini") for root in (WEIGHTS, tmp_path))
+    kept = zip(before.vae.parameters(), after.vae.parameters(), strict=True)
+    assert all(torch.equal(a, b) for a, b in kept)
+    assert not torch.equal(before.unet.conv_in.weight, after.unet.conv_in.weight)
+
+
 def test_a_vae_and_a_unet_train_for_a_moment_and_leave_states_that_pack_reads(tmp_path):
     flags = ["--work", str(tmp_path), "--threads", "1", "--scenes", "40"]
     save_file(load_file(classifier.FILE), tmp_path / "critic.safetensors")

@@ -248,6 +248,10 @@ FAULTS = {
         ("strength is a probability", "return 77 * float(", "return float("),
         ("an image is segmented without noise", "int(noise_level * ", "int(0 * "),
     ),
+    ("insertion", "core/insertion"): (
+        ("the class word is doubled", "if len(words) > 1 and", "if False and"),
+        ("the token is doubled", 'if before.endswith(f"{token} "):', "if False:"),
+    ),
     ("insertion", "core/insertion core/segmentation"): (
         (
             "the LoRA generates the scene",

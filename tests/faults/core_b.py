@@ -98,6 +98,8 @@ FAULTS = {
         ),
     ),
     ("sdxl", "core/sdxl"): (
+        ("a text is a list of letters", "if isinstance(prompts, str):", "if False:"),
+        ("anything is a prompt", "if not isinstance(prompt, str | None):", "if False:"),
         (
             "time ids: sizes swapped",
             "[*(original or size), *crop, *size]",

@@ -137,6 +137,12 @@ FAULTS = {
         ("rows that are computed again stay", 'if int(row["step"]) <= step and', "if"),
     ),
     ("extras/benchmark", "extras/benchmark"): (
+        ("a stopped training is killed", "process.terminate()", "process.kill()"),
+        (
+            "a stopped training is left alone",
+            "        process.wait()\n        cli.log",
+            "        cli.log",
+        ),
         ("a dog is an object", 'LIVE = ("cat", "dog")', 'LIVE = ("cat",)'),
         (
             "the scene has the token",

@@ -25,6 +25,7 @@ FAULTS = {
         ),
     ),
     ("training", "core/training"): (
+        ("no photo is needed", "if not photos:", "if False:"),
         ("accumulated gradients are summed", ") / accumulation\n", ")\n"),
         ("a step of NaN is applied", "        if applied:\n", "        if True:\n"),
         ("a NaN loss is kept", "total if applied else math.nan", "total"),
@@ -127,6 +128,23 @@ FAULTS = {
     ),
     ("methods/task", "cli/training_flags"): (
         ("repeats of a subject's folder count once", "found * repeats", "found"),
+    ),
+    ("methods/task", "cli/check"): (
+        ("--check replaces any file", "sheet_path.exists() and not", "False and not"),
+    ),
+    ("methods/flags", "cli/training_flags"): (
+        (
+            "any token is one word",
+            "cli.single_token(args.token or",
+            "(lambda a, b: a)(args.token or",
+        ),
+        ("a LoRA to start from may be missing", "not Path(args.init_lora).is_file():", "False:"),
+    ),
+    ("methods/flags", "core/training"): (
+        ("a run is no LoRA to start from", "Path(args.init_lora).is_dir():", "False:"),
+    ),
+    ("methods/outputs", "cli/training_flags"): (
+        ("a file named as the unfinished result is lost", "paths.append(out / NEW)", "pass"),
     ),
     ("methods/dreambooth", "extras/dreambooth"): (
         (

@@ -6,7 +6,8 @@ python -m weights.toy.recipe trial     compares UNet configurations on the same 
 python -m weights.toy.recipe pack      writes the EMA in half precision to weights/mini
 
 vae and unet resume from their last state in --work, and log to vae.log and unet.log there;
-a larger --minutes continues a finished run. They use CUDA where there is one.
+a larger --minutes continues a finished run. They use CUDA where there is one. Without a state,
+`unet --init weights/mini` goes on from the weights that are packed, on the latents of their VAE.
 """
 
 import json
@@ -169,12 +170,16 @@ def train_vae(args, log: Callable[[str], None], device: torch.device) -> None:
     (args.work / "scaling.json").write_text(json.dumps(factor))
 
 
-def trained_vae(work: Path, device: torch.device) -> VAE:
-    if not (work / "scaling.json").exists():
+def trained_vae(work: Path, device: torch.device, init: Path | None = None) -> VAE:
+    """The VAE in `work`; without one there, that of weights/mini, where the UNet starts from it."""
+    if (work / "scaling.json").exists():
+        config = NETWORKS["vae"] | json.loads((work / "scaling.json").read_text())
+        vae = VAE(VAEConfig.from_config(config))
+        vae.load_state_dict(ema_of(work / "vae.safetensors", "vae"))
+    elif init and init.resolve() == (WEIGHTS / "mini").resolve():
+        vae = alchemy.load(init, dtype="float32").vae
+    else:
         raise ValueError(f"{work}: no trained VAE there; run the part vae first")
-    config = NETWORKS["vae"] | json.loads((work / "scaling.json").read_text())
-    vae = VAE(VAEConfig.from_config(config))
-    vae.load_state_dict(ema_of(work / "vae.safetensors", "vae"))
     return vae.to(device, memory_format=torch.channels_last).eval().requires_grad_(False)
 
 
@@ -303,7 +308,7 @@ def warm_start(denoiser: Denoiser, vae: VAE, scenes: Scenes, folder: Path) -> fl
 def train_unet(args, log, device, config=None, name="unet", clock=time.time) -> list[float]:
     """Train, and return the held-out losses of the EMA."""
     denoiser = Denoiser(config or NETWORKS["unet"], device)
-    vae = trained_vae(args.work, device)
+    vae = trained_vae(args.work, device, args.init)
     scenes = Scenes(args.work / "scenes", args.scenes)
     if args.init:
         share = warm_start(denoiser, vae, scenes, args.init)
@@ -349,11 +354,12 @@ def compare(args, log: Callable[[str], None], device: torch.device) -> None:
 
 def pack(work: Path) -> str:
     """Write the EMA of the states to weights/mini, beside the tokenizers that are there already."""
-    for path in (work / "unet.safetensors", work / "vae.safetensors"):
-        if not path.exists():
-            raise ValueError(f"{path}: no such state; run the part {path.stem} first")
+    if not (work / "unet.safetensors").exists():
+        raise ValueError(f"{work}: no unet.safetensors; run the part unet first")
     out = WEIGHTS / "mini"
     for name, config in NETWORKS.items():
+        if name == "vae" and not (work / "vae.safetensors").exists():
+            continue  # the UNet was trained on the latents of the VAE that is packed already
         file = "model" if name in TEXT_ENCODERS else "diffusion_pytorch_model"
         tensors = ema_of(work / ("vae.safetensors" if name == "vae" else "unet.safetensors"), name)
         if name == "vae":
