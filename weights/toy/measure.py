@@ -76,6 +76,14 @@ def phrase(background: str, kind: int = 0) -> str:
     return world.BACKGROUNDS[background][kind]
 
 
+def new_backgrounds(instance: str) -> list[str]:
+    """Those that no photo of the subject shows, and training showed with its class."""
+    known = {photo.background for photo in world.subject_photos(instance)}
+    new = [background for background in world.BACKGROUNDS if background not in known]
+    word = instance.split("-")[0]
+    return [background for background in new if (word, background) not in world.HELD_OUT_PAIRS]
+
+
 @torch.no_grad()
 def generate(sdxl, prompts: list[str], first_seed: int, **options) -> list[Image.Image]:
     """An image per prompt, of seeds first_seed, first_seed + 1, ..., in batches.
@@ -265,11 +273,7 @@ class Measure:
 
     def asked(self, instance: str) -> list[tuple[str, int]]:
         """(background, index of its phrase) of those that the subject's photos do not show."""
-        word, known = instance.split("-")[0], set()
-        for photo in world.subject_photos(instance):
-            known.add(photo.background)
-        new = [b for b in world.BACKGROUNDS if b not in known]
-        new = [b for b in new if (word, b) not in world.HELD_OUT_PAIRS]
+        new = new_backgrounds(instance)
         return [(new[k % len(new)], k // len(new) % 3) for k in range(self.count(12))]
 
     def subjects(self) -> None:

@@ -1,12 +1,13 @@
 """The README's first image: subjects inserted into scenes of consecutive seeds, none chosen.
 
-python -m weights.toy.showcase flower-sunflower --seeds 3 --out weights/example.webp
-python -m weights.toy.showcase                     all held-out subjects, six seeds each
-python -m weights.toy.showcase --generated out/generated.webp
+python -m weights.toy.showcase --out weights/example.webp     all held-out subjects, six seeds
+python -m weights.toy.showcase flower-sunflower --seeds 3     one of them
+python -m weights.toy.showcase --generated weights/generated.webp
                                                    48 generated images beside 48 renders
 
-Each row shows a photo of the subject, then for one seed the scene, the region that may change,
-and the result. A LoRA that is missing is trained first, with train.py's defaults.
+A row is a subject: a photo, then for each seed the scene, darkened where it may not change, and
+the result. The scene is the first background that no photo of the subject shows. A LoRA that is
+missing is trained first, with train.py's defaults.
 """
 
 import subprocess
@@ -20,10 +21,9 @@ from alchemy import cli
 from alchemy.extras.inspect import sheets
 
 from . import WEIGHTS, world
-from .measure import generate, phrase
+from .measure import generate, new_backgrounds, phrase
 
 TOKEN = cli.EXAMPLE_TOKEN
-LABELS = ("photo", "scene", "may change", "result")
 
 
 def train_lora(instance: str, folder: Path, weights: str) -> Path:
@@ -42,24 +42,21 @@ def train_lora(instance: str, folder: Path, weights: str) -> Path:
     return path
 
 
-def insertions(sdxl, instance: str, background: str, seeds: range) -> list[list]:
-    """One row of (label, image) per seed. The LoRA of the subject is already on sdxl."""
+def insertions(sdxl, instance: str, background: str, seeds: range) -> list[tuple]:
+    """A row of (label, image). The LoRA of the subject is already on sdxl."""
     class_word = instance.split("-")[0]
     prompt = f"a photo of a {class_word} {background}"
-    photos = sorted((WEIGHTS / "subjects" / instance).iterdir())
-    rows = []
+    photo = Image.open(WEIGHTS / "subjects" / instance / "00.jpg").resize(sdxl.size[::-1])
+    row = [(instance, photo)]
     for seed in seeds:
-        cells = [Image.open(photos[seed % len(photos)]).resize(sdxl.size[::-1])]
         try:
             made = alchemy.insert(sdxl, prompt, class_word, TOKEN, seed=seed)
-            region = sheets.outlined(made.scene, made.feathered)
-            cells += [made.scene, region, made.result]
+            cells = sheets.outlined(made.scene, made.feathered), made.result
         except ValueError as error:  # the segmentation found no region
             print(f"{prompt}, seed {seed}: {error}")
-        rows.append(
-            [(f"{label}, seed {seed}", cell) for label, cell in zip(LABELS, cells, strict=False)]
-        )
-    return rows
+            cells = (Image.new("RGB", sdxl.size[::-1], "white"),) * 2
+        row += zip((f"seed {seed}", "result"), cells, strict=True)
+    return row
 
 
 def generated_beside_renders(sdxl, count: int = 48) -> list[list]:
@@ -84,7 +81,7 @@ def generated_beside_renders(sdxl, count: int = 48) -> list[list]:
 def main(argv=None) -> None:
     parser = cli.parser(__doc__)
     parser.add_argument("subjects", nargs="*", default=world.HELD_OUT_INSTANCES)
-    parser.add_argument("--background", default=cli.EXAMPLE_SCENE, metavar="PHRASE")
+    parser.add_argument("--background", metavar="PHRASE", help='such as "on grass"')
     parser.add_argument("--seeds", type=cli.COUNT, default=6, metavar="N", help="(default: 6)")
     parser.add_argument("--loras", type=Path, default=Path("out"), metavar="FOLDER")
     parser.add_argument("--weights", default=str(WEIGHTS / "mini"), metavar="FOLDER")
@@ -103,10 +100,11 @@ def main(argv=None) -> None:
     sdxl, rows = alchemy.load(args.weights, dtype="float32"), []
     for instance in args.subjects:
         alchemy.load_lora(sdxl, train_lora(instance, args.loras, args.weights))
-        rows += insertions(sdxl, instance, args.background, range(args.seeds))
+        background = args.background or phrase(new_backgrounds(instance)[0])
+        rows.append(insertions(sdxl, instance, background, range(args.seeds)))
         sdxl.free("unet")  # and the LoRA with it
     args.out.parent.mkdir(parents=True, exist_ok=True)
-    sheets.sheet(rows, least=192).save(args.out, quality=90)
+    sheets.sheet(rows, least=128).save(args.out, quality=90)
     print(args.out)
 
 
