@@ -7,12 +7,11 @@ OpenAI's code. Weighted syntax such as "(word:1.2)" has no meaning here.
 """
 
 import heapq
-import json
 import re
 import unicodedata
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 BOS = "<|startoftext|>"
 EOS = "<|endoftext|>"
@@ -95,42 +94,6 @@ def split_words(text: str) -> Iterator[tuple[str, bool]]:
         start = end
 
 
-def read(file: Path, default: str | None = None) -> Any:
-    """The JSON value or text of a file; `default` stands for the text of a missing one."""
-    try:
-        if default is not None and not file.exists():
-            text = default
-        else:
-            text = file.read_text(encoding="utf-8")
-        return json.loads(text) if file.suffix == ".json" else text
-    except (OSError, ValueError, RecursionError) as error:  # the last: JSON nested too deeply
-        reason = getattr(error, "strerror", None) or error
-        raise ValueError(f"{file}: cannot be read ({reason})") from None
-
-
-Vocabulary = tuple[dict[str, int], list[tuple[str, str]], dict[str, int]]
-
-
-def read_vocabulary(folder: Path) -> Vocabulary:
-    """(vocab, merges, added tokens) from vocab.json and merges.txt, or from tokenizer.json."""
-    if (folder / "vocab.json").exists() or not (folder / "tokenizer.json").exists():
-        vocab = read(folder / "vocab.json")
-        added = read(folder / "added_tokens.json", "{}")
-        lines = read(folder / "merges.txt").split("\n")
-        pairs = [line for line in lines if not line.startswith("#version")]
-    else:
-        content = read(folder / "tokenizer.json")
-        vocab = content["model"]["vocab"]
-        added = {token["content"]: token["id"] for token in content["added_tokens"]}
-        pairs = content["model"]["merges"]
-    merges = []
-    for pair in pairs:  # "a b", or in a tokenizer.json since transformers 4.45 ["a", "b"]
-        pair = pair.split() if isinstance(pair, str) else pair
-        if len(pair) == 2:
-            merges.append(tuple(pair))
-    return vocab, merges, added
-
-
 class Word(NamedTuple):
     """The ids of a word, and whether it continues the word before (see split_words)."""
 
@@ -168,27 +131,9 @@ class Tokenizer:
 
         Raises ValueError, in one line that names the file, if it cannot be read or is incomplete.
         """
-        folder = Path(path)
-        try:
-            config = read(folder / "tokenizer_config.json", "{}")
-            config |= read(folder / "special_tokens_map.json", "{}")
-            vocab, merges, added = read_vocabulary(folder)
-            # The last merge of CLIP makes id 49405; a truncated file would silently change ids.
-            if vocab[EOS] == 49407 and vocab["".join(merges[-1])] != 49405:
-                raise ValueError(
-                    f"{folder}: the merges are incomplete, the last of them is {merges[-1]}"
-                )
-            special = {BOS: vocab[BOS], EOS: vocab[EOS], **added}
-            if pad is None:
-                # If no file names the padding, it is the special token with the lowest id: "!" (0)
-                # if tokenizer.json lists it, else EOS. Placeholders have higher ids.
-                token = config.get("pad_token") or min(special.keys() - {BOS}, key=special.get)
-                token = token["content"] if isinstance(token, dict) else token
-                pad = special[token] if token in special else vocab[token]
-            return cls(vocab, merges, pad, special)
-        except (KeyError, TypeError, AttributeError, IndexError) as error:
-            problem = f"{type(error).__name__}: {error}"
-            raise ValueError(f"{folder}: not a CLIP vocabulary ({problem})") from None
+        from .formats.vocabulary import read_vocabulary
+
+        return cls(*read_vocabulary(Path(path), pad))
 
     def __call__(self, text: str) -> list[int]:
         """The 77 ids of a prompt: cut to 75 first, so that EOS, the pooled position, remains."""

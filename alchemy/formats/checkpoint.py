@@ -26,6 +26,7 @@ from .configs import check_config, check_sizes, read_config, without_nulls
 from .family import check_family, check_folder
 from .hub import find, weight_files
 from .tensors import first_names, names_in
+from .text import shorten
 
 VOCABULARY = Path(__file__).resolve().parents[2] / "weights" / "mini"
 CONFIGS = {
@@ -128,12 +129,13 @@ def load(
     # A single file has no vocabulary: it is the same in all of SDXL.
     has_vocabulary = folder is not None and (folder / "tokenizer").is_dir()
     vocabulary = folder if has_vocabulary else VOCABULARY
+    tokenizers = read_tokenizers(vocabulary, configs)
     files = {name: weight_files(place, name, half) for name, place in roots.items()}
     return SDXL(
         str(source),
         Reader(device, configs, files, json_files, vocabulary),
         configs,
-        tuple(Tokenizer.from_folder(vocabulary / n) for n in ("tokenizer", "tokenizer_2")),
+        tokenizers,
         Schedule.from_config(without_nulls(json_files[SCHEDULER])),
         device,
         dtype,
@@ -152,6 +154,7 @@ def read_json_files(root: Path, folder: Path | None, vae: Path) -> dict[str, dic
         if path.is_file():
             paths["vae/config.json"] = path
     json_files = {name: read_config(path) for name, path in paths.items()}
+    check_config(paths[INDEX], json_files[INDEX])  # it names the family
     if folder:
         check_folder(folder, json_files)
     if root.is_file():
@@ -161,6 +164,22 @@ def read_json_files(root: Path, folder: Path | None, vae: Path) -> dict[str, dic
     for name, path in paths.items():
         check_config(path, json_files[name])
     return json_files
+
+
+def read_tokenizers(folder: Path, configs: dict[str, Any]) -> tuple[Tokenizer, Tokenizer]:
+    """The tokenizers in the sub-folders. Raises ValueError for an id that an encoder lacks."""
+    tokenizers = []
+    for name in ("tokenizer", "tokenizer_2"):
+        encoder = name.replace("tokenizer", "text_encoder")
+        tokenizer, size = Tokenizer.from_folder(folder / name), configs[encoder].vocab_size
+        last = max(tokenizer.id_to_token)
+        if last >= size:
+            token = shorten(repr(tokenizer.id_to_token[last]))
+            raise ValueError(
+                f"{folder / name}: {token} has the id {last}; {encoder} has a vocab_size of {size}"
+            )
+        tokenizers.append(tokenizer)
+    return tuple(tokenizers)
 
 
 def marked_schedule(tensors: dict) -> dict:

@@ -4,6 +4,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from ..clip import ACTIVATIONS
 from .text import read_json_object, shorten
 
 SIZE = (1, 65536)
@@ -31,6 +32,20 @@ LIMITS = {
     (1e-8, 0.999): ("beta_start", "beta_end"),
     (1e-6, 1e6): ("scaling_factor",),
     (False, True): ("force_upcast", "force_zeros_for_empty_prompt", "rescale_betas_zero_snr"),
+}
+STRINGS = ("_class_name", "beta_schedule", "hidden_act", "prediction_type", "timestep_spacing")
+# What the networks have built in and no tensor shows: any other value would change the results.
+BUILT_IN = {
+    "act_fn": ("silu", "swish"),
+    "center_input_sample": (False,),
+    "downsample_padding": (1,),
+    "flip_sin_to_cos": (True,),
+    "freq_shift": (0,),
+    "hidden_act": tuple(ACTIVATIONS),
+    "latents_mean": (),
+    "latents_std": (),
+    "mid_block_scale_factor": (1,),
+    "resnet_time_scale_shift": ("default",),
 }
 RANGES = {}
 for limits, names in LIMITS.items():
@@ -71,8 +86,13 @@ def check_config(path: Path, config: dict[str, Any]) -> None:
             check(name, "must be a list")
         for number in value if isinstance(value, list) and name in PER_LEVEL else [value]:
             check(name, problem_of(number, *RANGES[name]))
-    if not isinstance(config.get("hidden_act", ""), str):
-        check("hidden_act", "must be a string")
+    for name in STRINGS:
+        if not isinstance(config.get(name, ""), str) or len(config.get(name, "")) > 100:
+            check(name, "must be a short string")
+    for name in sorted(config.keys() & BUILT_IN.keys()):
+        known = " or ".join(map(repr, BUILT_IN[name])) or "null"
+        if config[name] not in BUILT_IN[name]:
+            check(name, f"is supported as {known} only")
     if "hidden_size" in config and config["hidden_size"] % config.get("num_attention_heads", 12):
         check("hidden_size", "must be a multiple of num_attention_heads")
     if config.get("beta_start", 0.0) > config.get("beta_end", 0.012):
@@ -90,6 +110,10 @@ def check_sizes(source: object, configs: dict[str, Any]) -> None:
 
 def size_problems(configs: dict[str, Any]) -> Iterator[str]:
     unet, vae = configs["unet"], configs["vae"]
+    if not unet.in_channels == unet.out_channels == vae.latent_channels:
+        yield f"unet/config.json: in_channels and out_channels must be {vae.latent_channels}"
+    if not vae.in_channels == vae.out_channels == 3:
+        yield "vae/config.json: in_channels and out_channels must be 3"
     first, second = configs["text_encoder"], configs["text_encoder_2"]
     for name, known in BLOCK_TYPES.items():
         types = getattr(unet, name)

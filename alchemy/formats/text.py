@@ -40,5 +40,7 @@ def read_json_object(path: str | Path) -> dict:
     """The JSON object in a file, as a dict. Raises ValueError that names the file."""
     try:
         return parse_json_object(Path(path).read_bytes())
-    except (ValueError, OSError) as error:
+    except OSError as error:
+        raise ValueError(f"{path}: cannot be read ({error.strerror or error})") from None
+    except ValueError as error:
         raise ValueError(f"{path}: not a valid JSON object ({shorten(error)})") from None

@@ -18,6 +18,29 @@ FAULTS = {
         ("text_projection written as it is", "tensor = tensor.T\n", "pass\n"),
         ("the VAE's attention written as matrices", "tensor = tensor[:, :, None, None]", "pass"),
     ),
+    ("formats/vocabulary", "formats/tokenizer_files"): (
+        (
+            "merges that were cut short are accepted",
+            "LAST_MERGED.get(vocab[EOS], made) != made",
+            "False",
+        ),
+        (
+            "the padding is EOS where no file names it",
+            "min(special.keys() - {BOS}, key=special.get)",
+            "EOS",
+        ),
+        ("an id may be negative", "not 0 <= i < MAX_ID", "i >= MAX_ID"),
+        ("two tokens may have an id", "if i in tokens:", "if False:"),
+        ("an added token may have any id", "tokens.get(i, token) != token or ", ""),
+        ("tokens may be missing", "if missing:", "if False:"),
+    ),
+    ("formats/configs", "formats/bad_checkpoints"): (
+        ("settings that are not supported are ignored", "not in BUILT_IN[name]:", "in ():"),
+        ("names of any type", 'isinstance(config.get(name, ""), str)', "True"),
+    ),
+    ("formats/checkpoint", "formats/bad_checkpoints"): (
+        ("ids beyond the vocabulary are accepted", "if last >= size:", "if False:"),
+    ),
     ("formats/saving", "formats/saving"): (
         ("v-prediction is not marked", 'tensors["v_pred"] = torch.zeros(0)', "pass"),
         ("zero terminal SNR is not marked", 'tensors["ztsnr"] = torch.zeros(0)', "pass"),

@@ -8,6 +8,7 @@ import json
 import pickle
 import re
 import shutil
+from dataclasses import fields
 from pathlib import Path
 
 import pytest
@@ -15,6 +16,7 @@ import torch
 from helpers import checkpoints as synthetic
 from helpers.checkpoints import (
     NETWORKS,
+    SHIPPED,
     UNET,
     refused,
     single_tensors,
@@ -26,8 +28,12 @@ from helpers.checkpoints import (
 from safetensors.torch import save, save_file
 
 import alchemy
+from alchemy.clip import TextConfig
+from alchemy.formats.configs import BUILT_IN
 from alchemy.formats.family import FAMILIES
 from alchemy.formats.tensors import open_safetensors
+from alchemy.unet import UNetConfig
+from alchemy.vae import VAEConfig
 
 UNET_FILE = "unet/diffusion_pytorch_model.safetensors"
 
@@ -283,12 +289,51 @@ def test_an_invalid_configuration_is_named(copy, file, content):
         ("vae/config.json", {"force_upcast": "yes"}, "must be true or false"),
         ("vae/config.json", {"latent_channels": 16}, "must be from 4 to 4"),
         ("text_encoder/config.json", {"num_attention_heads": 3}, "must be a multiple of"),
-        ("text_encoder/config.json", {"hidden_act": {}}, "must be a string"),
+        ("vae/config.json", {"latents_mean": 5}, "latents_mean is 5; it is supported as null only"),
+        ("vae/config.json", {"latents_std": [1, 1, 1, 1]}, "latents_std is [1, 1, 1, 1]; it is"),
+        ("unet/config.json", {"flip_sin_to_cos": False}, "is supported as True only"),
+        ("unet/config.json", {"act_fn": "gelu"}, "is supported as 'silu' or 'swish' only"),
+        ("unet/config.json", {"in_channels": "4"}, "in_channels is '4'; it must be an integer"),
+        ("unet/config.json", {"out_channels": 8}, "in_channels and out_channels must be 4"),
+        ("vae/config.json", {"in_channels": 4}, "in_channels and out_channels must be 3"),
+        ("text_encoder/config.json", {"hidden_act": "relu"}, "as 'quick_gelu' or 'gelu' only"),
+        ("model_index.json", {"_class_name": 5}, "_class_name is 5; it must be a short string"),
     ],
 )
 def test_a_value_that_cannot_be_is_named(copy, file, change, words):
     write_json(copy / file, json.loads((copy / file).read_text()) | change)
     refused(lambda: alchemy.load(copy, "cpu"), words)
+
+
+def test_a_token_beyond_an_encoders_vocabulary_is_named(copy):
+    for name in ("tokenizer", "tokenizer_2"):
+        shutil.copytree(SHIPPED / name, copy / name)
+    write_json(copy / "tokenizer_2/added_tokens.json", {"<x>": 49408})
+    words = "tokenizer_2: '<x>' has the id 49408; text_encoder_2 has a vocab_size of 49408"
+    refused(lambda: alchemy.load(copy, "cpu"), words)
+
+
+SETTINGS = {  # by file, the names that are read
+    "unet/config.json": {field.name for field in fields(UNetConfig)} | BUILT_IN.keys(),
+    "vae/config.json": {field.name for field in fields(VAEConfig)} | BUILT_IN.keys(),
+    "text_encoder/config.json": {field.name for field in fields(TextConfig)},
+    "text_encoder_2/config.json": {field.name for field in fields(TextConfig)},
+    "scheduler/scheduler_config.json": {"prediction_type", "timestep_spacing", "beta_schedule"}
+    | {"num_train_timesteps", "beta_start", "beta_end", "steps_offset", "rescale_betas_zero_snr"}
+    | {"_class_name", "trained_betas"},
+    "model_index.json": {"_class_name", "force_zeros_for_empty_prompt"},
+}
+NEVER_RIGHT = (-1, float("nan"), 2**70, -1e300, [], [[]], {"a": 1}, [None], "x" * 5000)
+
+
+@pytest.mark.parametrize("file", SETTINGS)
+def test_a_value_of_no_right_type_or_size_is_named_for_every_setting(copy, file):
+    content = json.loads((copy / file).read_text())
+    for name in sorted(SETTINGS[file]):
+        for value in NEVER_RIGHT:
+            write_json(copy / file, content | {name: value})
+            line = refused(lambda: alchemy.load(copy, "cpu"), name)
+            assert file in line or Path(file).name in line, line
 
 
 # Other families
