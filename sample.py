@@ -116,6 +116,8 @@ def generate(args: Namespace, folder: Path, page: Path | None) -> None:
     metadata = cli.metadata(args) | options
     metadata |= {"script": "sample.py", "strength": strength, "count": 1}
     metadata["digests"] = image_sets.file_digests(args)
+    if args.like:
+        image_sets.warn_of_changed_files(args, metadata["digests"])
 
     # Leave out what a set has already, and take this process's share of the rest.
     missing = jobs

@@ -79,12 +79,16 @@ def write_list(folder: Path, jobs: list[Job]) -> Path:
     return folder / "metadata.jsonl"
 
 
+def used_files(settings: dict) -> list[str]:
+    """The LoRAs, embeddings and start image among the flags or in the metadata of an image."""
+    names = [path for path, _ in settings["lora"] or ()] + (settings["embedding"] or [])
+    return [*names, settings["image"]] if settings["image"] else names
+
+
 def file_digests(args: argparse.Namespace) -> list[str]:
-    """The start of the SHA-256 of each LoRA, embedding and start image: names can stay the same."""
-    names = [path for path, _ in args.lora or ()] + (args.embedding or [])
-    names += [args.image] if args.image else []
+    """The start of the SHA-256 of each of used_files: names can stay the same."""
     digests = []
-    for name in names:
+    for name in used_files(vars(args)):
         path = Path(name)
         files = sorted(path.glob("*.safetensors")) if path.is_dir() else [path]
         digest = hashlib.sha256()
@@ -92,6 +96,23 @@ def file_digests(args: argparse.Namespace) -> list[str]:
             digest.update(file.read_bytes())
         digests.append(digest.hexdigest()[:16])
     return digests
+
+
+def warn_of_changed_files(args: argparse.Namespace, digests: list[str]) -> None:
+    """Log each file that has another content than when the image of --like was made.
+
+    digests: of the files now. Images of earlier versions hold none.
+    """
+    metadata = png.read_metadata(args.like)
+    stored = {"lora": None, "embedding": None, "image": None} | metadata
+    names, before = used_files(stored), metadata.get("digests")
+    if not isinstance(before, list) or len(before) != len(names):
+        return
+    then = dict(zip(names, before, strict=True))
+    now = dict(zip(used_files(vars(args)), digests, strict=True))
+    for name, digest in now.items():
+        if then.get(name, digest) != digest:
+            cli.log(f"warning: {name} has changed since {args.like} was made")
 
 
 def is_done(job: Job, metadata: dict) -> bool:

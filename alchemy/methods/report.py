@@ -81,8 +81,10 @@ class Report:
             return
         if self.validation:
             self.validation.add(step, subject=row[0][1], class_=row[1][1])
-        if not self.rows and path.exists():
-            path.rename(free_path(path))  # of the run before it was interrupted
+        if not self.rows and path.exists():  # of the run before it was interrupted
+            kept = free_path(path)
+            path.rename(kept)
+            cli.log(f"{path}, with the previews so far, is {kept} now")
         self.rows.append(row)
         if self.recorder:
             self.recorder.previews[step] = row

@@ -146,7 +146,8 @@ def test_earlier_previews_are_kept_and_a_complete_state_is_only_finished(flags, 
     again = (*flags, "--preview-every", 1, "--steps", 2, "--overwrite")
     assert stopped(again, step=1).status == 143
     before = contents("run")["preview.png"]
-    good(call(*RESUME, "--steps", 3))
+    run = good(call(*RESUME, "--steps", 3))
+    assert "run/preview.png, with the previews so far, is run/preview-1.png now" in run.err
     assert contents("run")["preview-1.png"] == before != contents("run")["preview.png"]
 
 

@@ -1,6 +1,7 @@
 """sample.py: the images, where they are written, and how they are made again to the bit."""
 
 import json
+import shutil
 import signal
 
 import pytest
@@ -18,6 +19,7 @@ from helpers.running import (
     same,
 )
 from PIL import Image, PngImagePlugin
+from safetensors.torch import load_file, save_file
 
 import sample
 from alchemy import cli, pipeline
@@ -84,6 +86,23 @@ def test_flags_override_those_of_like(pictures, tiny, lora_file):
         assert not same(pixels(good(call(*like, *flags)).wrote[0]), image), flags
     metadata = png.read_metadata(good(call(*like, f"{lora_file}:0.5")).wrote[0])
     assert metadata["lora"] == [[str(lora_file), 0.5]]
+
+
+def test_a_file_that_has_changed_since_the_image_was_made_is_named(drawn, lora_file):
+    shutil.copy(lora_file, "a.safetensors")
+    picture(32, 32).save("start.png")
+    files = ("--lora", "a.safetensors", "--image", "start.png")
+    good(drawn(*files, "--out", "whole.png"))
+    metadata = png.read_metadata("whole.png")
+    for digests in (None, [], ["0" * 16], "text"):  # of earlier versions, or of anyone
+        png.save(picture(32, 32), f"{digests}.png", metadata | {"digests": digests})
+    tensors = load_file(lora_file)
+    save_file({key: tensor * 0.5 for key, tensor in tensors.items()}, "a.safetensors")
+    warned = []
+    for image in ("whole.png", "None.png", "[].png", "['0000000000000000'].png", "text.png"):
+        run = good(drawn("--like", image, *files))
+        warned += [line for line in run.err.splitlines() if "changed" in line]
+    assert warned == ["warning: a.safetensors has changed since whole.png was made"]
 
 
 def like_image(**metadata):
