@@ -634,6 +634,7 @@ def output_folder(path: str | Path, flag: str = "--out", lock: bool = True) -> I
             stack.callback(remove_empty, missing)
             path.mkdir(parents=True, exist_ok=True)
             tempfile.TemporaryFile(dir=path).close()
+            files.remove_leftovers(path, files.STALE)
         except OSError as error:
             raise ValueError(
                 f"{flag} {path}: cannot write there ({error.strerror}); name another folder"

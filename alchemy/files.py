@@ -6,6 +6,7 @@ import json
 import os
 import shutil
 import tempfile
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import IO
@@ -13,6 +14,7 @@ from typing import IO
 UMASK = os.umask(0o077)  # the only way to read it is to set it
 os.umask(UMASK)
 TEMPORARY = ".tmp-"  # folders that hold one unfinished file; a kill leaves them behind
+STALE = 3600  # seconds after which no process can still be writing such a file
 
 
 def replace(path: str | Path, write: Callable[[Path], object]) -> Path:
@@ -76,10 +78,16 @@ def sync_folder(folder: Path) -> None:
             os.close(descriptor)
 
 
-def remove_leftovers(folder: Path) -> None:
-    """Remove what killed processes left unfinished in a folder that is locked."""
+def remove_leftovers(folder: Path, age: float = 0) -> None:
+    """Remove what killed processes left unfinished in a folder.
+
+    age: least seconds since it was made. 0 is for a folder that is locked; elsewhere another
+    process may just be writing.
+    """
     for path in Path(folder).glob(f"{TEMPORARY}*"):
-        shutil.rmtree(path, ignore_errors=True)
+        with contextlib.suppress(OSError):  # removed by another process
+            if time.time() - path.stat().st_mtime >= age:
+                shutil.rmtree(path, ignore_errors=True)
 
 
 def numbered(path: Path) -> Iterator[Path]:

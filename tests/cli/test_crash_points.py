@@ -14,6 +14,8 @@ import pytest
 import safetensors.torch
 from helpers.running import call, contents, good, photos
 
+from alchemy import files
+
 OPERATIONS = ("replace", "rename", "unlink", "rmdir", "mkdir", "fsync", "link")
 ALL = os.environ.get("ALCHEMY_CRASH_POINTS") == "all"
 KILLED = 9
@@ -77,6 +79,10 @@ def results(folder):
     return {name: data for name, data in contents(folder).items() if name not in skipped}
 
 
+def leftovers(folder):
+    return list(Path(folder).rglob(".tmp*"))
+
+
 def chosen(count):
     """The operations to crash at."""
     if ALL:
@@ -104,4 +110,18 @@ def test_a_run_killed_at_any_file_operation_resumes_to_the_same_bytes(tiny, tmp_
             good(run)
             assert not Path("run/.lock").exists()
         assert results("run") == expected, f"operation {at} of {count}"
-        assert not list(Path("run").rglob(".tmp*")), at
+        assert not leftovers("run"), at
+
+
+def test_a_set_killed_at_any_file_operation_is_continued_to_the_same_bytes(tiny, monkeypatch):
+    Path("prompts.txt").write_text("a dog\na cat\n")
+    flags = ("sample.py", "--prompts", "prompts.txt", "--weights", tiny, "--out", "run")
+    status, count = in_child(flags)
+    assert status == 0 and count > 20
+    expected = results("run")
+    monkeypatch.setattr(files, "STALE", 0)  # the killed process was the only one
+    for at in chosen(count):
+        shutil.rmtree("run")
+        assert in_child(flags, at)[0] == KILLED, at
+        good(call(*flags))
+        assert results("run") == expected and not leftovers("run"), f"operation {at} of {count}"

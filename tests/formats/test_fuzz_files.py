@@ -76,7 +76,7 @@ def random_tensor(rng):
 
 def other_tensors(tensors, count):
     """(case, file) with any tensor in place of one."""
-    for seed in range(count):
+    for seed in fuzzing.seeds(count):
         rng = random.Random(seed)
         key = rng.choice(list(tensors))
         yield f"seed {seed}, {key}", save(tensors | {key: random_tensor(rng)})
