@@ -12,7 +12,6 @@ import torch
 from torch import Tensor
 
 from .samplers import Sampler, find_sampler
-from .schedule import Schedule
 from .sdxl import SDXL, Conditioning, to_device
 
 
@@ -87,22 +86,6 @@ def classifier_free_guidance(
     return predict_guided
 
 
-def start_latents(
-    sampler: Sampler,
-    schedule: Schedule,
-    t: float,
-    spacing: str | None,
-    noise: Tensor,
-    image: Tensor | None,
-    strength: float,
-) -> Tensor:
-    """x at the first timestep t: noise, or the image at the noise level of t."""
-    ab_t = schedule.alpha_bar_at(t)
-    if image is None or strength == 1:
-        return sampler.start(noise, ab_t, spacing or schedule.spacing)
-    return ab_t**0.5 * image + (1 - ab_t) ** 0.5 * noise
-
-
 def fresh_noise(like: Tensor, rngs: list[torch.Generator]) -> Tensor:
     return to_device(noise(like.shape, rngs), like.device).to(like)
 
@@ -152,9 +135,15 @@ def denoise(
         )
     timesteps = sampler.timesteps(schedule, steps, spacing, strength if image is not None else 1.0)
     predict = classifier_free_guidance(sdxl.unet, conditioning, unconditional, guidance)
-    x_t = start_latents(sampler, schedule, timesteps[0][0], spacing, noise, image, strength)
-    randn = partial(fresh_noise, x_t, generators)
 
+    # Start from noise, or from the image at the first noise level.
+    ab_t = schedule.alpha_bar_at(timesteps[0][0])
+    if image is None or strength == 1:
+        x_t = sampler.start(noise, ab_t, spacing or schedule.spacing)
+    else:
+        x_t = ab_t**0.5 * image + (1 - ab_t) ** 0.5 * noise
+
+    randn = partial(fresh_noise, x_t, generators)
     previous = None
     for index, (t, t_prev) in enumerate(timesteps):
         ab_t = schedule.alpha_bar_at(t)

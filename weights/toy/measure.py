@@ -103,6 +103,15 @@ def generate(sdxl, prompts: list[str], first_seed: int, **options) -> list[Image
     return generated
 
 
+def run_training(photos: Path, out: Path, *flags: str) -> None:
+    """train.py on a folder of photos, without previews; what is in out already is replaced."""
+    command = [sys.executable, str(WEIGHTS.parent / "train.py"), str(photos), "--out", str(out)]
+    command += ["--preview-every", "0", "--overwrite", *flags]
+    run = subprocess.run(command, capture_output=True, text=True)
+    if run.returncode:
+        raise ValueError(f"train.py: {run.stderr.strip()[-300:]}")
+
+
 @torch.no_grad()
 def frechet(a: Tensor, b: Tensor) -> float:
     """Fréchet distance of features (N,C) and (M,C): Heusel et al. 2017, eq. 6."""
@@ -253,16 +262,10 @@ class Measure:
 
     def train_subject(self, photos: Path, out: Path, *flags: str) -> Path:
         """The folder out with what train.py writes, on the weights that are measured."""
-        if (out / "seconds.json").exists():
-            return out
-        start = time.time()
-        command = [sys.executable, str(WEIGHTS.parent / "train.py"), str(photos)]
-        command += ["--weights", self.weights, "--preview-every", "0", "--overwrite"]
-        command += ["--out", str(out), *flags]
-        run = subprocess.run(command, capture_output=True, text=True)
-        if run.returncode:
-            raise ValueError(f"train.py: {run.stderr.strip()[-300:]}")
-        save_json(round(time.time() - start), out / "seconds.json")
+        if not (out / "seconds.json").exists():
+            start = time.time()
+            run_training(photos, out, "--weights", self.weights, *flags)
+            save_json(round(time.time() - start), out / "seconds.json")
         return out
 
     def lora(self, instance: str) -> Path:
@@ -271,18 +274,22 @@ class Measure:
         flags = ("--class-word", instance.split("-")[0], "--token", TOKEN)
         return self.train_subject(photos, out, *flags) / "lora.safetensors"
 
-    def asked(self, instance: str) -> list[tuple[str, int]]:
-        """(background, index of its phrase) of those that the subject's photos do not show."""
-        new = new_backgrounds(instance)
-        return [(new[k % len(new)], k // len(new) % 3) for k in range(self.count(12))]
+    def asked(self, instance: str) -> tuple[list[str], list[tuple]]:
+        """Prompts for the class in places that the subject's photos do not show, and what an
+        image of the subject there is: (class, instance, background)."""
+        word, new = instance.split("-")[0], new_backgrounds(instance)
+        prompts, expected = [], []
+        for k in range(self.count(12)):
+            background = new[k % len(new)]
+            prompts.append(f"a photo of a {word} {phrase(background, k // len(new) % 3)}")
+            expected.append((word, instance, background))
+        return prompts, expected
 
     def subjects(self) -> None:
         """Per subject: one stage at several scales, the class prompt, two stages."""
         hits = {}
         for n, instance in enumerate(world.HELD_OUT_INSTANCES[: self.count(8)]):
-            word, asked = instance.split("-")[0], self.asked(instance)
-            prompts = [f"a photo of a {word} {phrase(*pair)}" for pair in asked]
-            expected = [(word, instance, background) for background, _ in asked]
+            prompts, expected = self.asked(instance)
             alchemy.load_lora(self.sdxl, self.lora(instance))
             made = self.one_stage(instance, prompts, expected, 5000 + 100 * n)
             made |= self.two_stages(instance, prompts, expected, 5000 + 100 * n)
@@ -349,13 +356,10 @@ class Measure:
         """Of fresh renders of all classes: the segmentation and insert.py's region, against the
         true alpha."""
         ious, areas, insides, cells = [], [], [], []
-        words, defaults = list(world.CLASSES), self.sdxl.defaults
-        for k in range(self.count(96)):
-            word = words[k % len(words)]
-            known = [i for i in world.CLASSES[word] if i not in world.HELD_OUT_INSTANCES]
-            instance = known[k // len(words) % len(known)]
-            scene = world.scene(classifier.FRESH + 2**21 + k, instance=instance, style="photo")
-            image, alpha = Image.fromarray(scene.image), torch.from_numpy(scene.objects[0][2]) > 0.5
+        defaults = self.sdxl.defaults
+        for scene in world.plain_scenes(self.count(96), classifier.FRESH + 2**21):
+            ((word, _, alpha),) = scene.objects
+            image, alpha = Image.fromarray(scene.image), torch.from_numpy(alpha) > 0.5
             soft = alchemy.segment(self.sdxl, image, word).cpu()
             mask = segmentation.remove_specks_and_holes(soft >= defaults["threshold"])
             ious.append(float((mask & alpha).sum() / (mask | alpha).sum()))

@@ -152,12 +152,10 @@ class Methods(Measure):
             if WORD not in given:
                 given += ["--token", TOKEN]
             sdxl = self.trained(photos, self.folder(row) / instance, "--class-word", word, *given)
-            asked = self.asked(instance)
-            plain = [f"a photo of a {word} {phrase(*pair)}" for pair in asked]
+            plain, expected = self.asked(instance)
             named = [insertion.with_token(prompt, word, TOKEN) for prompt in plain]
             if WORD in given:
                 named = [prompt.replace(word, WORD, 1) for prompt in plain]
-            expected = [(word, instance, background) for background, _ in asked]
             found = self.read(f"{row}-{instance}", generate(sdxl, named, seed), expected)
             pairs = zip(found, expected, strict=True)
             hits["subject"] += [one[1] == instance for one in found]

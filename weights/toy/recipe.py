@@ -2,7 +2,6 @@
 
 python -m weights.toy.recipe vae       the VAE first: it defines the latents
 python -m weights.toy.recipe unet      the UNet and both text encoders, on the VAE's latents
-python -m weights.toy.recipe trial     compares UNet configurations on the same latents
 python -m weights.toy.recipe pack      writes the EMA in half precision to weights/mini
 
 vae and unet resume from their last state in --work, and log to vae.log and unet.log there;
@@ -12,7 +11,6 @@ a larger --minutes continues a finished run. They use CUDA where there is one. W
 
 import json
 import math
-import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -38,12 +36,6 @@ NETWORKS = CONFIGS["networks"]
 TEXT_ENCODERS, TOKENIZERS = ("text_encoder", "text_encoder_2"), ("tokenizer", "tokenizer_2")
 DEFAULTS = {"vae": (30, 1.6e-3, 0.45), "unet": (50, 1.6e-3, 0.6)}  # minutes, rate, flat share
 LEVELS = (200, 400, 600, 800)  # noise levels of the held-out loss
-TRIALS = {  # channels, transformer layers and attention heads of the three levels
-    "before": ((32, 96, 192), (1, 1, 1), (1, 3, 6)),
-    "wide": ((32, 96, 192), (1, 1, 2), (1, 2, 3)),
-    "deep": ((32, 64, 192), (1, 1, 4), (1, 1, 3)),
-    "small": ((32, 64, 128), (1, 1, 2), (1, 1, 2)),
-}
 
 
 class Scenes:
@@ -305,9 +297,8 @@ def warm_start(denoiser: Denoiser, vae: VAE, scenes: Scenes, folder: Path) -> fl
     return 1 - float(error)
 
 
-def train_unet(args, log, device, config=None, name="unet", clock=time.time) -> list[float]:
-    """Train, and return the held-out losses of the EMA."""
-    denoiser = Denoiser(config or NETWORKS["unet"], device)
+def train_unet(args, log: Callable[[str], None], device: torch.device) -> None:
+    denoiser = Denoiser(NETWORKS["unet"], device)
     vae = trained_vae(args.work, device, args.init)
     scenes = Scenes(args.work / "scenes", args.scenes)
     if args.init:
@@ -318,7 +309,7 @@ def train_unet(args, log, device, config=None, name="unet", clock=time.time) -> 
     held_out = Latents(vae, fresh, device)
     latents.grow(2500)
     held_out.grow(512)
-    state = State(denoiser.modules, args.work / f"{name}.safetensors", 0.999)
+    state = State(denoiser.modules, args.work / "unet.safetensors", 0.999)
     flat = DEFAULTS["unet"][2]
 
     def loss_of(step: int) -> Tensor:
@@ -330,26 +321,10 @@ def train_unet(args, log, device, config=None, name="unet", clock=time.time) -> 
         object_weight = 2.0 if state.seconds < flat * 60 * args.minutes else 0.0
         return denoiser.loss(batch, generator, object_weight)
 
-    train(state, args.minutes, args.lr, flat, loss_of, log, clock)
+    train(state, args.minutes, args.lr, flat, loss_of, log)
     state.use_ema()
     errors = denoiser.held_out(held_out)
     log("held-out loss at t = 200, 400, 600, 800: " + ", ".join(f"{e:.4f}" for e in errors))
-    return errors
-
-
-def compare(args, log: Callable[[str], None], device: torch.device) -> None:
-    """A Markdown table of TRIALS, each trained for the same processor time."""
-    print("| configuration | parameters | t = 200 | 400 | 600 | 800 |\n|---|---|---|---|---|---|")
-    for name, (channels, depth, heads) in TRIALS.items():
-        config = NETWORKS["unet"] | {
-            "block_out_channels": channels,
-            "transformer_layers_per_block": depth,
-            "attention_head_dim": heads,
-        }
-        count = sum(p.numel() for p in UNet(UNetConfig.from_config(config)).parameters()) / 1e6
-        clock = time.time if device.type == "cuda" else time.process_time
-        errors = train_unet(args, log, device, config, f"trial-{name}", clock)
-        print(f"| {name} | {count:.1f} M | " + " | ".join(f"{e:.4f}" for e in errors) + " |")
 
 
 def pack(work: Path) -> str:
@@ -378,10 +353,9 @@ def pack(work: Path) -> str:
 
 def main(argv=None) -> None:
     parser = cli.parser(__doc__)
-    parser.add_argument("part", choices=("vae", "unet", "trial", "pack"))
-    parser.add_argument(
-        "--minutes", type=cli.POSITIVE, help="in all, earlier runs included (30; 50; trial: 2)"
-    )
+    parser.add_argument("part", choices=("vae", "unet", "pack"))
+    text = "in all, earlier runs included (30; 50)"
+    parser.add_argument("--minutes", type=cli.POSITIVE, help=text)
     parser.add_argument(
         "--init", type=Path, metavar="FOLDER", help="of a packed miniature that unet starts from"
     )
@@ -397,9 +371,8 @@ def main(argv=None) -> None:
         print(pack(args.work))
         return
     args.work.mkdir(parents=True, exist_ok=True)
-    minutes, lr, _ = DEFAULTS["vae" if args.part == "vae" else "unet"]
-    args.minutes = args.minutes or (2 if args.part == "trial" else minutes)
-    args.lr = args.lr or lr
+    minutes, lr, _ = DEFAULTS[args.part]
+    args.minutes, args.lr = args.minutes or minutes, args.lr or lr
     torch.set_num_threads(args.threads)
 
     def log(line: str) -> None:
@@ -407,7 +380,7 @@ def main(argv=None) -> None:
         with open(args.work / f"{args.part}.log", "a") as f:
             f.write(line + "\n")
 
-    run = {"vae": train_vae, "unet": train_unet, "trial": compare}[args.part]
+    run = train_vae if args.part == "vae" else train_unet
     run(args, log, torch.device("cuda" if torch.cuda.is_available() else "cpu"))
 
 

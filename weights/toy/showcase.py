@@ -10,8 +10,6 @@ the result. The scene is the first background that no photo of the subject shows
 missing is trained first, with train.py's defaults.
 """
 
-import subprocess
-import sys
 from pathlib import Path
 
 from PIL import Image
@@ -21,7 +19,7 @@ from alchemy import cli
 from alchemy.extras.inspect import sheets
 
 from . import WEIGHTS, world
-from .measure import generate, new_backgrounds, phrase
+from .measure import generate, new_backgrounds, phrase, run_training
 
 TOKEN = cli.EXAMPLE_TOKEN
 
@@ -29,16 +27,9 @@ TOKEN = cli.EXAMPLE_TOKEN
 def train_lora(instance: str, folder: Path, weights: str) -> Path:
     """The LoRA of a subject in folder/<instance>, trained with the defaults if it is not there."""
     path = folder / instance / "lora.safetensors"
-    if path.exists():
-        return path
-    class_word = instance.split("-")[0]
-    command = [
-        sys.executable,
-        str(WEIGHTS.parent / "train.py"),
-        str(WEIGHTS / "subjects" / instance),
-    ]
-    command += ["--class-word", class_word, "--token", TOKEN, "--weights", weights]
-    subprocess.run([*command, "--preview-every", "0", "--out", str(path.parent)], check=True)
+    if not path.exists():
+        flags = ("--class-word", instance.split("-")[0], "--token", TOKEN, "--weights", weights)
+        run_training(WEIGHTS / "subjects" / instance, path.parent, *flags)
     return path
 
 
@@ -70,7 +61,7 @@ def generated_beside_renders(sdxl, count: int = 48) -> list[list]:
         row = [(f"{' '.join(pairs[k])}, seed {k}", generated[k]) for k in chosen]
         for k in chosen:
             word, background = pairs[k]
-            known = [i for i in world.CLASSES[word] if i not in world.HELD_OUT_INSTANCES]
+            known = world.trained(word)
             given = {"instance": known[k % len(known)], "background": background}
             scene = world.scene(world.FRESH + k, style="photo", **given)
             row.append(("render", Image.fromarray(scene.image)))

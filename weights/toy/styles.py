@@ -13,32 +13,25 @@ def grey(rgb):
     return np.tensordot(np.float32((0.299, 0.587, 0.114)), rgb, 1)[None]  # (1, H, W)
 
 
-def blurred(rgb, radius, how=ImageFilter.BoxBlur):
-    """Each channel blurred over `radius` pixels at 128, more at larger sizes."""
+def filtered(rgb, radius, median=False):
+    """Each channel blurred, or its median, over `radius` pixels at 128, more at larger sizes."""
     reach = max(1, round(radius * min(rgb.shape[1:]) / 128))
-    picture = Image.fromarray(
-        (np.clip(rgb, 0, 1) * 255).astype(np.uint8).transpose(1, 2, 0).squeeze()
-    )
-    soft = (
-        np.asarray(
-            picture.filter(how(reach if how is ImageFilter.BoxBlur else 2 * reach + 1)),
-            dtype=np.float32,
-        )
-        / 255
-    )
+    pixels = (np.clip(rgb, 0, 1) * 255).astype(np.uint8).transpose(1, 2, 0).squeeze()
+    kernel = ImageFilter.MedianFilter(2 * reach + 1) if median else ImageFilter.BoxBlur(reach)
+    soft = np.asarray(Image.fromarray(pixels).filter(kernel), dtype=np.float32) / 255
     return soft[None] if soft.ndim == 2 else soft.transpose(2, 0, 1)
 
 
 def watercolor(rgb, rng):
-    wash = blurred(rgb, 2, ImageFilter.MedianFilter)  # flat patches of colour
-    rim = abs(wash - blurred(wash, 2)).max(0)  # pigment gathers where a patch ends
+    wash = filtered(rgb, 2, median=True)  # flat patches of colour
+    rim = abs(wash - filtered(wash, 2)).max(0)  # pigment gathers where a patch ends
     paper = Canvas(rng, rgb.shape[1:]).noise(0.1)
     return np.clip(0.26 + 0.74 * wash**0.85 - 0.55 * rim + 0.05 * paper, 0, 1)
 
 
 def poster(rgb, rng):
     """Few tones, strong colours: the brightness goes in four steps, the hue stays."""
-    flat = blurred(rgb, 1, ImageFilter.MedianFilter)
+    flat = filtered(rgb, 1, median=True)
     tone = grey(flat) + 0.02
     step = np.ceil(tone * 4) / 4
     return np.clip(step + 1.35 * (flat - tone) * step / tone, 0, 1)
@@ -49,16 +42,15 @@ def monochrome(rgb, rng):
 
 
 def sepia(rgb, rng):
-    return (
-        grey(rgb) ** 0.9 * np.float32((0.98, 0.84, 0.64))[:, None, None]
-        + np.float32((0.02, 0.03, 0.03))[:, None, None]
-    )
+    light = np.float32((0.98, 0.84, 0.64))[:, None, None]
+    dark = np.float32((0.02, 0.03, 0.03))[:, None, None]
+    return grey(rgb) ** 0.9 * light + dark
 
 
 def pencil(rgb, rng):
     """Colour dodge: divided by its own blur, a picture keeps only lines on white paper."""
     tone = grey(rgb)
-    lines = np.minimum(1, (tone + 0.02) / (blurred(tone, 3) + 0.02))
+    lines = np.minimum(1, (tone + 0.02) / (filtered(tone, 3) + 0.02))
     return np.repeat(np.clip(lines**2.2 * (0.8 + 0.2 * tone), 0, 1), 3, 0)
 
 

@@ -14,7 +14,7 @@ import alchemy
 from alchemy import cli
 
 from . import WEIGHTS, world
-from .measure import Measure, phrase, share
+from .measure import Measure, share
 
 SAMPLERS = (("euler", 20), ("euler", 30), ("dpmpp_2m", 15), ("dpmpp_2m", 20), ("ddpm", 50))
 GUIDANCE = (2.0, 3.0, 5.0, 7.5)
@@ -52,12 +52,10 @@ def compare_training(measure: Measure, subjects: tuple) -> None:
     for flags in TRAINING:
         hits = {"one 1.0": [], "one background 1.0": [], "prior": [], "prior class": []}
         for n, instance in enumerate(subjects):
-            word, asked = instance.split("-")[0], measure.asked(instance)
-            prompts = [f"a photo of a {word} {phrase(*pair)}" for pair in asked]
-            expected = [(word, instance, background) for background, _ in asked]
+            prompts, expected = measure.asked(instance)
             photos, name = WEIGHTS / "subjects" / instance, "".join(flags).strip("-") or "defaults"
             out = measure.out / "sweep" / name / instance
-            measure.train_subject(photos, out, "--class-word", word, *flags)
+            measure.train_subject(photos, out, "--class-word", expected[0][0], *flags)
             alchemy.load_lora(measure.sdxl, out / "lora.safetensors")
             found = measure.one_stage(instance, prompts, expected, 5000 + 100 * n, (1.0,))
             measure.sdxl.free("unet")  # and the LoRA with it

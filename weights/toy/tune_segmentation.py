@@ -10,7 +10,6 @@ mask of the best setting is then grown by each of DILATIONS.
 
 import itertools
 import statistics
-from collections.abc import Iterator
 
 import torch
 from PIL import Image
@@ -28,17 +27,6 @@ LAYERS = {"all": slice(None), "finest": slice(0, 1), "coarsest": slice(-1, None)
 ITERATIONS, THRESHOLDS = (0, 1, 2, 3), (0.2, 0.3, 0.4, 0.5)
 DILATIONS = (0.0, 0.01, 0.02, 0.03, 0.04, 0.05)  # shares of the shorter side
 FIRST_SEED = world.FRESH + 2**30
-
-
-def scenes(count: int) -> Iterator[tuple[Image.Image, str, Tensor]]:
-    """Fresh one-object scenes, classes in turn: (image, class word, true alpha (H,W))."""
-    words = list(world.CLASSES)
-    for k in range(count):
-        word = words[k % len(words)]
-        known = [name for name in world.CLASSES[word] if name not in world.HELD_OUT_INSTANCES]
-        instance = known[k // len(words) % len(known)]
-        scene = world.scene(FIRST_SEED + k, instance=instance, style="photo")
-        yield Image.fromarray(scene.image), word, torch.from_numpy(scene.objects[0][2])
 
 
 @torch.no_grad()
@@ -99,7 +87,9 @@ def main(argv=None) -> None:
     args = parser.parse_args(argv)
     sdxl, ious, masks = alchemy.load(args.weights, dtype="float32"), {}, {}
     windows = [(level, level) for level in NOISE_LEVELS[:6]] + list(WINDOWS)
-    for image, word, alpha in scenes(args.scenes):
+    for scene in world.plain_scenes(args.scenes, FIRST_SEED):
+        ((word, _, alpha),) = scene.objects
+        image, alpha = Image.fromarray(scene.image), torch.from_numpy(alpha)
         recorded = record(sdxl, image, word)
         for window, layers, steps in itertools.product(windows, LAYERS, ITERATIONS):
             maps = combine(sdxl, recorded, window, layers)

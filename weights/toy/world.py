@@ -14,6 +14,7 @@ import functools
 import json
 import textwrap
 import zlib
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -195,6 +196,20 @@ def scene(
     shown = zip(instances, masks, strict=True)
     objects = tuple((name.split("-")[0], name, mask) for name, mask in shown)
     return Scene(image, caption, objects, background, style)
+
+
+def trained(word: str) -> list[str]:
+    """The instances of a class that training shows."""
+    return [name for name in CLASSES[word] if name not in HELD_OUT_INSTANCES]
+
+
+def plain_scenes(count: int, first_seed: int) -> Iterator[Scene]:
+    """Scenes of one object that training shows, as photos, the classes in turn."""
+    words = list(CLASSES)
+    for k in range(count):
+        known = trained(words[k % len(words)])
+        instance = known[k // len(words) % len(known)]
+        yield scene(first_seed + k, instance=instance, style="photo")
 
 
 def subject_photos(instance: str, count: int = 5) -> list[Scene]:
