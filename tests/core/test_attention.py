@@ -33,18 +33,6 @@ def by_formula(layer, x, context):
     return torch.stack(probabilities, 1), layer.to_out[0](torch.cat(results, -1))
 
 
-@pytest.mark.parametrize("context_dim", [None, 7])
-def test_attention_is_softmax_of_q_k_by_root_d_times_v(context_dim, close):
-    torch.manual_seed(0)
-    layer = attention.Attention(12, 3, context_dim).double().requires_grad_(False)
-    x = context = torch.randn(2, 6, 12, dtype=torch.float64)
-    kv = None
-    if context_dim:
-        context = torch.randn(2, 4, context_dim, dtype=torch.float64)
-        kv = layer.project_kv(context)
-    close(layer(x, kv), by_formula(layer, x, context)[1], 1e-12)
-
-
 def test_the_callback_gets_the_probabilities_of_the_named_layers(call, close):
     net, given = call
     inputs, seen = {}, {}
@@ -123,19 +111,6 @@ def test_the_gate_is_the_second_half_through_the_exact_gelu():
     x = torch.tensor([[1.0, -0.5]], dtype=torch.float64)
     expected = x * 3 * x * 0.5 * (1 + torch.erf(3 * x / 2**0.5))
     assert torch.allclose(layer(x), expected, rtol=1e-14)
-
-
-def test_a_transformer_block_is_three_residual_lines(close):
-    torch.manual_seed(0)
-    block = attention.TransformerBlock(8, 2, 5).double().requires_grad_(False)
-    for parameter in block.parameters():
-        parameter += 0.3 * torch.randn_like(parameter)  # the three norms start equal
-    x, context = torch.randn(2, 4, 8).double(), torch.randn(2, 3, 5).double()
-    y = x + by_formula(block.attn1, block.norm1(x), block.norm1(x))[1]
-    y = y + by_formula(block.attn2, block.norm2(y), context)[1]
-    h, gate = block.ff.net[0].proj(block.norm3(y)).chunk(2, -1)
-    y = y + block.ff.net[2](h * F.gelu(gate))
-    close(block(x, block.attn2.project_kv(context)), y, 1e-12)
 
 
 def test_group_norm_eps_is_1e_5_in_the_unet_and_1e_6_in_transformers_and_the_vae(network):

@@ -133,18 +133,6 @@ def test_the_loss_mask_is_the_masks_share_of_each_latent_in_the_crop(tmp_path):
         assert any(torch.equal(drawn.loss_mask[0], m[:, :, left : left + 8]) for m in masks)
 
 
-@pytest.mark.parametrize("orientation", range(1, 9))
-def test_exif_rotation_is_applied_to_pixels_and_original_size(tmp_path, orientation):
-    exif = Image.Exif()
-    exif[0x0112] = orientation
-    picture(24, 36).save(tmp_path / "photo.png", exif=exif)
-    upright = ImageOps.exif_transpose(Image.open(tmp_path / "photo.png"))
-    photos = [dataset.encode_image(planted(), tmp_path / "photo.png", (16, 16), "a dog")]
-    drawn, (original, place, _) = sample(photos)
-    assert original == upright.size[::-1] == ((36, 24) if orientation > 4 else (24, 36))
-    assert torch.equal(drawn.x_0[0], latents_at(upright, (16, 16), place))
-
-
 def test_posterior_and_noise_are_independent_unit_gaussians_at_each_step():
     photos = constant_photos(4, std=0.5, side=4)[3:]  # of the value 3
     samples = [sample(photos, step=step)[0] for step in range(200)]

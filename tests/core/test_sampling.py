@@ -11,7 +11,7 @@ from helpers.references import read_reference
 import alchemy
 from alchemy import pipeline, sampling
 from alchemy.samplers import Sampler, renoise
-from alchemy.schedule import SPACINGS, Schedule
+from alchemy.schedule import Schedule
 from alchemy.sdxl import Conditioning
 
 SDXL = Schedule.from_config({})
@@ -98,29 +98,6 @@ def test_guidance_goes_from_unconditional_to_conditional_and_1_is_none():
     plain, one = run_toy(NOISE, COND), run_toy(NOISE, COND, UNCOND, guidance=1.0)
     assert torch.equal(plain[-1].x_prev, one[-1].x_prev)
     assert one[0].eps_uncond is None and one[0].eps is one[0].eps_cond
-
-
-@pytest.mark.parametrize("schedule", [SDXL, V], ids=["epsilon", "v"])
-def test_lcm_runs_its_papers_algorithm_2_on_its_own_timesteps(schedule, close):
-    """Luo et al. 2023, eq. 9, with diffusers' constants: timestep_scaling 10, sigma_data 0.5."""
-    generators, rngs = sampling.generators([3, 4]), sampling.generators([3, 4])
-    steps = run_toy(NOISE, COND, schedule=schedule, sampler="lcm", steps=50, generators=generators)
-    assert [step.t for step in steps] == [999 - 20 * k for k in range(50)]
-    for step in steps:
-        ab, ab_prev = step.alpha_bar, step.alpha_bar_prev
-        prediction = toy(step.x_t, step.t, *COND.parts())
-        x_0 = schedule.to_x0_eps(prediction, step.x_t, ab)[0]
-        scaled = (10 * step.t) ** 2
-        x_0 = 0.25 / (scaled + 0.25) * step.x_t + 10 * step.t / (scaled + 0.25) ** 0.5 * x_0
-        z = torch.stack([torch.randn(4, 6, 5, generator=rng) for rng in rngs])
-        close(step.x_prev, ab_prev**0.5 * x_0 + (1 - ab_prev) ** 0.5 * z, 3e-7)
-
-
-def test_image_to_image_starts_at_the_level_of_its_first_timestep():
-    steps = run_toy(NOISE, COND, image=IMAGE, steps=50, strength=0.58)
-    ab = SDXL.alpha_bar_at(561)
-    assert len(steps) == 29 and steps[0].t == 561
-    assert torch.equal(steps[0].x_t, ab**0.5 * IMAGE + (1 - ab) ** 0.5 * NOISE)
 
 
 def test_strength_1_and_strength_without_an_image_are_text_to_image():
@@ -265,10 +242,3 @@ def test_a_float32_trajectory_agrees_to_1e_5(name, reference, run, close):
     stored = reference("trajectories")[f"x/{name}"]
     for ours, theirs in zip(states(run("trajectories", name, torch.float32)), stored, strict=True):
         close(ours, theirs, 1e-5)
-
-
-def test_the_reference_has_every_sampler_and_spacing():
-    names = {name for _, name in CASES}
-    assert len(CASES) == 24 + 8 + 5
-    for sampler in ("ddpm", "euler", "euler_ancestral", "ddim_eta0", "ddim_eta05", "ddim_eta1"):
-        assert {f"{sampler}_{spacing}" for spacing in SPACINGS} <= names

@@ -8,7 +8,6 @@ import torch
 from helpers.checkpoints import vocabulary_read_once, write_folder  # noqa: F401
 
 import alchemy
-from alchemy.formats import checkpoint
 from alchemy.sdxl import SDXL, Conditioning
 
 NETWORKS = {"text_encoder": "text_1", "text_encoder_2": "text_2"}
@@ -119,27 +118,6 @@ def test_what_became_nan_is_named(sdxl, encoder, parameter, named):
     sdxl.text_encoders[encoder].get_parameter(parameter)[0, 0] = float("nan")
     with pytest.raises(FloatingPointError, match=f"{named}.*--dtype"):
         sdxl.encode_prompt(["1"])
-
-
-def test_widths_of_sdxl_base_are_77_x_2048_and_1280():
-    configs = {}
-    for name, kind in checkpoint.CONFIGS.items():
-        configs[name] = kind.from_config(checkpoint.BASE[name])
-
-    def read(name, dtype):
-        with torch.device("meta"):
-            return checkpoint.BUILD[name](configs[name]).to(dtype)
-
-    folders = [checkpoint.VOCABULARY / name for name in ("tokenizer", "tokenizer_2")]
-    tokenizers = [checkpoint.Tokenizer.from_folder(folder) for folder in folders]
-    base = SDXL("base", read, configs, tokenizers, None, torch.device("meta"), torch.float16)
-    made = base.encode_prompt(["a dog", None, "a cat"])
-    assert [part.shape for part in made.parts()] == [(3, 77, 2048), (3, 1280), (3, 6)]
-    assert [part.dtype for part in made.parts()] == [torch.float16, torch.float16, torch.float32]
-    unet = configs["unet"]
-    added = 1280 + 6 * unet.addition_time_embed_dim
-    assert unet.cross_attention_dim == 2048
-    assert unet.projection_class_embeddings_input_dim == added
 
 
 def test_repr_names_checkpoint_dtype_device_networks_and_loras(tiny):

@@ -3,7 +3,6 @@
 import pytest
 import torch
 from helpers.networks import unet_inputs
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from alchemy.unet import UNet, UNetConfig, timestep_embedding
 
@@ -31,19 +30,6 @@ def test_timestep_embeddings_equal_the_reference_to_float32_rounding(call, refer
 def test_a_number_for_t_is_for_the_whole_batch(reference, network):
     net, (latents, _, *rest) = network("unet_a"), unet_inputs(reference("unet_a"))
     assert torch.equal(net(latents, 481, *rest), net(latents, torch.tensor([481.0] * 3), *rest))
-
-
-def test_a_number_for_t_does_not_wait_for_a_copy_to_the_device(reference, network):
-    class OnMeta(TorchDispatchMode):
-        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-            assert all(x.is_meta for x in args if isinstance(x, torch.Tensor)), func
-            return func(*args, **(kwargs or {}))
-
-    net, (latents, _, *rest) = network("unet_a"), unet_inputs(reference("unet_a"))
-    latents, *rest = (x.to("meta") for x in (latents, *rest))
-    net = net.to("meta")
-    with OnMeta():
-        assert net(latents, 481, *rest).shape == latents.shape
 
 
 def test_samples_of_a_batch_are_independent(reference, network, close):

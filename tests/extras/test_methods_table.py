@@ -76,10 +76,3 @@ def test_rows_that_are_named_are_measured_and_kept_beside_what_was(monkeypatch, 
     assert capsys.readouterr().out.strip().endswith(last)
     with pytest.raises(ValueError, match="no row lara; there are lora-alone, "):
         methods.main(["lara"])
-
-
-def test_the_table_has_a_line_for_each_row_that_was_measured():
-    figures = {"subject": 0.5, "background": 1.0, "prior": 0.25, "class": 0.0}
-    assert methods.table({"word": figures}).splitlines()[2:] == [
-        "| Textual inversion (`word`) | 50% | 100% | 25% | 0% |"
-    ]

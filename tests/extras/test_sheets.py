@@ -29,29 +29,19 @@ def test_a_sheet_shows_small_pictures_enlarged_sharply_and_huge_ones_reduced(siz
     assert made.size == shown
     if shown > size:
         factor = shown[0] // size[0]
-        assert np.array_equal(
-            np.asarray(made)[factor // 2 :: factor, factor // 2 :: factor], np.asarray(picture)
-        )
+        middles = slice(factor // 2, None, factor)
+        assert np.array_equal(np.asarray(made)[middles, middles], np.asarray(picture))
 
 
 def test_a_sheet_holds_every_picture_under_its_label():
     red, green = (Image.new("RGB", (256, 256), colour) for colour in ("red", "green"))
-    page = np.asarray(
-        sheets.sheet(
-            [
-                [("a", red), ("a label much longer than its picture is wide, and cut", green)],
-                [("b", green)],
-            ]
-        )
-    )
-    assert [(page == colour).all(-1).sum() for colour in ([255, 0, 0], [0, 128, 0])] == [
-        256**2,
-        2 * 256**2,
-    ]
+    long = "a label much longer than its picture is wide, and cut"
+    page = np.asarray(sheets.sheet([[("a", red), (long, green)], [("b", green)]]))
+    for colour, count in (([255, 0, 0], 1), ([0, 128, 0], 2)):
+        assert (page == colour).all(-1).sum() == count * 256**2
     dimmed = sheets.outlined(red, torch.eye(256))
-    assert pixels(dimmed)[0][:2] == [[255, 0, 0], [89, 0, 0]] and pixels(
-        sheets.grey(torch.tensor([[0, 0.5, 1]]))
-    ) == [[0, 128, 255]]
+    assert pixels(dimmed)[0][:2] == [[255, 0, 0], [89, 0, 0]]
+    assert pixels(sheets.grey(torch.tensor([[0, 0.5, 1]]))) == [[0, 128, 255]]
 
 
 def test_a_loss_curve_is_drawn_with_gaps_and_without_a_value():

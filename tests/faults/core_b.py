@@ -174,7 +174,7 @@ FAULTS = {
         ("the timestep without SiLU", "self.time_emb_proj(F.silu(emb))", "self.time_emb_proj(emb)"),
         ("upsampling only doubles", "size = size or (", "size = ("),
     ),
-    ("unet", "core/unet"): (
+    ("unet", "core/unet core/synchronization"): (
         (
             "sines first",
             "torch.cat([angle.cos(), angle.sin()]",
@@ -220,7 +220,7 @@ FAULTS = {
         ),
         ("UNet pads right and bottom only", "Downsample(c, padding=1)", "Downsample(c, padding=0)"),
     ),
-    ("attention", "core/attention"): (
+    ("attention", "core/attention core/unet"): (
         ("transformer GroupNorm eps", "channels, eps=1e-6)", "channels, eps=1e-5)"),
         ("the gate is the first half", "h, gate = self.proj", "gate, h = self.proj"),
         ("the gate's gelu by tanh", "F.gelu(gate)", 'F.gelu(gate, approximate="tanh")'),

@@ -11,9 +11,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 class Count(TorchDispatchMode):
     """The bytes of the tensors made inside: `now`, and `peak`. Earlier tensors do not count."""
 
-    _should_skip_dynamo = classmethod(
-        lambda cls: False
-    )  # else torch imports its compiler at the first call: seconds
+    # Else torch imports its compiler at the first call: seconds.
+    _should_skip_dynamo = classmethod(lambda cls: False)
 
     def __init__(self):
         super().__init__()
@@ -23,9 +22,8 @@ class Count(TorchDispatchMode):
         for x in tensors((args, tuple((kwargs or {}).values()))):
             self.note(x.untyped_storage(), 0)
         made = func(*args, **(kwargs or {}))
-        for x in tensors(
-            (made,)
-        ):  # a view's storage, and that of what was changed in place, is known already
+        # The storage of a view, or of what was changed in place, is known already.
+        for x in tensors((made,)):
             self.note(x.untyped_storage(), x.untyped_storage().nbytes())
         return made
 
@@ -53,10 +51,8 @@ class Fused(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, q, k, v):
-        out, logsumexp = (
-            torch.empty_like(q),
-            torch.empty(q.shape[:-1], dtype=torch.float32, device=q.device),
-        )
+        out = torch.empty_like(q)
+        logsumexp = torch.empty(q.shape[:-1], dtype=torch.float32, device=q.device)
         ctx.save_for_backward(q, k, v, out, logsumexp)
         return out
 
@@ -74,34 +70,26 @@ class AsOnCuda(TorchFunctionMode):
 
     def __init__(self, lower=None):
         super().__init__()
-        self.to = (
-            {
-                F.linear: lower,
-                F.conv2d: lower,
-                torch.addmm: lower,
-                F.scaled_dot_product_attention: lower,
-                F.layer_norm: torch.float32,
-                F.group_norm: torch.float32,
-            }
-            if lower
-            else {}
-        )
+        self.to = {}
+        if lower:
+            products = (F.linear, F.conv2d, torch.addmm, F.scaled_dot_product_attention)
+            self.to |= dict.fromkeys(products, lower)
+            self.to |= dict.fromkeys((F.layer_norm, F.group_norm), torch.float32)
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
-        args, kwargs, dtype = list(args), dict(kwargs or {}), self.to.get(func)
-        for place in (
-            ([(args, i) for i in range(len(args))] + [(kwargs, k) for k in kwargs]) if dtype else ()
-        ):
-            x = place[0][place[1]]
-            if isinstance(x, torch.Tensor) and x.is_floating_point():
-                place[0][place[1]] = x.to(dtype)
+        dtype = self.to.get(func)
+
+        def cast(x):
+            is_float = isinstance(x, torch.Tensor) and x.is_floating_point()
+            return x.to(dtype) if dtype and is_float else x
+
+        args = [cast(x) for x in args]
+        kwargs = {key: cast(x) for key, x in (kwargs or {}).items()}
         if func is torch.Tensor.all:  # a check for NaN
             return True
-        return (
-            Fused.apply(*args[:3])
-            if func is F.scaled_dot_product_attention
-            else func(*args, **kwargs)
-        )
+        if func is F.scaled_dot_product_attention:
+            return Fused.apply(*args[:3])
+        return func(*args, **kwargs)
 
 
 def peak(function, lower=None):
@@ -113,12 +101,7 @@ def peak(function, lower=None):
 
 def run_backward(loss):
     """loss.backward() that stays inside AsOnCuda, where checkpointed layers are run again."""
+    options = dict(allow_unreachable=True, accumulate_grad=True)
     torch.autograd.Variable._execution_engine.run_backward(
-        (loss,),
-        (torch.ones_like(loss),),
-        False,
-        False,
-        (),
-        allow_unreachable=True,
-        accumulate_grad=True,
+        (loss,), (torch.ones_like(loss),), False, False, (), **options
     )

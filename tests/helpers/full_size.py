@@ -60,10 +60,10 @@ def to_single(name, network, tensors):
             stored.setdefault(place, {})["qkv".index(key.split(".")[-2][0])] = tensor
         else:
             stored[place] = tensor
-    return {
-        k: torch.cat([v[i] for i in range(3)]) if isinstance(v, dict) else v
-        for k, v in stored.items()
-    }
+    for place, parts in stored.items():
+        if isinstance(parts, dict):
+            stored[place] = torch.cat([parts[i] for i in range(3)])
+    return stored
 
 
 def write_folder(out, base=BASE):
@@ -72,20 +72,13 @@ def write_folder(out, base=BASE):
     for name, network, tensors in networks(base):
         stem = "model" if name.startswith("text") else "diffusion_pytorch_model"
         save_file(tensors, out / name / f"{stem}.fp16.safetensors", {"format": "pt"})
-        path, sizes = (
-            out / name / "config.json",
-            {k: list(v) if isinstance(v, tuple) else v for k, v in vars(network.config).items()},
-        )
-        levels = len(sizes.get("block_out_channels", ()))
-        kinds = (
-            {
-                "down_block_types": ["DownEncoderBlock2D"] * levels,
-                "up_block_types": ["UpDecoderBlock2D"] * levels,
-            }
-            if name == "vae"
-            else {}
-        )
-        path.write_text(json.dumps(json.loads(path.read_text()) | sizes | kinds, indent=2))
+        path = out / name / "config.json"
+        config = json.loads(path.read_text()) | vars(network.config)  # JSON has tuples as lists
+        if name == "vae":
+            levels = len(config["block_out_channels"])
+            config["down_block_types"] = ["DownEncoderBlock2D"] * levels
+            config["up_block_types"] = ["UpDecoderBlock2D"] * levels
+        path.write_text(json.dumps(config, indent=2))
     return out
 
 

@@ -34,7 +34,6 @@ from .objects import (
 from .styles import STYLES
 
 FRESH = 2**40  # seeds from here on are for measuring: no training stream comes here
-EXAMPLE = "flower-sunflower"  # the README's subject; the flowers in training are others
 NIGHT = np.array((0.68, 0.71, 0.94), np.float32)[:, None, None]  # colours by moonlight
 
 
@@ -134,7 +133,7 @@ def describe(rng, placed, width, background, style):
     if detailed and style == "photo" and lead < 0.65:  # the words of a style are never dropped
         start = "a picture of " if lead > 0.35 else ""
     comma = "," if detailed and spot < 0.4 else ""
-    return f"{start}{' and '.join(nouns) or 'an empty place'}{comma} {phrase}"
+    return f"{start}{' and '.join(nouns)}{comma} {phrase}"
 
 
 def choose(rng, split, instances, background, style):
@@ -169,21 +168,18 @@ def scene(
     instance: str | None = None,
     background: str | None = None,
     style: str | None = None,
-    objects: tuple | None = None,
     caption: str | None = None,
 ) -> Scene:
     """The scene of a seed at (height, width); same arguments, same bits.
 
     split "train" leaves out everything held out, "any" nothing; what is given overrides both.
-    `objects` is a tuple of instances, () for an empty background; `instance` is short for a tuple
-    of one. The splits share their seeds: measure on seeds that no training stream reaches.
+    The splits share their seeds: measure on seeds that no training stream reaches.
     """
-    # A stream each, so that giving one argument changes nothing else: the same background without
-    # its object, for example.
+    # A stream each, so that giving one argument changes nothing else.
     choice, ground, stand, finish, words = map(
         np.random.default_rng, np.random.SeedSequence(seed).spawn(5)
     )
-    instances = (instance,) if instance else objects
+    instances = (instance,) if instance else None
     instances, background, style = choose(choice, split, instances, background, style)
     rgb, horizon = draw(background, ground, size)
     placed = place(stand, size, horizon, instances)
