@@ -45,6 +45,7 @@ if TYPE_CHECKING:  # the same names once more, for editors
     from .lora import add_lora as add_lora
     from .lora import lora_scale as lora_scale
     from .lora import set_lora_scale as set_lora_scale
+    from .methods.subject import train_lora as train_lora
     from .pipeline import image_to_image as image_to_image
     from .pipeline import text_to_image as text_to_image
     from .samplers import Sampler as Sampler
@@ -56,7 +57,6 @@ if TYPE_CHECKING:  # the same names once more, for editors
     from .sdxl import SDXL as SDXL
     from .sdxl import Conditioning as Conditioning
     from .segmentation import segment as segment
-    from .training import train_lora as train_lora
 
 # {name: module}. A module is never named as a function: importing it would hide the function.
 EXPORTS = {
@@ -79,7 +79,7 @@ EXPORTS = {
     "lora_scale": "lora",
     "load_lora": "formats.lora",
     "save_lora": "formats.lora",
-    "train_lora": "training",
+    "train_lora": "methods.subject",
     "inspect": "extras.inspect.page",
 }
 __all__ = list(EXPORTS)

@@ -125,8 +125,7 @@ def encode_prompts(
     """{prompt: Conditioning of one} on the CPU, where thousands have room; None is included."""
     encoded = {}
     for prompt in (*prompts, None):
-        parts = sdxl.encode_prompt([prompt], size).parts()
-        encoded[prompt] = Conditioning(*(part.cpu() for part in parts))
+        encoded[prompt] = sdxl.encode_prompt([prompt], size).to("cpu")
     return encoded
 
 

@@ -8,7 +8,7 @@ The rest of the scene stays bit-identical.
 
 import re
 import secrets
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
@@ -201,6 +201,7 @@ def generate_scene(
 def insert_subject(
     sdxl: SDXL,
     scene: Image.Image,
+    soft: Tensor,
     mask: Tensor,
     encoded: tuple[Conditioning, Conditioning],
     seed: int,
@@ -210,7 +211,8 @@ def insert_subject(
 ) -> Insertion:
     """Stage 2: masked Img2Img in a part of the scene at the model's resolution, then composite.
 
-    encoded: the prompt with the token, and the negative prompt. options: those of pipeline.sample.
+    soft, mask: see Insertion. encoded: the prompt with the token, and the negative prompt.
+    options: those of pipeline.sample.
     """
     if crop is None:
         usual = sdxl.size[0] * sdxl.size[1]
@@ -230,7 +232,7 @@ def insert_subject(
     resized = generated.resize(box.size[::-1], Image.LANCZOS)
     pasted.paste(resized, (box.left, box.top))
     result = images.composite(scene, pasted, weight)
-    return Insertion(scene, mask, mask, weight, box, part, generated, result)
+    return Insertion(scene, soft, mask, weight, box, part, generated, result)
 
 
 @torch.no_grad()
@@ -297,26 +299,27 @@ def insert(
 
     # Stage 1: the scene and what may change, by the unmodified model.
     soft = mask
+    mask_is_given = mask is not None
     scene_options = dict(seed=seed, size=size, progress=progress, **options)
     with lora.lora_scale(sdxl, 0):
-        if image is None and mask is None:
+        if image is None and not mask_is_given:
             image, soft = generate_scene(sdxl, prompt, class_word, plain, **scene_options)
         elif image is None:
             image = pipeline.sample(sdxl, *plain, **scene_options)
-        elif mask is None:
+        elif not mask_is_given:
             soft = segment(sdxl, image, class_word, prompt=prompt, seed=seed, conditioning=plain[0])
 
     # Stage 2: the subject, with the LoRA.
-    insertion = insert_subject(
+    return insert_subject(
         sdxl,
         image,
-        binarize(soft, **limits) if mask is None else mask,
+        soft,
+        mask if mask_is_given else binarize(soft, **limits),
         with_subject,
         seed + 1,  # the scene's own noise would lead back to it
         crop,
-        fade_outwards=mask is None,
+        fade_outwards=not mask_is_given,
         progress=progress,
         strength=sdxl.defaults["strength"] if strength is None else strength,
         **options,
     )
-    return replace(insertion, soft=soft)

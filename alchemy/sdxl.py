@@ -26,6 +26,9 @@ class Conditioning:
     def parts(self) -> tuple[Tensor, Tensor, Tensor]:
         return self.context, self.pooled, self.time_ids
 
+    def to(self, device: torch.device | str) -> "Conditioning":
+        return Conditioning(*(to_device(part, device) for part in self.parts()))
+
     @staticmethod
     def cat(several: Sequence["Conditioning"]) -> "Conditioning":
         """The batches of several, one after the other."""
@@ -87,9 +90,14 @@ class SDXL:
         dtype: torch.dtype,
         zeros_for_none: bool = True,
     ):
-        self.source, self.read, self.configs = source, read, configs
-        self.tokenizers, self.schedule = tokenizers, schedule
-        self.device, self.dtype, self.zeros_for_none = device, dtype, zeros_for_none
+        self.source = source
+        self.read = read
+        self.configs = configs
+        self.tokenizers = tokenizers
+        self.schedule = schedule
+        self.device = device
+        self.dtype = dtype
+        self.zeros_for_none = zeros_for_none
         self.loaded: dict[str, nn.Module] = {}
 
     def __repr__(self) -> str:

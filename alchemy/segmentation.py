@@ -235,6 +235,25 @@ def to_pixels(heat: Tensor, image: Image.Image) -> Tensor:
     return guided_filter(large, grey, radius=max(2, min(size) // 32))
 
 
+def record_pass(
+    sdxl: SDXL,
+    x_0: Tensor,
+    conditioning: Conditioning,
+    positions: Sequence[int],
+    noise_level: float,
+    seed: int = 0,
+) -> AttentionMaps:
+    """The attention of one pass of the UNet over latents (1,4,h,w), noised to a share of T."""
+    eps = sampling.noise(x_0.shape, [seed]).to(x_0)
+    t = torch.tensor([int(noise_level * (len(sdxl.schedule.alpha_bar) - 1))])
+    x_t = sdxl.schedule.add_noise(x_0, eps, t)
+    maps = AttentionMaps(sdxl.unet, positions, x_0.shape[-2:])
+    with maps.record():
+        sdxl.unet(x_t, t.to(x_0.device), *conditioning.parts())
+    maps.accumulate(int(t))
+    return maps
+
+
 @torch.no_grad()
 def segment(
     sdxl: SDXL,
@@ -266,16 +285,9 @@ def segment(
     size = model_resolution(sdxl, image.size[::-1])
     pixels = images.to_tensor(image.resize(size[::-1]))
     x_0, _ = sdxl.vae.encode(pixels.to(sdxl.device))
-    eps = sampling.noise(x_0.shape, [seed]).to(x_0)
-    last_t = len(sdxl.schedule.alpha_bar) - 1
-    t = torch.tensor([int(noise_level * last_t)])
-    x_t = sdxl.schedule.add_noise(x_0, eps, t)
-
     conditioning = conditioning or sdxl.encode_prompt([prompt], size)
-    maps = AttentionMaps(sdxl.unet, positions, x_0.shape[-2:])
-    with maps.record():
-        sdxl.unet(x_t, t.to(sdxl.device), *conditioning.parts())
-    maps.accumulate(int(t))
+
+    maps = record_pass(sdxl, x_0, conditioning, positions, noise_level, seed)
     warn_if_weak(word, maps, defaults["image_word_strength"])
     return to_pixels(maps.heatmap(walk_iterations), image)
 

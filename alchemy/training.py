@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from . import lora
-from .dataset import Batch, GetBatch, concat, encode_image, encode_prompts, make_batcher
+from .dataset import Batch, GetBatch, concat
 from .files import save_tensors
 from .schedule import Schedule
 from .sdxl import SDXL, Conditioning, to_device
@@ -214,6 +214,12 @@ def learning_rate_factor(step: int, steps: int, warmup: int, schedule: str = "co
     return factor
 
 
+def autocast_to_dtype(sdxl: SDXL, enabled: bool) -> torch.autocast:
+    """Compute in sdxl.dtype, where the network's own weights are float32 (--method full)."""
+    enabled = enabled and sdxl.dtype != torch.float32
+    return torch.autocast(sdxl.device.type, sdxl.dtype, enabled=enabled)
+
+
 def train(
     sdxl: SDXL,
     state: TrainState,
@@ -229,22 +235,19 @@ def train(
     whole and may be saved.
 
     get_loss(step, micro_step): a function of these two numbers alone.
-    autocast: compute in sdxl.dtype where the network's own weights are float32 (--method full).
+    autocast: see autocast_to_dtype.
     A step whose loss or gradient is not finite is not applied, and its loss is NaN;
     FloatingPointError after more than MAX_BAD_STEPS of them in a row.
     """
-    optimizer = state.optimizer
-    scaler = state.scaler
-    lower = torch.autocast(
-        sdxl.device.type, sdxl.dtype, enabled=autocast and sdxl.dtype != torch.float32
-    )
+    optimizer, scaler = state.optimizer, state.scaler
+    lower_precision = autocast_to_dtype(sdxl, autocast)
     for step in range(state.step, steps):
         # Accumulate the gradients of the micro-steps.
         optimizer.zero_grad(set_to_none=True)
         total = 0.0
         for micro_step in range(accumulation):
             with lora.cast_adapters(sdxl.unet, sdxl.dtype):
-                with lower:
+                with lower_precision:
                     value = get_loss(step, micro_step) / accumulation
                 scaler.scale(value).backward()
             total += value.item()
@@ -262,13 +265,14 @@ def train(
         state.step = step + 1
         state.losses.append(total if applied else math.nan)
 
+        # Stop if the last steps, those before an interruption too, were all lost.
         recent = state.losses[-MAX_BAD_STEPS - 1 :]
         if len(recent) > MAX_BAD_STEPS and all(math.isnan(value) for value in recent):
             raise FloatingPointError(
                 f"loss or gradient was not finite in {len(recent)} steps in a row, "
                 f"the last is step {state.step}; lower --learning-rate"
             )
-        yield state.step, recent[-1]
+        yield state.step, state.losses[-1]
 
 
 class StopSignal:
@@ -289,45 +293,3 @@ class StopSignal:
     def __exit__(self, *_):
         for number, handler in self.previous.items():
             signal.signal(number, handler)
-
-
-def train_lora(
-    sdxl: SDXL,
-    photos: str | Path | Iterable[str | Path],
-    class_word: str,
-    token: str = "sks",
-    *,
-    steps: int | None = None,
-    rank: int | None = None,
-    learning_rate: float | None = None,
-    seed: int = 0,
-) -> Iterator[tuple[int, float]]:
-    """Train a LoRA on photos of one subject with prior preservation; yields (step, loss).
-
-    photos: a folder, or paths of images. The LoRA is added to sdxl when the iteration begins;
-    alchemy.save_lora writes it. None as an option is the checkpoint's default. For all
-    else, see train.py.
-    """
-    from .methods.captions import find_photos
-    from .methods.prior import teacher_batch
-
-    if isinstance(photos, (str, Path)):
-        photos, _ = find_photos(photos)
-    if not photos:
-        raise ValueError("train_lora needs at least one photo")
-    defaults = sdxl.defaults
-    size = sdxl.size
-    subject = f"a photo of a {token} {class_word}"
-    class_prompt = f"a photo of a {class_word}"
-    encoded = [encode_image(sdxl, path, size, subject) for path in photos]
-    prompts = encode_prompts(sdxl, [subject, class_prompt], size)
-    get_batch = make_batcher(sdxl, encoded, size, seed, defaults["batch"])
-    lora.add_lora(sdxl, rank or defaults["rank"], seed=seed)
-    parameters = {n: p for n, p in sdxl.unet.named_parameters() if ".lora." in n}
-    state = TrainState.create(parameters, learning_rate or defaults["learning_rate"], sdxl.dtype)
-
-    def get_loss(step, micro_step):
-        batch = get_batch(step, micro_step)
-        return loss(sdxl, batch, teacher_batch(sdxl, batch, prompts, class_prompt), prompts)
-
-    yield from train(sdxl, state, get_loss, steps=steps or defaults["training_steps"])

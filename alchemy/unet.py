@@ -109,7 +109,7 @@ def make_transformers(cfg: UNetConfig, level: int, count: int) -> nn.ModuleList:
 class DownBlock(nn.Module):
     """Resnets, each followed by a transformer if the level has attention, then a downsampling.
 
-    Every result is also a skip, that of the downsampling too.
+    Every result is also a skip, that of the downsampling too. `run` calls a layer: see UNet.run.
     """
 
     def __init__(self, cfg: UNetConfig, level: int):

@@ -17,8 +17,8 @@ from ..extras.optimizations import cached_steps
 from ..files import free_path, save_json
 from ..formats import png
 from ..formats.lora import save_lora
-from ..sdxl import SDXL, Conditioning
-from ..training import TrainingTask, TrainState
+from ..sdxl import SDXL
+from ..training import TrainingTask, TrainState, autocast_to_dtype
 from . import outputs
 
 Row = list[tuple[str, Image.Image]]
@@ -128,26 +128,21 @@ def preview(args: Namespace, sdxl: SDXL, task: TrainingTask, step: int) -> Row:
 
     Computed in the training dtype. Raises FloatingPointError where an image is not finite.
     """
-
-    def encoded(prompt):
-        parts = task.prompts[prompt].parts()
-        return Conditioning(*(part.to(sdxl.device) for part in parts))
-
     prompts, (height, width) = task.preview_prompts, args.size
     options = {name: sdxl.defaults[name] for name in ("sampler", "steps", "guidance")}
     pixels = torch.zeros(len(prompts), height, width, 3, dtype=torch.uint8)
     failure = None
-    lower = torch.autocast(
-        sdxl.device.type, sdxl.dtype, enabled=args.method == "full" and sdxl.dtype != torch.float32
-    )
 
     def follow(steps):
-        with lower:  # the UNet alone: the VAE may need float32
+        with autocast_to_dtype(
+            sdxl, args.method == "full"
+        ):  # the UNet alone: the VAE may need float32
             yield from cached_steps(sdxl.unet, steps)
 
     try:
         for index in range(len(prompts))[distributed.rank_slice()]:
-            cond, uncond = encoded(prompts[index]), encoded(None)
+            cond = task.prompts[prompts[index]].to(sdxl.device)
+            uncond = task.prompts[None].to(sdxl.device)
             image = pipeline.sample(
                 sdxl, cond, uncond, args.seed, args.size, progress=follow, **options
             )

@@ -149,17 +149,14 @@ def test_a_batch_is_of_one_bucket_and_drops_its_share_of_captions(tiny, tmp_path
     assert again.prompts == get_batch(7, 0).prompts
 
 
-def test_train_py_trains_on_captions_and_resumes_to_the_same_bits(tiny, tmp_path, stopped):
+def test_train_py_trains_on_captions_and_names_no_subject_in_the_header(tiny, tmp_path):
     folder = captioned(tmp_path / "a")
     lines = (folder / "metadata.jsonl").read_text().splitlines()
     (folder / "metadata.jsonl").write_text("\n".join(lines[:3]))
     flags = ("train.py", folder, "--captions", "--weights", tiny, "--rank", 2, "--steps", 3)
-    run = good(call(*flags, "--preview-every", 0, "--out", "whole"))
+    run = good(call(*flags, "--preview-every", 0, "--out", "run"))
     assert "3 images with 3 captions" in run.err and "skipped 1 image " in run.err
-    assert stopped((*flags, "--preview-every", 0, "--out", "half"), step=1).status == 143
-    good(call("train.py", folder, "--out", "half", "--resume"))
-    assert same_tensors(*(load_file(f"{name}/lora.safetensors") for name in ("whole", "half")))
-    with safe_open("whole/lora.safetensors", "pt") as file:  # no subject in its header
+    with safe_open("run/lora.safetensors", "pt") as file:
         names = [key for key in file.metadata() if key.startswith("alchemy.")]
     expected = ("base", "steps", "seed", "name", "targets", "rank", "alpha")
     assert set(names) == {f"alchemy.{name}" for name in expected}

@@ -381,34 +381,6 @@ def test_insert_writes_its_page_and_the_same_result(inserted, tmp_path):
     assert [s["self_attention"]["4 × 4"]["at"][0] for s in data["stages"]] == [0, 0]
 
 
-@pytest.mark.parametrize(
-    "size, latent, levels, coarse, limit",
-    [(1024, 128, (64, 32), 32, 9.35e6), (128, 32, (16, 8), 16, 1.21e6)],
-)
-def test_the_largest_stage_stays_small(tiny, size, latent, levels, coarse, limit):
-    """30 steps of noise, with a prompt that fills all 77 tokens: bytes of its data."""
-    recorder = Recorder(alchemy.load(tiny, "cpu", torch.float32), "dog " * 75, 30)
-    recorder.latent_size = (latent, latent)
-    own = (2 * random(coarse**2, coarse**2)).softmax(1)
-    for index, (t, t_prev) in enumerate(recorder.sdxl.schedule.timesteps(30)):
-        latents = [random(1, 4, latent, latent, seed=8 * index + k) for k in range(6)]
-        for side in levels:
-            soft = random(1, recorder.num_tokens, side // 4, side // 4, seed=index)
-            soft = F.interpolate(2 * soft, (side, side), mode="bilinear")
-            soft = soft + 0.3 * random(*soft.shape, seed=index + 1)
-            recorder.sums["attn2", side**2] = soft.flatten(2)[0].T.softmax(-1), 1
-        if index in recorder.self_steps:
-            recorder.sums["attn1", coarse**2] = own, 1
-        recorder.add(sampling.Step(index, t, t_prev, 0.5, 0.5, *latents))
-    grain = Image.effect_noise((size, size), 64).convert("RGB")
-    image = Image.blend(picture(size, size), grain, 0.1)
-    decoded = {
-        k: F.interpolate(x[None, :3], size)[0] for k, x in enumerate(random(6, 4, latent, latent))
-    }
-    described = stage.describe(recorder, "", image, decoded, random(5, 3).double())
-    assert 0.3 * limit < len(json.dumps(described)) < limit
-
-
 # The page of train.py
 
 

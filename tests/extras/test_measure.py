@@ -30,17 +30,6 @@ def test_the_classifier_names_97_of_100_fresh_renders_right_by_each_head(trained
     assert min(right.values()) >= 0.97, right
 
 
-def test_a_classifier_example_is_of_the_instance_and_background_it_names():
-    for seed in (0, 78, 79, classifier.FRESH):
-        image, mask, (word, instance, background) = classifier.example(seed)
-        name = classifier.INSTANCES[instance]
-        scene = world.scene(seed, "any", instance=name, style="photo")
-        assert name.startswith(classifier.WORDS[word] + "-")
-        assert classifier.BACKGROUNDS[background] == scene.background
-        assert np.array_equal(image, scene.image)
-        assert np.array_equal(mask > 127, scene.objects[0][2] > 0.5)
-
-
 def test_the_classifiers_masks_have_an_iou_of_0_9_with_the_true_ones(trained):
     images, masks, _ = classifier.fresh(79)
     with torch.no_grad():
@@ -126,10 +115,7 @@ def test_other_weights_or_defaults_are_measured_in_another_folder(measuring, tmp
         ("prompt class", 0.949, True),
         ("prompt class", 0.95, False),
         ("area", 1.61, True),
-        ("area", 1.6, False),
-        ("outside", 1, True),
         ("outside", 0, False),
-        ("psnr", 31.99, True),
         ("two background", 0.0, False),
     ],
 )

@@ -1,12 +1,11 @@
 """--fp8-base and --merge in the scripts."""
 
 import json
-import signal
 
 import pytest
 from helpers.running import call, contents, good, nothing_written, photos, pixels, refused, same
 
-from alchemy import dataset, lora
+from alchemy import lora
 from alchemy.extras import fp8
 
 
@@ -56,24 +55,14 @@ def test_flags_that_exclude_each_other_are_refused(tiny, lora_file, tmp_path):
     assert nothing_written()
 
 
-def test_training_on_an_fp8_base_resumes_bit_for_bit(tiny, tmp_path, stored, monkeypatch):
+def test_training_on_an_fp8_base_resumes_bit_for_bit(tiny, tmp_path, stored, stopped):
     flags = f"--size 16 --batch 1 --rank 2 --learning-rate 1e-3 --steps 3 --weights {tiny}".split()
     flags += ["--class-word", "dog", "--preview-every", 2, "--fp8-base"]
     flags = ["train.py", photos(tmp_path / "photos"), *flags]
     good(call(*flags, "--out", "whole/run"))
     whole = contents("whole/run")
     assert len(stored) > 100 and json.loads(whole["settings.json"])["fp8_base"] is True
-    sample, calls = dataset.get_sample, []
-
-    def interrupt_at_the_second(*args, **kwargs):
-        calls.append(1)
-        if len(calls) == 2:
-            signal.raise_signal(signal.SIGTERM)
-        return sample(*args, **kwargs)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(dataset, "get_sample", interrupt_at_the_second)
-        assert call(*flags, "--out", "broken/run").status == 143
+    assert stopped((*flags, "--out", "broken/run"), step=1).status == 143
     good(call("train.py", "--resume", "--out", "broken/run"))
     assert contents("broken/run")["lora.safetensors"] == whole["lora.safetensors"]
     good(call(*flags, "--out", "plain/run", "--no-fp8-base"))

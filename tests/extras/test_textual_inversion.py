@@ -7,7 +7,7 @@ import torch
 from helpers.checkpoints import refused
 from helpers.running import call, contents, good, photos
 from helpers.running import refused as run_refused
-from helpers.training import make_batch, same_tensors
+from helpers.training import make_batch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
@@ -181,15 +181,6 @@ def test_train_py_writes_an_embedding_that_sample_py_uses(base, tiny, lora_file)
     ):
         run = good(call("sample.py", prompt, "--weights", tiny, *embedding, *more))
         assert (f"'{TOKEN}' is in no prompt" in run.err) == warned
-
-
-def test_training_resumes_to_the_same_bits(base, stopped):
-    flags = (*base, *FLAGS, "--style", "--init-word", "photo")
-    good(call(*flags, "--out", "whole"))
-    assert stopped((*flags, "--out", "half"), step=1).status == 143
-    good(call("train.py", "--out", "half", "--resume"))
-    run_refused(call("train.py", "--out", "half", "--resume"), "half: this run is finished")
-    assert same_tensors(*(load_file(f"{name}/my-dog.safetensors") for name in ("whole", "half")))
 
 
 def test_overwriting_removes_the_earlier_embedding_and_no_other_file(base, tmp_path):

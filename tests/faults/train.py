@@ -25,7 +25,6 @@ FAULTS = {
         ),
     ),
     ("training", "core/training"): (
-        ("no photo is needed", "if not photos:", "if False:"),
         ("accumulated gradients are summed", ") / accumulation\n", ")\n"),
         ("a step of NaN is applied", "        if applied:\n", "        if True:\n"),
         ("a NaN loss is kept", "total if applied else math.nan", "total"),
@@ -50,6 +49,9 @@ FAULTS = {
         ("a state may lack losses", "if not 0 <= step == len(losses):", "if False:"),
         ("a checksum is not compared", 'if header.get("checksum") != checksum', "if not checksum"),
         ("the step is not restored", "        self.step = step\n", ""),
+    ),
+    ("methods/subject", "core/training"): (
+        ("no photo is needed", "if not photos:", "if False:"),
         (
             "train_lora has no prior",
             "loss(sdxl, batch, teacher_batch(",
@@ -59,13 +61,13 @@ FAULTS = {
     ("training", "extras/dreambooth"): (
         (
             "autocast is always on",
-            "enabled=autocast and sdxl.dtype != torch.float32",
-            "enabled=sdxl.dtype != torch.float32",
+            "enabled = enabled and sdxl.dtype",
+            "enabled = sdxl.dtype",
         ),
         (
             "autocast is never on",
-            "enabled=autocast and sdxl.dtype != torch.float32",
-            "enabled=False",
+            "enabled = enabled and sdxl.dtype",
+            "enabled = False and sdxl.dtype",
         ),
     ),
     ("dataset", "core/dataset"): (
@@ -154,7 +156,7 @@ FAULTS = {
         ),
     ),
     ("methods/report", "extras/dreambooth"): (
-        ("previews of full in float32", 'enabled=args.method == "full" and', "enabled=False and"),
+        ("previews of full in float32", 'sdxl, args.method == "full"):', "sdxl, False):"),
         ("a base model's NaN is the training's", "if failure and not step:", "if failure:"),
     ),
     ("methods/textual_inversion", "extras/textual_inversion"): (

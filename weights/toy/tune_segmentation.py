@@ -2,8 +2,8 @@
 
 python -m weights.toy.tune_segmentation
 
-Each scene is noised to each of NOISE_LEVELS and passes the UNet once. Noise levels, attention
-layers, walk iterations and threshold are then tried on those maps. A single level is how `segment`
+Each scene is noised to each of NOISE_LEVELS and passes the UNet once. Noise levels, walk
+iterations and threshold are then tried on those maps. A single level is how `segment`
 treats an image; a window of levels stands for a scene that is watched while it is generated. The
 mask of the best setting is then grown by each of DILATIONS.
 """
@@ -16,14 +16,12 @@ from PIL import Image
 from torch import Tensor
 
 import alchemy
-from alchemy import cli, images, sampling, segmentation
+from alchemy import cli, images, segmentation
 
 from . import WEIGHTS, world
 
 NOISE_LEVELS = tuple(k / 10 for k in range(1, 10))  # shares of T
 WINDOWS = ((0.1, 0.5), (0.1, 0.7), (0.1, 0.9), (0.3, 0.7), (0.3, 0.9))
-# Of cross-attention, by the size of their maps.
-LAYERS = {"all": slice(None), "finest": slice(0, 1), "coarsest": slice(-1, None)}
 ITERATIONS, THRESHOLDS = (0, 1, 2, 3), (0.2, 0.3, 0.4, 0.5)
 DILATIONS = (0.0, 0.01, 0.02, 0.03, 0.04, 0.05)  # shares of the shorter side
 FIRST_SEED = world.FRESH + 2**30
@@ -34,22 +32,15 @@ def record(sdxl, image: Image.Image, word: str) -> dict:
     """{noise level: AttentionMaps}, each as `segment` makes it."""
     prompt, recorded = f"a photo of a {word}", {}
     x_0, _ = sdxl.vae.encode(images.to_tensor(image).to(sdxl.device))
-    noise = sampling.noise(x_0.shape, [0]).to(x_0)
-    conditioning = sdxl.encode_prompt([prompt], image.size[::-1]).parts()
+    conditioning = sdxl.encode_prompt([prompt], image.size[::-1])
     tokens = segmentation.token_positions(sdxl, prompt, word)
     for level in NOISE_LEVELS:
-        maps = segmentation.AttentionMaps(sdxl.unet, tokens, x_0.shape[-2:])
-        t = torch.tensor([int(level * (len(sdxl.schedule.alpha_bar) - 1))])
-        with maps.record():
-            x_t = sdxl.schedule.add_noise(x_0, noise, t)
-            sdxl.unet(x_t, t.to(x_0.device), *conditioning)
-        maps.accumulate(int(t))
-        recorded[level] = maps
+        recorded[level] = segmentation.record_pass(sdxl, x_0, conditioning, tokens, level)
     return recorded
 
 
-def combine(sdxl, recorded: dict, window: tuple, layers: str):
-    """AttentionMaps of all noise levels within the window (low, high), of some layers."""
+def combine(sdxl, recorded: dict, window: tuple):
+    """AttentionMaps of all noise levels within the window (low, high)."""
     whole = segmentation.AttentionMaps(sdxl.unet, (), ())  # records nothing itself
     for level, maps in recorded.items():
         if not window[0] <= level <= window[1]:
@@ -58,7 +49,6 @@ def combine(sdxl, recorded: dict, window: tuple, layers: str):
             for shape, (total, count) in added.items():
                 before = sums.get(shape, (0, 0))
                 sums[shape] = (before[0] + total, before[1] + count)
-    whole.cross = dict(sorted(whole.cross.items(), reverse=True)[LAYERS[layers]])
     return whole
 
 
@@ -91,11 +81,11 @@ def main(argv=None) -> None:
         ((word, _, alpha),) = scene.objects
         image, alpha = Image.fromarray(scene.image), torch.from_numpy(alpha)
         recorded = record(sdxl, image, word)
-        for window, layers, steps in itertools.product(windows, LAYERS, ITERATIONS):
-            maps = combine(sdxl, recorded, window, layers)
+        for window, steps in itertools.product(windows, ITERATIONS):
+            maps = combine(sdxl, recorded, window)
             soft = segmentation.to_pixels(maps.heatmap(steps), image)
             for threshold in THRESHOLDS:
-                key = window, layers, steps, threshold
+                key = window, steps, threshold
                 found = iou(segmentation.remove_specks_and_holes(soft >= threshold), alpha)
                 ious.setdefault(key, []).append(found)
                 masks.setdefault(key, []).append((soft, threshold, alpha))
@@ -103,11 +93,10 @@ def main(argv=None) -> None:
     print(f"{args.scenes} scenes; mean IoU of the cleaned mask, before it is grown")
     for title, single in (("noise level", True), ("window of levels", False)):
         chosen = [row for row in means if (row[1][0][0] == row[1][0][1]) == single]
-        print(f"\n| {title} | layers | walk iterations | threshold | mean IoU |")
-        print("|---|---|---|---|---|")
-        for mean, (window, layers, steps, threshold) in chosen[:6] + chosen[-1:]:
+        print(f"\n| {title} | walk iterations | threshold | mean IoU |\n|---|---|---|---|")
+        for mean, (window, steps, threshold) in chosen[:6] + chosen[-1:]:
             levels = f"{window[0]}" if single else f"{window[0]} to {window[1]}"
-            print(f"| {levels} | {layers} | {steps} | {threshold} | {mean:.3f} |")
+            print(f"| {levels} | {steps} | {threshold} | {mean:.3f} |")
         print("\n| the best, grown by | area over the true one | of the true one inside |")
         print("|---|---|---|")
         for dilation in DILATIONS:
