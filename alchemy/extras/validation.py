@@ -10,7 +10,7 @@ from torch import Tensor
 from .. import cli, images
 from ..formats import png
 from ..methods.outputs import SCORES, Log
-from ..methods.task import find_photos
+from ..methods.task import find_subject_photos
 from ..sdxl import SDXL
 from .encoders import DINO, load_dino, load_toy
 from .evaluate import fidelity
@@ -47,7 +47,7 @@ class Validation:
 
     @classmethod
     def create(cls, args: argparse.Namespace, sdxl: SDXL, out: Path) -> "Validation":
-        photos, _ = find_photos(args.photos)
+        photos, _ = find_subject_photos(args.photos)
         photos = list(dict.fromkeys(photos))
         return cls(choose_encoder(sdxl, args.dino), photos, out / "previews")
 

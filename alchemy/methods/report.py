@@ -134,9 +134,8 @@ def preview(args: Namespace, sdxl: SDXL, task: TrainingTask, step: int) -> Row:
     failure = None
 
     def follow(steps):
-        with autocast_to_dtype(
-            sdxl, args.method == "full"
-        ):  # the UNet alone: the VAE may need float32
+        # The UNet alone: the VAE may need float32.
+        with autocast_to_dtype(sdxl, args.method == "full"):
             yield from cached_steps(sdxl.unet, steps)
 
     try:

@@ -34,7 +34,7 @@ def list_examples(args: Namespace) -> list[Example]:
             names = ", ".join(missing[:3])
             cli.log(f"skipped {cli.count_of(len(missing), 'image')} without a caption ({names})")
         return examples
-    photos, skipped = find_photos(args.photos)
+    photos, skipped = find_subject_photos(args.photos)
     for name in skipped:
         cli.log(f"skipped {name}: not a JPEG, PNG or WebP image")
     if args.method == "textual-inversion":
@@ -44,7 +44,7 @@ def list_examples(args: Namespace) -> list[Example]:
     return [(path, prompt) for path in photos]
 
 
-def find_photos(folder: str | Path) -> tuple[list[Path], list[str]]:
+def find_subject_photos(folder: str | Path) -> tuple[list[Path], list[str]]:
     """The photos of a subject and the names of skipped files. Of kohya's layout, a folder with
     "10_sks dog" inside, each photo 10 times."""
     photos, skipped = [], []

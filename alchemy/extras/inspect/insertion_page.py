@@ -79,13 +79,15 @@ class InsertionRecorder:
     def follow(self, steps: Iterable[Step]) -> Iterator[Step]:
         """Record the next stage."""
         self.current += 1
-        recorder, only = self.stages[self.current][1], len(self.stages) == 1
-        if self.maps and only:  # the user's image has just been segmented
+        recorded = self.stages[self.current][1].follow(steps)
+        if self.maps is None:
+            return recorded
+        if len(self.stages) == 1:  # the user's image has just been segmented
             self.stack.close()
             self.maps.accumulate(0)
-        if self.maps and not only and self.current == 0:
-            return self.maps.follow(recorder.follow(steps))
-        return recorder.follow(steps)
+        elif self.current == 0:
+            return self.maps.follow(recorded)
+        return recorded
 
 
 def mask_steps(
