@@ -166,7 +166,7 @@ def results(
 
 def check_green(faults: list[Fault]) -> None:
     """Without a fault the tests must pass, or a failure would prove nothing."""
-    tests = sorted({name for fault in faults for name in fault.files})
+    tests = sorted(set().union(*(fault.files for fault in faults)))
     with tempfile.TemporaryDirectory() as folder:
         process_results = multiprocessing.get_context("fork").Queue()
 

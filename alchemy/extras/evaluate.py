@@ -79,7 +79,9 @@ def mean(values: Iterable[float | None]) -> float | None:
 def subject_only(image: Image.Image, mask: Image.Image) -> Image.Image:
     """A square around the subject, which alone is kept; mask: of the image's size, mode L."""
     box = mask.getbbox()
-    width, height = box[2] - box[0], box[3] - box[1]
+    left, top, right, bottom = box
+    width = right - left
+    height = bottom - top
     side = math.ceil(max(width, height) * 256 / 224)  # so that preprocessing cuts nothing off
     page = Image.new("RGB", (side, side), MEAN_COLOUR)
     corner = ((side - width) // 2, (side - height) // 2)
@@ -89,7 +91,8 @@ def subject_only(image: Image.Image, mask: Image.Image) -> Image.Image:
 
 def background_only(image: Image.Image, mask: Image.Image) -> Image.Image:
     """The image with the subject painted over."""
-    return Image.composite(Image.new("RGB", image.size, MEAN_COLOUR), image, mask)
+    plain = Image.new("RGB", image.size, MEAN_COLOUR)
+    return Image.composite(plain, image, mask)
 
 
 def score(
@@ -117,10 +120,12 @@ def score(
     # The whole image.
     everything = list(range(len(paths)))
     features = dino(map(images.read, paths))
-    fill("DINO", everything, fidelity(features, dino(map(images.read, photos))))
+    photo_features = dino(map(images.read, photos))
+    fill("DINO", everything, fidelity(features, photo_features))
     if clip:
         embeddings = clip.images(map(images.read, paths))
-        fill("CLIP-I", everything, fidelity(embeddings, clip.images(map(images.read, photos))))
+        photo_embeddings = clip.images(map(images.read, photos))
+        fill("CLIP-I", everything, fidelity(embeddings, photo_embeddings))
         chosen = [k for k in everything if rows[k]["prompt"]]
         if chosen:
             texts = clip.texts([rows[k]["prompt"] for k in chosen])
@@ -229,7 +234,8 @@ def write_scores(
 
     ordered = sorted(zip(rows, paths, strict=True), key=lambda pair: -pair[0]["DINO"])
     cells = []
-    for row, path in ordered[:: math.ceil(len(ordered) / 60)]:
+    stride = math.ceil(len(ordered) / 60)
+    for row, path in ordered[::stride]:
         cells.append((f"{row['DINO']:.3f} {path.name}", thumbnail(path)))
     grid = [[(f"photo {path.name}", thumbnail(path)) for path in photos[:6]]]
     grid += [cells[k : k + 6] for k in range(0, len(cells), 6)]

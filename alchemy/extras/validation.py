@@ -63,10 +63,12 @@ class Validation:
         if step == 0:
             self.base_class.parent.mkdir(exist_ok=True)
             png.save(class_, self.base_class, {})
-        base = images.read(self.base_class)
+        base = self.encode([images.read(self.base_class)])
+        subject_score = fidelity(self.encode([subject]), self.photos)
+        class_score = fidelity(self.encode([class_]), base)
         scores = {
-            "subject": round(float(fidelity(self.encode([subject]), self.photos)), 6),
-            "class": round(float(fidelity(self.encode([class_]), self.encode([base]))), 6),
+            "subject": round(float(subject_score), 6),
+            "class": round(float(class_score), 6),
         }
         self.scores[step] = scores
         self.log.add_scores(step, scores)

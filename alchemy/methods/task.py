@@ -66,7 +66,8 @@ def prepare(args: Namespace, sdxl: SDXL, examples: list[Example], out: Path) -> 
 
 def prepare_captions(args: Namespace, sdxl: SDXL, examples: list[Example]) -> TrainingTask:
     """Images with captions, in buckets of their shapes."""
-    area, cell = args.size[0] * args.size[1], 8 * sdxl.vae_scale_factor
+    area = args.size[0] * args.size[1]
+    cell = 8 * sdxl.vae_scale_factor
     used = examples[:1] if args.check else examples
     sizes = [captions.bucket(images.read(path).size[::-1], area, cell) for path, _ in used]
     buckets = {}
@@ -115,7 +116,8 @@ def prepare_subject(
     args: Namespace, sdxl: SDXL, examples: list[Example], out: Path
 ) -> TrainingTask:
     """Photos of one subject, with prior preservation of its class."""
-    subject, class_prompt = examples[0][1], args.caption.replace("{}", args.class_word)
+    _, subject = examples[0]
+    class_prompt = args.caption.replace("{}", args.class_word)
     jobs = class_image_jobs(args, sdxl, class_prompt, out)  # refuses others in the folder
     photos = encode_photos(args, sdxl, examples)
     shown = args.preview_prompt or [subject, class_prompt, UNRELATED_PROMPT]
@@ -158,7 +160,8 @@ def encode_photos(
     sizes = dict(zip(used, sizes or [args.size] * len(used), strict=True))
     encoded = {}
     for path, prompt in cli.progress(sizes, len(sizes), "encoding"):
-        mask, size = None, sizes[path, prompt]
+        mask = None
+        size = sizes[path, prompt]
         if args.mask:
             mask = masks.mask_of(args.mask, path, sdxl, args.class_word or args.init_word)
         photo = dataset.encode_image(sdxl, path, size, prompt, args.mirror, mask)

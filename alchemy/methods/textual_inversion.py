@@ -73,7 +73,8 @@ def add_word(sdxl: SDXL, token: str, rows: Sequence[Tensor]) -> list[nn.Paramete
     the rows do not fit.
     """
     both = tables(sdxl)
-    shapes, widths = [tuple(r.shape) for r in rows], [table.embedding_dim for table in both]
+    shapes = [tuple(r.shape) for r in rows]
+    widths = [table.embedding_dim for table in both]
     same_count = shapes[0][0] == shapes[1][0]
     if not same_count or [shape[1:] for shape in shapes] != [(width,) for width in widths]:
         raise ValueError(

@@ -85,8 +85,8 @@ FAULTS = {
         ("the subject without its mask", "corner, mask.crop(box))", "corner)"),
         (
             "the background is the subject",
-            'Image.composite(Image.new("RGB", image.size, MEAN_COLOUR), image, mask)',
-            'Image.composite(image, Image.new("RGB", image.size, MEAN_COLOUR), mask)',
+            "Image.composite(plain, image, mask)",
+            "Image.composite(image, plain, mask)",
         ),
         ("preprocessing cuts the subject", "* 256 / 224)", ")"),
         (
@@ -122,8 +122,8 @@ FAULTS = {
         ),
         (
             "the class beside itself",
-            "self.encode([class_]), self.encode([base])",
-            "self.encode([class_]), self.encode([class_])",
+            "base = self.encode([images.read(self.base_class)])",
+            "base = self.encode([class_])",
         ),
         ("the base image is replaced", "if step == 0:", "if True:"),
         ("scores of before are lost", 'if row.get("subject") is not None:', "if False:"),

@@ -39,7 +39,7 @@ FAULTS = {
     ),
     ("extras/inspect/sprites", "extras/inspect"): (
         ("the map to colours has no constant", "(0, 1), value=1.0)", "(0, 1), value=0.0)"),
-        ("a frame's column is its height wide", "k % columns * w", "k % columns * h"),
+        ("a frame's column is its height wide", "column * w\n", "column * h\n"),
         ("the last step of a long run is lost", "(count - 1) / max(", "(count - 2) / max("),
         ("NaN latents spoil the colours", "if latents.isfinite().all():", "if True:"),
     ),
@@ -87,8 +87,8 @@ FAULTS = {
         ),
         (
             "the mean of the shown maps alone",
-            "level.mean(0, keepdim=True)])",
-            "level[at].mean(0, keepdim=True)])",
+            "mean = level.mean(0, keepdim=True)",
+            "mean = level[at].mean(0, keepdim=True)",
         ),
         (
             "a level counts once, however many layers it has",
@@ -116,7 +116,7 @@ FAULTS = {
             "made.mask[None, top : top + height, left : left + width]",
             "torch.ones_like(made.mask)[None]",
         ),
-        ("the difference wraps around", "np.array(x)).int()", "np.array(x))"),
+        ("the difference wraps around", "result.int() - scene.int()", "result - scene"),
         (
             "the difference outside is measured inside",
             "changed[made.feathered.cpu() == 0]",
@@ -143,8 +143,8 @@ FAULTS = {
         ("a flat scene divides by nothing", "max(before, VISIBLE)", "max(before, 1e-3)"),
         (
             "one textured side hides a seam at the other",
-            "return sum(ratios) / len(ratios) if ratios else 1.0",
-            "return min(ratios, default=1.0)",
+            "return sum(ratios) / len(ratios)",
+            "return min(ratios)",
         ),
     ),
     ("../tests/bench/samplers_sheet", "extras/samplers_sheet"): (

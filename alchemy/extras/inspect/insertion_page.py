@@ -43,7 +43,10 @@ class InsertionRecorder:
         size: tuple[int, int] | None = None,
         **options: object,
     ):
-        self.sdxl, self.stack, self.maps, self.current = sdxl, ExitStack(), None, -1
+        self.sdxl = sdxl
+        self.stack = ExitStack()
+        self.maps: segmentation.AttentionMaps | None = None
+        self.current = -1  # the index of the stage under way
         prompts = (prompt, with_token(prompt, class_word, token))
         self.stages = []
         for name, text, total in zip(STAGES, prompts, totals, strict=True):
@@ -66,11 +69,13 @@ class InsertionRecorder:
         size: tuple[int, int] | None,
     ) -> segmentation.AttentionMaps:
         """Maps of the class word over the steps that insert counts too, see segmentation."""
-        sdxl, window = self.sdxl, (0.0, 1.0)
+        sdxl = self.sdxl
         if image:
             size = segmentation.model_resolution(sdxl, image.size[::-1])
+            window = (0.0, 1.0)
         else:
-            size, window = size or sdxl.size, sdxl.defaults["window"]
+            size = size or sdxl.size
+            window = sdxl.defaults["window"]
         latent_size = tuple(side // sdxl.vae_scale_factor for side in size)
         positions = segmentation.token_positions(sdxl, prompt, class_word)
         timesteps = len(sdxl.schedule.alpha_bar)
@@ -98,9 +103,10 @@ def mask_steps(
     if recorder.maps is None:
         return [("your mask", "given with --mask", made.mask), edge]
     size = made.scene.size[::-1]
+    iterations = recorder.sdxl.defaults["walk_iterations"]
     raw = recorder.maps.heatmap(0).float().cpu()
-    walked = recorder.maps.heatmap(recorder.sdxl.defaults["walk_iterations"]).float().cpu()
-    large = F.interpolate(walked[None, None], size, mode="bicubic", align_corners=False)[0, 0]
+    walked = recorder.maps.heatmap(iterations).float().cpu()
+    large = segmentation.resize(walked, size, "bicubic")
     soft = segmentation.to_pixels(walked, made.scene)
     rough = soft >= threshold
     smooth = segmentation.remove_specks_and_holes(rough).float()
@@ -130,17 +136,19 @@ def latent_mask(made: Insertion, factor: int) -> Tensor:
 
 def difference(made: Insertion) -> tuple[Tensor, int]:
     """|result − scene| (H,W) uint8, the largest of three channels; and its maximum outside."""
-    result, scene = (torch.from_numpy(np.array(x)).int() for x in (made.result, made.scene))
-    changed = (result - scene).abs().amax(2)
+    result = torch.from_numpy(np.array(made.result))
+    scene = torch.from_numpy(np.array(made.scene))
+    changed = (result.int() - scene.int()).abs().amax(2)
     outside = changed[made.feathered.cpu() == 0]
-    return changed.byte(), int(outside.max()) if outside.numel() else 0
+    largest_outside = int(outside.max()) if outside.numel() else 0
+    return changed.byte(), largest_outside
 
 
 def write_insertion_page(
     folder: str | PathLike, recorder: InsertionRecorder, made: Insertion, metadata: dict
 ) -> list[Path]:
     """Write the page of an Insertion; returns the paths."""
-    changed, outside = difference(made)
+    changed, largest_outside = difference(made)
     top = max(int(changed.max()), 1)
     images = [made.scene, made.generated][-len(recorder.stages) :]
     steps = []
@@ -152,7 +160,7 @@ def write_insertion_page(
         "box": made.box,
         "difference": single_sprite(changed / top),
         "largest_difference": top,
-        "difference_outside": outside,
+        "difference_outside": largest_outside,
         "changed_share": float((made.feathered > 0).float().mean()),
         "latent_mask": single_sprite(latent_mask(made, recorder.sdxl.vae_scale_factor)),
         "size": made.scene.size,

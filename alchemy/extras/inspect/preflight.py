@@ -82,7 +82,8 @@ def frame_crop(image: Image.Image, size: tuple[int, int]) -> Image.Image:
     """The image with a frame around what the center crop of size (H,W) takes of it."""
     scale = max(size[0] / image.height, size[1] / image.width)
     h, w = size[0] / scale, size[1] / scale
-    top, left = (image.height - h) / 2, (image.width - w) / 2
+    top = (image.height - h) / 2
+    left = (image.width - w) / 2
     image = image.copy()
     line = max(1, round(min(image.size) / 64))
     frame = (left, top, left + w - 1, top + h - 1)

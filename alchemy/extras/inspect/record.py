@@ -52,8 +52,13 @@ class Recorder:
         eta: float | None = None,
         **_: object,
     ):
-        self.sdxl, self.prompt, self.negative_prompt = sdxl, prompt, negative_prompt
-        self.sampler, self.guidance, self.full, self.total = sampler, guidance, full, total
+        self.sdxl = sdxl
+        self.prompt = prompt
+        self.negative_prompt = negative_prompt
+        self.sampler = sampler
+        self.guidance = guidance
+        self.full = full
+        self.total = total
         self.eta = samplers.find_sampler(sampler).eta if eta is None else eta
         self.modifier: str | None = None
         self.focus: int | None = None
@@ -128,22 +133,26 @@ class Recorder:
         self.steps.append(numbers | {"sigma": self.new_noise(step)})
         for name in QUANTITIES:
             x = getattr(step, name)
-            if x is not None:
-                x = x[-1].detach().to("cpu", torch.float32, copy=True)
-                fits = x.abs().max() <= torch.finfo(torch.float16).max
-                x = x.half() if fits and not self.full else x
-                self.latents.setdefault(name, []).append(x)
+            if x is None:
+                continue
+            x = x[-1].detach().to("cpu", torch.float32, copy=True)
+            fits = x.abs().max() <= torch.finfo(torch.float16).max
+            if fits and not self.full:
+                x = x.half()
+            self.latents.setdefault(name, []).append(x)
 
-        cross, own = {}, {}
+        cross, self_attention = {}, {}
         for (kind, n), (total, count) in self.sums.items():
             mean = total / count
             if kind == "attn2":
-                cross[n], self.layer_counts[n] = mean.half().cpu(), count
+                cross[n] = mean.half().cpu()
+                self.layer_counts[n] = count
             else:
-                own[n] = torch.from_numpy(to_uint8(mean / mean.amax(1, keepdim=True), 0, 1))
+                scaled = mean / mean.amax(1, keepdim=True)
+                self_attention[n] = torch.from_numpy(to_uint8(scaled, 0, 1))
         self.cross.append(cross)
-        if own:
-            self.self_attention[len(self.steps) - 1] = own
+        if self_attention:
+            self.self_attention[len(self.steps) - 1] = self_attention
         self.sums = {}
 
     def new_noise(self, step: Step) -> float:

@@ -20,26 +20,33 @@ def seam(insertion: Insertion) -> float:
     that each side of the mask counts by its own texture; the largest of four scales is returned,
     so that a rim of any width counts. 1: the edge is no more visible than in the scene.
     """
-    result, scene = (images.to_tensor(x)[0] for x in (insertion.result, insertion.scene))
+    result = images.to_tensor(insertion.result)[0]
+    scene = images.to_tensor(insertion.scene)[0]
     inside = insertion.feathered.cpu() > 0
     pixel = max(1, min(inside.shape) // 128)
-    ratios = [jump_ratio(result, scene, inside, scale * pixel, REACH * pixel) for scale in SCALES]
+    ratios = []
+    for scale in SCALES:
+        ratio = jump_ratio(result, scene, inside, scale * pixel, REACH * pixel)
+        ratios.append(ratio)
     return max(ratios)
 
 
 def jump_ratio(result: Tensor, scene: Tensor, inside: Tensor, distance: int, reach: int) -> float:
     """The mean over directions of result's jump over scene's; (3,H,W) each, inside (H,W) bool."""
-    result, scene = smooth(result, distance), smooth(scene, distance)
+    result = smooth(result, distance)
+    scene = smooth(scene, distance)
     ratios = []
     for dy, dx in DIRECTIONS:
-        offset = dy * distance, dx * distance
+        offset = (dy * distance, dx * distance)
         here, there = pairs(inside, *offset)
         crossing = here & ~there
         if crossing.any():
             before = coherent_jump(scene, crossing, offset, reach)
             after = coherent_jump(result, crossing, offset, reach)
             ratios.append(max(after, VISIBLE) / max(before, VISIBLE))
-    return sum(ratios) / len(ratios) if ratios else 1.0
+    if not ratios:
+        return 1.0
+    return sum(ratios) / len(ratios)
 
 
 def coherent_jump(image: Tensor, crossing: Tensor, offset: tuple[int, int], reach: int) -> float:
@@ -51,17 +58,18 @@ def coherent_jump(image: Tensor, crossing: Tensor, offset: tuple[int, int], reac
     here, there = pairs(image, *offset)
     window = dict(kernel_size=2 * reach + 1, stride=1, padding=reach)
     total = F.avg_pool2d((there - here) * crossing, **window)
-    share = F.avg_pool2d(crossing[None].float(), **window).clamp(min=1e-9)
-    return float((total / share).abs().mean(0)[crossing].mean())
+    share = F.avg_pool2d(crossing[None].float(), **window)
+    jumps = (total / share.clamp(min=1e-9)).abs().mean(0)
+    return float(jumps[crossing].mean())
 
 
 def pairs(x: Tensor, dy: int, dx: int) -> tuple[Tensor, Tensor]:
     """Pixels of x (...,H,W) that have a neighbour at the offset (dy, dx), and the neighbours."""
     height, width = x.shape[-2:]
-    rows, columns = height - abs(dy), width - abs(dx)
-    top, left = max(-dy, 0), max(-dx, 0)
-    here = x[..., top : top + rows, left : left + columns]
-    there = x[..., top + dy : top + dy + rows, left + dx : left + dx + columns]
+    top, bottom = max(-dy, 0), height - max(dy, 0)
+    left, right = max(-dx, 0), width - max(dx, 0)
+    here = x[..., top:bottom, left:right]
+    there = x[..., top + dy : bottom + dy, left + dx : right + dx]
     return here, there
 
 

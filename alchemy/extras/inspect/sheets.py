@@ -14,17 +14,22 @@ def fit_for_sheet(image: Image.Image, least: int = 256, most: int = 1024) -> Ima
     """Enlarge by a whole factor until the shorter side has `least` pixels, or reduce to `most`."""
     if max(image.size) > most:
         return ImageOps.contain(image, (most, most))
-    factor = max(1, min(-(-least // min(image.size)), most // max(image.size)))
-    return image.resize((image.width * factor, image.height * factor), Image.NEAREST)
+    wanted = math.ceil(least / min(image.size))
+    factor = max(1, min(wanted, most // max(image.size)))
+    size = (factor * image.width, factor * image.height)
+    return image.resize(size, Image.NEAREST)
 
 
 def sheet(rows: Sequence[Sequence[tuple[str, Image.Image]]], least: int = 256) -> Image.Image:
     """Rows of (label, image) as one image. least: the shorter side of each, see fit_for_sheet."""
-    text = max(14, fit_for_sheet(rows[0][0][1], least).height // 18)
+    _, first = rows[0][0]
+    text = max(14, fit_for_sheet(first, least).height // 18)
     font = ImageFont.load_default(text)
-    strips = [strip(row, least, font, int(text * 1.5)) for row in rows]
-    width = max(strip.width for strip in strips) + GAP
-    page = Image.new("RGB", (width, sum(strip.height for strip in strips) + GAP), PAPER)
+    header = int(text * 1.5)
+    strips = [strip(row, least, font, header) for row in rows]
+    width = GAP + max(strip.width for strip in strips)
+    height = GAP + sum(strip.height for strip in strips)
+    page = Image.new("RGB", (width, height), PAPER)
     y = GAP
     for image in strips:
         page.paste(image, (0, y))
@@ -38,11 +43,13 @@ def strip(
     """A row of a sheet; header: the height of the labels in pixels."""
     fitted = [fit_for_sheet(image.convert("RGB"), least) for _, image in row]
     width = sum(image.width + GAP for image in fitted)
-    height = max(image.height for image in fitted) + header + GAP
-    page, x = Image.new("RGB", (width, height), PAPER), GAP
+    height = header + GAP + max(image.height for image in fitted)
+    page = Image.new("RGB", (width, height), PAPER)
     draw = ImageDraw.Draw(page)
+    x = GAP
     for (label, _), image in zip(row, fitted, strict=True):
-        draw.text((x, 0), shorten(draw, label, font, image.width), INK, font)
+        label = shorten(draw, label, font, image.width)
+        draw.text((x, 0), label, INK, font)
         page.paste(image, (x, header))
         x += image.width + GAP
     return page
@@ -59,13 +66,16 @@ def shorten(draw: ImageDraw.ImageDraw, label: str, font: ImageFont.ImageFont, wi
 
 def grey(mask: Tensor) -> Image.Image:
     """A mask (H,W) in [0,1] as a grey image."""
-    return Image.fromarray((mask.cpu().numpy() * 255).round().astype(np.uint8))
+    values = 255 * mask.cpu().numpy()
+    return Image.fromarray(values.round().astype(np.uint8))
 
 
 def outlined(image: Image.Image, mask: Tensor) -> Image.Image:
     """The image, darkened outside the mask (H,W)."""
-    light = 0.35 + 0.65 * mask.cpu().numpy()[:, :, None]
-    return Image.fromarray((np.asarray(image, dtype=np.float32) * light).astype(np.uint8))
+    pixels = np.asarray(image, dtype=np.float32)
+    light = 0.35 + 0.65 * mask.cpu().numpy()
+    dimmed = pixels * light[:, :, None]
+    return Image.fromarray(dimmed.astype(np.uint8))
 
 
 def running_mean(values: Sequence[float]) -> list[float | None]:
@@ -74,7 +84,8 @@ def running_mean(values: Sequence[float]) -> list[float | None]:
     means = []
     for value in values:
         if math.isfinite(value):
-            total, weight = 0.95 * total + value, 0.95 * weight + 1
+            total = 0.95 * total + value
+            weight = 0.95 * weight + 1
         means.append(total / weight if weight else None)
     return means
 
@@ -85,20 +96,29 @@ def curve(values: Sequence[float], width: int = 512, height: int = 256) -> Image
     finite = [value for value in values if math.isfinite(value)]
     if not finite:
         return page
-    draw, font = ImageDraw.Draw(page), ImageFont.load_default(13)
-    margin, top = 52, max(float(np.quantile(finite, 0.98)), 1e-6)
+    draw = ImageDraw.Draw(page)
+    font = ImageFont.load_default(13)
+    margin = 52
+    top = max(float(np.quantile(finite, 0.98)), 1e-6)
+    last = len(values) - 1
 
     def position(step: int, value: float) -> tuple[float, float]:
-        x = margin + step / max(len(values) - 1, 1) * (width - margin - 10)
-        return x, height - 24 - min(value / top, 1.0) * (height - 40)
+        across = step / max(last, 1)
+        up = min(value / top, 1.0)
+        x = margin + across * (width - margin - 10)
+        return x, height - 24 - up * (height - 40)
 
     for step, value in enumerate(values):
         if math.isfinite(value):
             x, y = position(step, value)
             draw.ellipse((x - 1.5, y - 1.5, x + 1.5, y + 1.5), fill=(168, 168, 178))
-    means = enumerate(running_mean(values))
-    draw.line([position(k, mean) for k, mean in means if mean is not None], fill=LINE, width=2)
-    draw.line([position(0, top), position(0, 0), position(len(values) - 1, 0)], fill=INK)
+    points = []
+    for step, mean in enumerate(running_mean(values)):
+        if mean is not None:
+            points.append(position(step, mean))
+    draw.line(points, fill=LINE, width=2)
+    axes = [position(0, top), position(0, 0), position(last, 0)]
+    draw.line(axes, fill=INK)
     draw.text((4, 10), f"{top:.2g}", INK, font)
     draw.text((4, height // 2 - 8), "loss", INK, font)
     draw.text((margin - 14, height - 32), "0", INK, font)

@@ -31,19 +31,22 @@ def fit_colors(pairs: Sequence[tuple[Tensor, Tensor]]) -> Tensor:
 
 def with_constant(latents: Tensor) -> Tensor:
     """Latents (n,4,h,w) to (n·h·w, 5): one row per pixel, with a 1 at its end."""
-    return F.pad(latents.double().movedim(1, -1).flatten(0, 2), (0, 1), value=1.0)
+    pixels = latents.double().movedim(1, -1).flatten(0, 2)
+    return F.pad(pixels, (0, 1), value=1.0)
 
 
 def preview(latents: Tensor, colors: Tensor) -> np.ndarray:
     """Latents (n,4,h,w) in the colours of fit_colors: (n,h,w,3) uint8."""
     n, _, h, w = latents.shape
-    return to_uint8((with_constant(latents) @ colors).view(n, h, w, 3), -1, 1)
+    rgb = with_constant(latents) @ colors  # (n·h·w, 3)
+    return to_uint8(rgb.view(n, h, w, 3), -1, 1)
 
 
 def to_uint8(x: Tensor, low: float, high: float) -> np.ndarray:
     """x from [low, high] to 0 ... 255; values outside are clipped, NaN becomes 0."""
     scaled = (x - low) / max(high - low, 1e-12) * 255
-    return scaled.nan_to_num(0).round().clamp(0, 255).byte().cpu().numpy()
+    levels = scaled.nan_to_num(0).round().clamp(0, 255)
+    return levels.byte().cpu().numpy()
 
 
 def even_indices(count: int, most: int) -> list[int]:
@@ -58,13 +61,17 @@ def sprite_sheet(frames: np.ndarray, lossless: bool = False) -> dict:
     Frames of at most 32 x 32 are always lossless.
     """
     n, h, w = frames.shape[:3]
-    columns = max(1, min(n, round(math.sqrt(n * h / w))))
-    rows = -(-n // columns)
-    sheet = np.zeros((rows * h, columns * w, *frames.shape[3:]), dtype=np.uint8)
+    square = round(math.sqrt(n * h / w))
+    columns = max(1, min(n, square))
+    rows = math.ceil(n / columns)
+    channels = frames.shape[3:]
+    sheet = np.zeros((rows * h, columns * w, *channels), dtype=np.uint8)
     for k, frame in enumerate(frames):
-        top, left = k // columns * h, k % columns * w
+        row, column = divmod(k, columns)
+        top, left = row * h, column * w
         sheet[top : top + h, left : left + w] = frame
-    src = data_uri(Image.fromarray(sheet), lossless or max(h, w) <= 32)
+    is_small = max(h, w) <= 32
+    src = data_uri(Image.fromarray(sheet), lossless or is_small)
     return {"src": src, "n": n, "columns": columns, "w": w, "h": h}
 
 
@@ -81,4 +88,5 @@ def data_uri(image: Image.Image, lossless: bool = True) -> str:
     else:
         image.save(file, format="WEBP", quality=75, method=2)
     kind = "png" if lossless else "webp"
-    return f"data:image/{kind};base64," + base64.b64encode(file.getvalue()).decode()
+    encoded = base64.b64encode(file.getvalue()).decode()
+    return f"data:image/{kind};base64,{encoded}"

@@ -18,14 +18,16 @@ MAX_QUANTILE = 2**24  # torch.quantile takes no more numbers
 @torch.no_grad()
 def decode_steps(recorder: Recorder) -> dict[int, Tensor]:
     """{step: the image (3,H,W) in [-1,1] that x_0 decodes to} of a few steps; grey for NaN."""
-    sdxl, decoded = recorder.sdxl, {}
+    sdxl = recorder.sdxl
+    decoded = {}
     for k in even_indices(len(recorder.steps), DECODED_STEPS):
-        x_0 = recorder.latents["x_0"][k]
+        x_0 = recorder.latents["x_0"][k].float().to(sdxl.device)
         try:
-            decoded[k] = sdxl.vae.decode(x_0[None].float().to(sdxl.device))[0].float().cpu()
+            image = sdxl.vae.decode(x_0[None])[0].float().cpu()
         except FloatingPointError:
             height, width = (side * sdxl.vae_scale_factor for side in x_0.shape[1:])
-            decoded[k] = torch.zeros(3, height, width)
+            image = torch.zeros(3, height, width)
+        decoded[k] = image
     return decoded
 
 
@@ -34,20 +36,26 @@ def frames(recorder: Recorder, colors: Tensor) -> dict[str, np.ndarray]:
 
     With guidance also the x_0 that eps_uncond and eps_cond alone imply, and their difference.
     """
-    x_t, x_prev = recorder.stacked("x_t"), recorder.stacked("x_prev")
+    x_t = recorder.stacked("x_t")
+    x_prev = recorder.stacked("x_prev")
     shown = {name: preview(recorder.stacked(name), colors) for name in ("x_t", "x_0", "eps")}
     if len(recorder.steps) == recorder.total:  # x_prev is the next x_t: only the last is new
-        shown["x_t"] = np.concatenate([shown["x_t"], preview(x_prev[-1:], colors)])
+        last = preview(x_prev[-1:], colors)
+        shown["x_t"] = np.concatenate([shown["x_t"], last])
     else:
         shown["x_prev"] = preview(x_prev, colors)
     if "eps_uncond" in recorder.latents:
-        ab = torch.tensor([step["alpha_bar"] for step in recorder.steps]).view(-1, 1, 1, 1)
-        uncond, cond = recorder.stacked("eps_uncond"), recorder.stacked("eps_cond")
+        ab = torch.tensor([step["alpha_bar"] for step in recorder.steps])
+        ab = ab.view(-1, 1, 1, 1)
+        uncond = recorder.stacked("eps_uncond")
+        cond = recorder.stacked("eps_cond")
         for name, eps in (("x_0_uncond", uncond), ("x_0_cond", cond)):
-            x_0 = (x_t - (1 - ab).sqrt() * eps) / ab.sqrt().clamp(min=1e-4)
+            signal = x_t - (1 - ab).sqrt() * eps
+            x_0 = signal / ab.sqrt().clamp(min=1e-4)
             shown[name] = preview(x_0, colors)
         difference = (cond - uncond).square().mean(1).sqrt()
-        top = float(difference.flatten()[:MAX_QUANTILE].quantile(0.995))
+        values = difference.flatten()[:MAX_QUANTILE]
+        top = float(values.quantile(0.995))
         shown["guidance"] = to_uint8(difference, 0, top)
     return shown
 
@@ -76,9 +84,13 @@ def attention_levels(recorder: Recorder) -> dict[str, Tensor]:
 
 def attention_share(recorder: Recorder) -> Tensor:
     """The share of all cross-attention that each token gets: (n, tokens), the mean over layers."""
-    counts, rows = recorder.layer_counts, []
+    counts = recorder.layer_counts
+    rows = []
     for step in recorder.cross:
-        rows.append(sum(counts[n] * p.float().mean(0) for n, p in step.items()))
+        total = 0
+        for n, p in step.items():
+            total = total + counts[n] * p.float().mean(0)
+        rows.append(total)
     return torch.stack(rows) / sum(counts.values())
 
 
@@ -88,12 +100,15 @@ def token_sprites(level: Tensor) -> dict:
     at: the steps shown; the last frame is the mean over all steps. range: the probabilities that
     are black and white, for each token; the brightest 0.1 % are clipped.
     """
-    at = even_indices(len(level), max(10, MAX_MAPS // level.shape[1]))
-    level = torch.cat([level[at], level.mean(0, keepdim=True)])
+    most = max(10, MAX_MAPS // level.shape[1])
+    at = even_indices(len(level), most)
+    mean = level.mean(0, keepdim=True)
+    level = torch.cat([level[at], mean])
+    limits = torch.tensor([0.0, 0.999])
     sprites, ranges = [], []
     for token in level.unbind(1):
         values = token.flatten()[:MAX_QUANTILE]
-        low, high = torch.quantile(values, torch.tensor([0.0, 0.999])).tolist()
+        low, high = torch.quantile(values, limits).tolist()
         sprites.append(sprite_sheet(to_uint8(token, low, high)))
         ranges.append([low, high])
     return {"sprites": sprites, "range": ranges, "at": at}
@@ -103,9 +118,12 @@ def split_prompt(sdxl: SDXL, prompt: str) -> list[dict]:
     """For each tokenizer: [id, text] of every token with start and end, and the text cut off."""
     split = []
     for tokenizer in sdxl.tokenizers:
-        ids, tokens = tokenizer(prompt), [list(token) for token in tokenizer.tokens(prompt)[:75]]
-        tokens = [[ids[0], "start"], *tokens, [ids[len(tokens) + 1], "end"]]
-        split.append({"tokens": tokens, "truncated": tokenizer.truncated_text(prompt)})
+        ids = tokenizer(prompt)
+        words = [list(token) for token in tokenizer.tokens(prompt)[:75]]
+        start = [ids[0], "start"]
+        end = [ids[len(words) + 1], "end"]
+        truncated = tokenizer.truncated_text(prompt)
+        split.append({"tokens": [start, *words, end], "truncated": truncated})
     return split
 
 
@@ -125,12 +143,15 @@ def describe(
     recorder: Recorder, name: str, image: Image.Image, decoded: dict[int, Tensor], colors: Tensor
 ) -> dict:
     """A stage as page/stage.js reads it. decoded: see decode_steps; colors: see fit_colors."""
-    deviations = {q: recorder.stacked(q).flatten(1).std(1).tolist() for q in ("eps", "x_0")}
+    eps_std = recorder.stacked("eps").flatten(1).std(1).tolist()
+    x_0_std = recorder.stacked("x_0").flatten(1).std(1).tolist()
     steps = []
     for k, step in enumerate(recorder.steps):
-        steps.append(step | {"std": {q: round(x[k], 4) for q, x in deviations.items()}})
+        std = {"eps": round(eps_std[k], 4), "x_0": round(x_0_std[k], 4)}
+        steps.append(step | {"std": std})
     pixels = torch.stack(list(decoded.values())).movedim(1, -1)
-    shown, levels = frames(recorder, colors), attention_levels(recorder)
+    shown = frames(recorder, colors)
+    levels = attention_levels(recorder)
     return {
         "name": name,
         "focus": recorder.focus,

@@ -88,6 +88,9 @@ def write_training_page(
             image.thumbnail((PREVIEW_SIDE, PREVIEW_SIDE))
             cells.append([label.partition(": ")[2], data_uri(image)])
         previews.append([step, cells])
+    arrays = {}
+    if full:
+        arrays["training.safetensors"] = recorder.arrays(losses)
     shown = {
         "losses": [round(x, 5) for x in losses],  # page.finite leaves out NaN
         "means": sheets.running_mean(losses),
@@ -95,6 +98,5 @@ def write_training_page(
         "network": group_by_block(recorder.norms),
         "previews": previews,
     }
-    arrays = {"training.safetensors": recorder.arrays(losses)} if full else None
     extra = {"kind": "How the subject was trained", "training": shown}
     return write_page(folder, title, [], metadata, extra, arrays)
