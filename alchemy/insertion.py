@@ -22,14 +22,13 @@ from .pipeline import Progress
 from .samplers import Sampler
 from .sdxl import SDXL, Conditioning
 from .segmentation import (
-    AttentionMaps,
     binarize,
     grow,
     model_resolution,
     segment,
     to_pixels,
-    token_positions,
     warn_if_weak,
+    word_maps,
 )
 
 FADE_LATENTS = 2  # how far outside a found mask the generated image fades out
@@ -181,14 +180,7 @@ def generate_scene(
 
     encoded: the prompt and the negative prompt.
     """
-    f = sdxl.vae_scale_factor
-    maps = AttentionMaps(
-        sdxl.unet,
-        token_positions(sdxl, prompt, class_word),
-        (size[0] // f, size[1] // f),
-        len(sdxl.schedule.alpha_bar),
-        sdxl.defaults["window"],
-    )
+    maps = word_maps(sdxl, prompt, class_word, size, sdxl.defaults["window"])
 
     def follow(steps):
         return maps.follow(progress(steps) if progress else steps)

@@ -43,7 +43,7 @@ def token_positions(sdxl: SDXL, prompt: str, word: str) -> list[int]:
 class AttentionMaps:
     """Averages the attention to some tokens, and of the image to itself, over layers and steps.
 
-        maps = AttentionMaps(sdxl.unet, token_positions(sdxl, prompt, word), latent_size)
+        maps = word_maps(sdxl, prompt, word, size)
         for step in maps.follow(denoise(...)): ...
         heat = maps.heatmap(walk_iterations=1)
 
@@ -170,6 +170,16 @@ class AttentionMaps:
                 p = transition @ p
             heat = resize(p.view(size), heat.shape, "bilinear")
         return heat
+
+
+def word_maps(
+    sdxl: SDXL, prompt: str, word: str, size: Size, window: tuple[float, float] = (0.0, 1.0)
+) -> AttentionMaps:
+    """AttentionMaps of a word in a prompt, for images of size (H,W) in pixels."""
+    f = sdxl.vae_scale_factor
+    latent_size = (size[0] // f, size[1] // f)
+    positions = token_positions(sdxl, prompt, word)
+    return AttentionMaps(sdxl.unet, positions, latent_size, len(sdxl.schedule.alpha_bar), window)
 
 
 def resize(x: Tensor, size: Size, mode: str) -> Tensor:

@@ -56,30 +56,14 @@ class InsertionRecorder:
         if image:
             del self.stages[0]
         self.stages[-1][1].modifier = "mask"
-        if mask is None:
-            self.maps = self.class_maps(prompt, class_word, image, size)
-            if image:
-                self.stack.enter_context(self.maps.record())
-
-    def class_maps(
-        self,
-        prompt: str,
-        class_word: str,
-        image: Image.Image | None,
-        size: tuple[int, int] | None,
-    ) -> segmentation.AttentionMaps:
-        """Maps of the class word over the steps that insert counts too, see segmentation."""
-        sdxl = self.sdxl
-        if image:
+        # The class word's attention, over the steps that insert counts too.
+        if mask is None and image:
             size = segmentation.model_resolution(sdxl, image.size[::-1])
-            window = (0.0, 1.0)
-        else:
-            size = size or sdxl.size
-            window = sdxl.defaults["window"]
-        latent_size = tuple(side // sdxl.vae_scale_factor for side in size)
-        positions = segmentation.token_positions(sdxl, prompt, class_word)
-        timesteps = len(sdxl.schedule.alpha_bar)
-        return segmentation.AttentionMaps(sdxl.unet, positions, latent_size, timesteps, window)
+            self.maps = segmentation.word_maps(sdxl, prompt, class_word, size)
+            self.stack.enter_context(self.maps.record())
+        elif mask is None:
+            size, window = size or sdxl.size, sdxl.defaults["window"]
+            self.maps = segmentation.word_maps(sdxl, prompt, class_word, size, window)
 
     def follow(self, steps: Iterable[Step]) -> Iterator[Step]:
         """Record the next stage."""
