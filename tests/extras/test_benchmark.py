@@ -47,8 +47,7 @@ DREAMBOOTH = ROOT.parent / "shared" / "dreambooth"
 
 
 @pytest.fixture
-def dataset(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
+def dataset(tmp_path):
     for subject in ("rex", "ball"):
         photos(tmp_path / "dataset" / subject, 2)
     (tmp_path / "dataset" / "prompts_and_classes.txt").write_text(TABLE)

@@ -80,8 +80,7 @@ def test_leakage_is_of_the_most_similar_photo_and_the_subject_of_all(tmp_path):
     assert means["leakage"] == pytest.approx(1)
 
 
-def test_the_command_writes_table_csv_json_and_sheet(folders, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
+def test_the_command_writes_table_csv_json_and_sheet(folders, tmp_path):
     prompts = ["a photo of a sks dog", "two tasks, a sks dog", "a sks dog"]
     for k, prompt in enumerate(prompts):
         (tmp_path / "made").mkdir(exist_ok=True)
@@ -112,8 +111,7 @@ def test_the_command_writes_table_csv_json_and_sheet(folders, tmp_path, monkeypa
     assert run.out.splitlines()[4].split()[:2] == ["mean", f"{stored['mean']['DINO']:.3f}"]
 
 
-def test_masks_of_a_folder_and_a_prior_set_add_their_figures(folders, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
+def test_masks_of_a_folder_and_a_prior_set_add_their_figures(folders, tmp_path):
     for name in ("made", "dog", "prior"):
         photos(tmp_path / name, 3)
     for k in range(3):
@@ -148,8 +146,7 @@ def test_of_a_folder_that_insert_wrote_only_the_result_is_scored(tmp_path):
     assert [p.name for p in evaluate.generated_images(str(tmp_path / "made"))] == ["result.png"]
 
 
-def test_scores_are_replaced_with_overwrite_alone(folders, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
+def test_scores_are_replaced_with_overwrite_alone(folders, tmp_path):
     photos(tmp_path / "made")
     argv = ["made", "made", "--out", "scores", *folders]
     good(call_main(evaluate.main, *argv))
@@ -182,8 +179,7 @@ BAD = {
 
 
 @pytest.mark.parametrize("argv, message", BAD.values(), ids=BAD)
-def test_bad_input_ends_in_one_line(argv, message, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
+def test_bad_input_ends_in_one_line(argv, message, tmp_path):
     photos(tmp_path / "made")
     photos(tmp_path / "dog")
     (tmp_path / "empty").mkdir()

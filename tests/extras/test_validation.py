@@ -60,8 +60,7 @@ def test_a_resumed_run_has_the_base_image_and_the_scores_of_before(paths, tmp_pa
     assert (tmp_path / "log.jsonl").read_text().count("null") == 3 + 2 + 3 + 3  # with the NaN
 
 
-def test_training_logs_scores_and_names_the_best_step(tiny, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
+def test_training_logs_scores_and_names_the_best_step(tiny, tmp_path):
     argv = ["train.py", photos(tmp_path / "dog"), "--weights", tiny, "--class-word", "dog"]
     argv += ["--steps", 2, "--rank", 2, "--out", "run", "--preview-every", 1, "--validate"]
     run = good(call(*argv))
@@ -83,8 +82,7 @@ BAD = {
 
 
 @pytest.mark.parametrize("argv, message", BAD.values(), ids=BAD)
-def test_flags_that_do_not_fit_are_refused(argv, message, tiny, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
+def test_flags_that_do_not_fit_are_refused(argv, message, tiny, tmp_path):
     photos(tmp_path / "dog")
     run = call("train.py", "dog", "--weights", tiny, "--class-word", "dog", "--steps", 1, *argv)
     refused(run, message)
