@@ -140,11 +140,11 @@ class Transformer2D(nn.Module):
         self.transformer_blocks = nn.ModuleList(blocks)
         self.proj_out = LoRALinear(channels, channels)
 
-    def forward(self, x: Tensor, context: Tensor) -> Tensor:
-        """x (B, C, H, W), context (B, M, D) -> (B, C, H, W)."""
+    def forward(self, x: Tensor, context: Tensor, run: Callable) -> Tensor:
+        """x (B, C, H, W), context (B, M, D) -> (B, C, H, W). run: see UNet.run."""
         h = self.norm(x).flatten(2).transpose(1, 2)  # (B, H·W, C)
         h = self.proj_in(h)
         for block in self.transformer_blocks:
-            h = block(h, block.attn2.project_kv(context))
+            h = run(block, h, block.attn2.project_kv(context))
         h = self.proj_out(h).transpose(1, 2)  # (B, C, H·W)
         return x + h.unflatten(2, x.shape[-2:])

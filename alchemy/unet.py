@@ -130,7 +130,7 @@ class DownBlock(nn.Module):
         for i, resnet in enumerate(self.resnets):
             x = run(resnet, x, emb)
             if self.attentions:
-                x = run(self.attentions[i], x, context)
+                x = self.attentions[i](x, context, run)
             skips.append(x)
         for downsample in self.downsamplers:
             x = downsample(x)
@@ -149,7 +149,7 @@ class MidBlock(nn.Module):
 
     def forward(self, x: Tensor, emb: Tensor, context: Tensor, run: Callable) -> Tensor:
         x = run(self.resnets[0], x, emb)
-        x = run(self.attentions[0], x, context)
+        x = self.attentions[0](x, context, run)
         return run(self.resnets[1], x, emb)
 
 
@@ -181,7 +181,7 @@ class UpBlock(nn.Module):
             x = torch.cat([x, skips.pop()], dim=1)
             x = run(resnet, x, emb)
             if self.attentions:
-                x = run(self.attentions[i], x, context)
+                x = self.attentions[i](x, context, run)
         for upsample in self.upsamplers:
             x = upsample(x, size=skips[-1].shape[-2:])  # the next skip's size, so odd sides work
         return x

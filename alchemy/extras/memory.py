@@ -1,8 +1,8 @@
 """The memory that a run of SDXL takes on a GPU: chooses --checkpointing and --fp8-base by what is
 free, and names the flags that would have helped where it was not enough.
 
-The sizes are of SDXL at 1024 x 1024 in bfloat16, computed on torch's meta device
-(tests/helpers/counting.py). Gaps of the caching allocator and workspaces of cuDNN and cuBLAS are
+The sizes are of SDXL at 1024 x 1024 in bfloat16, counted on torch's meta device
+(tests/bench/peak_bytes.py). Gaps of the caching allocator and workspaces of cuDNN and cuBLAS are
 not in them (see MARGIN).
 """
 
@@ -13,6 +13,7 @@ import torch
 
 from .. import cli
 from ..sdxl import SDXL
+from ..vae import STRIPS_ABOVE
 from . import distributed, optimizations
 
 GB = 1e9
@@ -20,15 +21,16 @@ MARGIN = 0.9  # the share of the free memory that is planned with
 UNET, VAE, TEXT_ENCODERS = 2.567 * GB, 0.084 * GB, 0.818 * GB  # parameters
 FP8_UNET = 2.908 * GB  # bytes: linear layers in 8 bits, the rest in bfloat16
 LORA_PER_RANK = 1_451_520  # parameters of a LoRA of rank 1
-VAE_DECODE = 1.611 * GB  # activations
+VAE_DECODE = 1.611 * GB  # activations; those of the UNet in a sampling are fewer
+DECODE_IN_STRIPS = (0.173 * GB, 1024)  # of large images: (fixed, bytes of each pixel)
 # Activations and gradients of a training step: (first image, each further image).
 STEP = {
-    ("lora", False): (5.675 * GB, 5.637 * GB),
-    ("lora", True): (0.784 * GB, 0.780 * GB),
-    ("textual-inversion", False): (5.419 * GB, 5.419 * GB),
-    ("textual-inversion", True): (0.784 * GB, 0.780 * GB),
+    ("lora", False): (5.674 * GB, 5.627 * GB),
+    ("lora", True): (0.608 * GB, 0.561 * GB),
+    ("textual-inversion", False): (5.409 * GB, 5.409 * GB),
+    ("textual-inversion", True): (0.703 * GB, 0.703 * GB),
     ("full", False): (13.159 * GB, 8.717 * GB),
-    ("full", True): (10.691 * GB, 0.579 * GB),
+    ("full", True): (10.541 * GB, 0.363 * GB),
 }
 FULL_TEXT_ENCODERS = 2.822 * GB  # more for the gradients and activations of both text encoders
 
@@ -36,6 +38,14 @@ FULL_TEXT_ENCODERS = 2.822 * GB  # more for the gradients and activations of bot
 def method_of(args: Namespace) -> str | None:
     """The method of a training run, None of sampling."""
     return getattr(args, "method", None)
+
+
+def decode_activations(pixels: int) -> float:
+    """Bytes that decoding an image takes in bfloat16 (see vae.use_strips)."""
+    if pixels > STRIPS_ABOVE:
+        fixed, per_pixel = DECODE_IN_STRIPS
+        return fixed + per_pixel * pixels
+    return VAE_DECODE * pixels / 1024**2
 
 
 def estimate(args: Namespace, sdxl: SDXL, **changes: object) -> float:
@@ -47,7 +57,7 @@ def estimate(args: Namespace, sdxl: SDXL, **changes: object) -> float:
     height, width = args.size or sdxl.size
     image = height * width / 1024**2 * bytes_each / 2  # relative to 1024 x 1024 in bfloat16
     kept = FP8_UNET if args.fp8_base else UNET * bytes_each
-    decoding = VAE * bytes_each + VAE_DECODE * image
+    decoding = VAE * bytes_each + decode_activations(height * width) * bytes_each / 2
     method = method_of(args)
     if not method:
         return kept + decoding

@@ -1,34 +1,40 @@
 """Speed, memory and exactness, against diffusers and peft where they are installed.
 
-    python tests/bench/benchmark.py                        # the miniature, float32, on this CPU
-    python tests/bench/benchmark.py --cuda --keep out/full # SDXL's size, random weights, bfloat16
-    python tests/bench/benchmark.py --cuda --keep out/full sample step     # only these rows
+    python tests/bench/benchmark.py                   # the miniature, float32, on this CPU
+    python tests/bench/benchmark.py --cuda            # SDXL's size, random weights, bfloat16
+    python tests/bench/benchmark.py --cuda --minutes 9     # start no row that may end later
+    python tests/bench/benchmark.py --cuda sample step     # only these rows, again
 
-Each row runs in its own process, for at most 3 minutes, and is added to --json at once. A further
-call goes on with the rows that are missing; a row that is named is measured again. Both sides have
-the same weights, dtype, threads, memory format and fused attention, and run in turns; medians.
-With --tiny every row runs once on the miniature, to try the code: the figures mean nothing.
+Each row runs in a process of its own, for at most 1.5 or 3 minutes, and its figures are added to
+--json as they are measured. The same command goes on with the rows that are missing; a row that
+is named is measured again. Figures of another card or other versions stay beside the new ones.
+Both sides have the same weights, dtype, threads, memory format and fused attention, and run in
+turns; medians. With --tiny every row runs once on the miniature, to try the code: the figures mean
+nothing. On a GPU the whole takes about 15 minutes.
 """
 
 import argparse
 import json
 import os
 import platform
+import signal
 import subprocess
 import sys
 import tempfile
+import time
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests"), str(ROOT / "tests" / "bench")]
-ROW_SECONDS = 180
 LIBRARIES = ("torch", "diffusers", "peft")
 QUIET = {"HF_HUB_OFFLINE": "1", "DIFFUSERS_VERBOSITY": "error", "TRANSFORMERS_VERBOSITY": "error"}
 
 
 def main(argv: list[str] | None = None) -> int:
-    from benchmark_rows import CPU_ROWS, CUDA_ROWS, ROWS
+    from benchmark_rows import CPU_ROWS, CUDA_ROWS, ROWS, SECONDS
 
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -37,30 +43,47 @@ def main(argv: list[str] | None = None) -> int:
     add("rows", nargs="*", metavar="ROW", help=f"of {', '.join(ROWS)} (default: missing ones)")
     add("--cuda", action="store_true", help="SDXL's size on a GPU")
     add("--tiny", action="store_true", help="the miniature, every row once, on the CPU")
-    add("--keep", type=Path, metavar="FOLDER", help="where the full-size weights are or go (7 GB)")
+    text = "where the full-size weights are or go (7 GB; default: out/full-size)"
+    add("--keep", type=Path, metavar="FOLDER", help=text, default=Path("out/full-size"))
     add("--json", type=Path, metavar="FILE", default=Path("out/benchmark.json"))
+    add("--minutes", type=float, metavar="N", help="start no row that may end later than this")
     add("--here", action="store_true", help="run the rows in this process, without a time limit")
     args = parser.parse_args(argv)
+    start = time.monotonic()
     unknown = sorted(set(args.rows) - set(ROWS))
     if unknown:
         parser.error(f"no row {', '.join(unknown)}; there are {', '.join(ROWS)}")
-    if args.cuda and not args.tiny and not args.keep:
-        parser.error("--cuda needs --keep FOLDER for the full-size weights")
     os.environ |= QUIET
 
-    setup = describe_setup(args.cuda and not args.tiny, args.tiny)
-    found = read_results(args.json, setup)
+    try:
+        results = Results(args.json, describe_setup(args.cuda and not args.tiny, args.tiny))
+    except ValueError as error:
+        parser.error(str(error))
     planned = CUDA_ROWS if args.cuda or args.tiny else CPU_ROWS
-    missing = [name for name in planned if name not in found["rows"]]
+    missing = [name for name in planned if name not in results.rows]
+    if args.here:
+        for name in args.rows or missing:
+            results.add(name, run_here(name, args))
+        return 0
+    failed = []
+    if args.cuda and not args.tiny and (args.rows or missing):
+        full_size_weights(args.keep)  # not within a row's time
     for name in args.rows or missing:
-        print(f"{name} ...", file=sys.stderr, flush=True)
-        found["rows"][name] = run_here(name, args) if args.here else run_apart(name, args)
-        args.json.parent.mkdir(parents=True, exist_ok=True)
-        args.json.write_text(json.dumps(found, indent=1), encoding="utf-8")
-    if not args.here or args.tiny:
-        print("\n".join(table(found, planned)))
-    failed = [name for name in args.rows or missing if "error" in found["rows"][name][0]]
+        left = 60 * args.minutes - (time.monotonic() - start) if args.minutes else SECONDS[name]
+        if left < SECONDS[name]:
+            log(f"{left:.0f} s are left: the same command goes on with {name}")
+            break
+        log(f"{name} ...")
+        entries = run_apart(name, args, SECONDS[name])
+        if not results.add(name, entries):
+            failed.append(name)
+            log(entries[-1]["error"])
+    print("\n".join(table(results.setup, results.rows, planned)))
     return 1 if failed else 0
+
+
+def log(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)
 
 
 def describe_setup(cuda: bool, tiny: bool) -> dict[str, str]:
@@ -77,16 +100,55 @@ def describe_setup(cuda: bool, tiny: bool) -> dict[str, str]:
     return setup
 
 
-def read_results(path: Path, setup: dict[str, str]) -> dict:
-    """What --json holds, if it was measured with the same setup."""
-    if path.exists():
-        stored = json.loads(path.read_text(encoding="utf-8"))
-        if stored.get("setup") == setup:
-            return stored
-    return {"setup": setup, "rows": {}}
+class Results:
+    """A JSON file: a list of {"setup": …, "rows": {name: entries}}, one for each setup.
+
+    rows: those of this setup. Raises ValueError for a file that is something else.
+    """
+
+    def __init__(self, path: Path, setup: dict[str, str]):
+        self.path, self.setup = path, setup
+        self.runs = json.loads(path.read_text(encoding="utf-8")) if path.exists() else []
+        try:
+            known = [run for run in self.runs if run["setup"] == setup]
+        except (TypeError, KeyError):
+            raise ValueError(
+                f"{path}: not results of this benchmark; name another --json"
+            ) from None
+        if not known:
+            known = [{"setup": setup, "rows": {}}]
+            self.runs += known
+        self.rows = known[0]["rows"]
+
+    def add(self, name: str, entries: Iterable[dict]) -> bool:
+        """Write the entries of a row as they come, and return whether they are without an error.
+
+        Those of an earlier call stay where the new ones fail or are fewer.
+        """
+        earlier, new = self.rows.get(name, []), []
+        for entry in entries:
+            new.append(entry)
+            self.rows[name] = max(new, earlier, key=worth)
+            self.write()
+        return is_good(new)
+
+    def write(self) -> None:
+        """Replace the file at once, so that a process that is killed leaves the old or the new."""
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        new = self.path.with_name(f"{self.path.name}.new")
+        new.write_text(json.dumps(self.runs, indent=1), encoding="utf-8")
+        new.replace(self.path)
 
 
-def run_here(name: str, args: argparse.Namespace) -> list[dict]:
+def is_good(entries: list[dict]) -> bool:
+    return not any("error" in entry for entry in entries)
+
+
+def worth(entries: list[dict]) -> tuple[bool, int]:
+    return is_good(entries), len(entries)
+
+
+def run_here(name: str, args: argparse.Namespace) -> Iterator[dict]:
     """The entries of a row, measured in this process."""
     from benchmark_rows import ROWS, Bench
 
@@ -96,26 +158,51 @@ def run_here(name: str, args: argparse.Namespace) -> list[dict]:
         bench = Bench(full_size_weights(args.keep))
     else:
         bench = Bench.cpu()
-    return list(ROWS[name](bench))
+    yield from ROWS[name](bench)
 
 
-def run_apart(name: str, args: argparse.Namespace) -> list[dict]:
-    """The entries of a row, measured in a new process; its error, if it fails or takes long."""
-    if args.cuda and not args.tiny:
-        full_size_weights(args.keep)  # not within the row's time
+def run_apart(name: str, args: argparse.Namespace, seconds: float) -> list[dict]:
+    """The entries of a row, measured in a new process; its error last, if it fails or takes long."""
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder) / "row.json"
         command = [sys.executable, __file__, name, "--here", "--json", str(out)]
         command += [flag for flag in ("--cuda", "--tiny") if getattr(args, flag[2:])]
-        command += ["--keep", str(args.keep)] if args.keep else []
-        try:
-            run = subprocess.run(command, capture_output=True, text=True, timeout=ROW_SECONDS)
-        except subprocess.TimeoutExpired:
-            return [{"error": f"{name}: took more than {ROW_SECONDS} s"}]
-        if not out.exists():
-            lines = run.stderr.strip().splitlines() or ["no message"]
-            return [{"error": f"{name}: {lines[-1]}"}]
-        return json.loads(out.read_text(encoding="utf-8"))["rows"][name]
+        command += ["--keep", str(args.keep)]
+        with ended(command) as process:
+            try:
+                _, output = process.communicate(timeout=seconds)
+                lines = output.strip().splitlines() or ["no message"]
+                error = lines[-1] if process.returncode else None
+            except subprocess.TimeoutExpired:
+                error = f"took more than {seconds:g} s"
+        entries = []
+        if out.exists():
+            entries = json.loads(out.read_text(encoding="utf-8"))[0]["rows"].get(name, [])
+        return entries + ([{"error": f"{name}: {error}"}] if error else [])
+
+
+@contextmanager
+def ended(command: list[str]) -> Iterator[subprocess.Popen]:
+    """A process that has ended, with all that it started, when the block is left."""
+
+    def interrupt(number, frame):
+        raise KeyboardInterrupt
+
+    previous = signal.signal(signal.SIGTERM, interrupt)
+    process = subprocess.Popen(
+        command,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+    try:
+        yield process
+    finally:
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
+            process.communicate()
+        signal.signal(signal.SIGTERM, previous)
 
 
 def full_size_weights(folder: Path) -> Path:
@@ -124,31 +211,41 @@ def full_size_weights(folder: Path) -> Path:
 
     done = folder / "complete"
     if not done.exists():
-        print(f"writing 7 GB to {folder} ...", file=sys.stderr, flush=True)
+        log(f"writing 7 GB to {folder} ...")
         write_folder(folder)
         done.touch()
     return folder
 
 
-def table(found: dict, planned: tuple[str, ...]) -> list[str]:
-    """The results as Markdown; `limit`: what is required, `floor`: what the hardware allows."""
-    setup = ", ".join(f"{key} {value}" for key, value in found["setup"].items())
-    lines = [setup + "; medians", "", "| | ours | theirs | ratio | limit | over the floor |"]
-    lines.append("|---|---:|---:|---:|---:|---:|")
+def table(setup: dict[str, str], rows: dict[str, list], planned: tuple[str, ...]) -> list[str]:
+    """The results as Markdown; `floor`: what the hardware allows at best."""
+    versions = ", ".join(f"{key} {value}" for key, value in setup.items())
+    lines = [f"{versions}; medians", ""]
+    lines.append("| | ours | target | theirs | ratio | target | over the floor | |")
+    lines.append("|---|---:|---:|---:|---:|---:|---:|---|")
     for name in planned:
-        for entry in found["rows"].get(name, ()):
-            if "error" in entry:
-                lines.append(f"| {entry['error']} | – | | | | |")
-                continue
-            ours, theirs, floor = (entry[key] for key in ("ours", "theirs", "floor"))
-            cells = [entry["what"], f"{ours:.3g} {entry['unit']}"]
-            cells.append(f"{theirs:.3g}" if theirs else "")
-            cells.append(f"{ours / theirs:.2f}" if theirs else "")
-            cells.append("" if entry["limit"] is None else f"{entry['limit']:g}")
-            cells.append(f"{ours / floor:.1f}" if floor else "")
-            lines.append(f"| {' | '.join(cells)} |")
-    missing = [name for name in planned if name not in found["rows"]]
+        for entry in rows.get(name, ()):
+            lines.append(f"| {' | '.join(cells(entry))} |")
+    missing = [name for name in planned if name not in rows]
     return [*lines, f"\nnot measured: {', '.join(missing)}"] if missing else lines
+
+
+def cells(entry: dict) -> list[str]:
+    """The cells of an entry in the table."""
+    if "error" in entry:
+        return [entry["error"], *[""] * 6, "FAILED"]
+    ours, theirs, floor = (entry[key] for key in ("ours", "theirs", "floor"))
+    target, ratio = entry["target"], entry["ratio_target"]
+    return [
+        entry["what"],
+        f"{ours:.3g} {entry['unit']}".strip(),
+        "" if target is None else f"{target:g}",
+        f"{theirs:.3g}" if theirs else "",
+        f"{ours / theirs:.2f}" if theirs else "",
+        "" if ratio is None else f"{ratio:g}",
+        f"{ours / floor:.1f}" if floor else "",
+        entry["verdict"],
+    ]
 
 
 if __name__ == "__main__":

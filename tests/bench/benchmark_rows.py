@@ -1,10 +1,14 @@
-"""The rows of benchmark.py. Each yields entries: ours, theirs, a limit, and the hardware's floor.
+"""The rows of benchmark.py. Each yields entries: ours, theirs, their targets, the hardware's floor.
 
-Limits and floors are those of an H100 or H200 at 1024 x 1024, batch 1; on the CPU there are none.
+Targets and floors are those of an H100 or H200 at 1024 x 1024, batch 1; on the CPU there are none.
 """
 
+import csv
 import gc
 import json
+import os
+import re
+import signal
 import statistics
 import subprocess
 import sys
@@ -36,6 +40,7 @@ class Bench:
     train_steps: int = 500
     rounds: int = 5  # of an image; of a single call 4 times as many
     backend: str = "inductor"  # of torch.compile
+    resume_steps: int = 60  # of the run of the miniature that is interrupted
 
     @classmethod
     def cpu(cls) -> "Bench":
@@ -44,7 +49,7 @@ class Bench:
     @classmethod
     def tiny(cls) -> "Bench":
         """The miniature, as short as can be."""
-        return cls(MINI, "cpu", torch.float32, 64, 2, 2, 1, "eager")
+        return cls(MINI, "cpu", torch.float32, 64, 2, 2, 1, "eager", 6)
 
     @property
     def on_gpu(self) -> bool:
@@ -109,29 +114,43 @@ class Bench:
         flags = ["--weights", self.weights, "--device", self.device, "--dtype", dtype]
         return [str(flag) for flag in (*flags, "--size", self.size, *more)]
 
-    def train_flags(self, out: Path, steps: int, *more: object) -> list[str]:
-        """train.py as the published figures are measured: one photo a step, no prior."""
+    def train_flags(self, out: Path, steps: int, *more: object, prior: int = 0) -> list[str]:
+        """train.py on one photo a step, without previews; published figures are without a prior."""
         from alchemy import cli
 
         flags = [str(cli.EXAMPLE_PHOTOS), "--class-word", cli.EXAMPLE_CLASS, "--out", str(out)]
-        flags += ["--steps", str(steps), "--batch", "1", "--prior-weight", "0"]
+        flags += ["--steps", str(steps), "--batch", "1", "--prior-weight", str(prior)]
         return [*flags, "--preview-every", "0", "--overwrite", *self.flags(*more)]
 
 
-def entry(what, ours, unit, theirs=None, limit=None, floor=None) -> dict:
-    keys = dict(what=what, ours=ours, unit=unit, theirs=theirs, limit=limit, floor=floor)
-    return keys if ours is not None else keys | {"ours": float("nan")}
+def entry(what, ours, unit, theirs=None, target=None, floor=None, ratio_target=None) -> dict:
+    """A line of the table. target: the most that ours may be, and ratio_target ours / theirs."""
+    found = dict(what=what, ours=ours, unit=unit, theirs=theirs)
+    found |= dict(target=target, ratio_target=ratio_target, floor=floor)
+    return found | {"verdict": verdict(**found)}
+
+
+def verdict(ours, theirs, target, ratio_target, **_) -> str:
+    """PASS or MISS of the targets that can be checked; "" where there is none."""
+    checks = [] if target is None else [ours <= target]
+    if ratio_target is not None and theirs:
+        checks.append(ours <= ratio_target * theirs)
+    text = "MISS" if not all(checks) else "PASS" if checks else ""
+    if ratio_target is not None and not theirs:
+        text = f"{text} (no ratio: diffusers or peft is missing)".strip()
+    return text
 
 
 def scaled(seconds: float | None) -> float | None:
     return None if seconds is None else 1e3 * seconds
 
 
-def run_script(*command: object) -> tuple[float, str]:
+def run_script(*command: object, environment: dict | None = None) -> tuple[float, str]:
     """Seconds of a whole process, and its output. Raises RuntimeError if it fails."""
     start = time.perf_counter()
     command = [sys.executable, *map(str, command)]
-    run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    environment = os.environ | (environment or {})
+    run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=environment)
     if run.returncode:
         raise RuntimeError((run.stderr.strip() or "no message").splitlines()[-1])
     return time.perf_counter() - start, run.stdout
@@ -140,42 +159,108 @@ def run_script(*command: object) -> tuple[float, str]:
 # Correctness
 
 
-def correctness(b: Bench) -> Iterator[dict]:
-    """The miniature on this device against the CPU, and the scripts from end to end."""
-    import alchemy
+def tests(b: Bench) -> Iterator[dict]:
+    """The tests that need CUDA; the others hide the GPU (tests/conftest.py)."""
+    files = ("tests/core/test_synchronization.py", "tests/core/test_training.py")
+    environment = {"CUDA_VISIBLE_DEVICES": os.environ.get("CUDA_VISIBLE_DEVICES", "0")}
+    command = ["-m", "pytest", "-q", "-p", "no:cacheprovider", "-k", "on_cuda", *files]
+    _, output = run_script(*command, environment=environment)
+    passed = re.search(r"(\d+) passed", output)
+    if b.on_gpu and not passed:
+        raise RuntimeError("no CUDA test ran")
+    yield entry("tests on CUDA, passed", int(passed[1]) if passed else 0, "")
 
-    images, predictions = [], []
-    for device in ("cpu", b.device):
-        sdxl = alchemy.load(MINI, device, "float32")
-        x = alchemy.noise((1, 4, 32, 32), [0]).to(device)
-        parts = sdxl.encode_prompt([PROMPT]).parts()
-        with torch.no_grad():
-            predictions.append(sdxl.unet(x, torch.tensor([500.0], device=device), *parts).cpu())
-            images.append(sdxl.vae.decode(x).cpu())
-    for name, (cpu, ours) in (("UNet", predictions), ("VAE decode", images)):
-        error = float((ours - cpu).norm() / cpu.norm())
-        yield entry(f"{name}, float32, against the CPU", error, "", limit=1e-3)
+
+@torch.no_grad()
+def correctness(b: Bench) -> Iterator[dict]:
+    """The miniature on this device against the CPU in float32: networks, dtypes, samplers."""
+    import alchemy
+    from alchemy.extras import optimizations
+    from alchemy.samplers import SAMPLERS
+
+    x, t = alchemy.noise((1, 4, 32, 32), [0]), torch.tensor([500.0])
+
+    def outputs(device, dtype, fp8=False):
+        sdxl = alchemy.load(MINI, device, dtype)
+        optimizations.prepare(sdxl, fp8)
+        cond = sdxl.encode_prompt([PROMPT])
+        yield "text encoders", cond.context
+        yield "UNet", sdxl.unet(x.to(device), t.to(device), *cond.parts())
+        yield "VAE decode", sdxl.vae.decode(x.to(device))
+        yield "VAE encode", sdxl.vae.encode(torch.tanh(x[:, :3]).to(device))[0]
+        uncond = sdxl.encode_prompt([None])
+        for sampler in SAMPLERS:
+            rngs = alchemy.generators([0])
+            options = dict(sampler=sampler, steps=4, generators=rngs)
+            *_, last = alchemy.denoise(sdxl, x.to(device), cond, uncond, **options)
+            yield sampler, last.x_prev
+
+    expected = {name: tensor.double() for name, tensor in outputs("cpu", "float32")}
+    limits = {"float32": 1e-3, "float16": 0.05, "bfloat16": 0.2, "fp8": 0.5}
+    with torch.backends.cudnn.flags(allow_tf32=False):
+        for dtype, limit in limits.items():
+            fp8 = dtype == "fp8"
+            errors = {}
+            for name, tensor in outputs(b.device, "bfloat16" if fp8 else dtype, fp8):
+                difference = tensor.double().cpu() - expected[name]
+                errors[name] = float(difference.norm() / expected[name].norm())
+            worst = max(errors, key=errors.get)
+            what = f"largest error against the CPU, {dtype} ({worst})"
+            yield entry(what, errors[worst], "", target=limit)
+
+
+def scripts(b: Bench) -> Iterator[dict]:
+    """The scripts from end to end on the miniature. A run that fails is the error of the row."""
     with tempfile.TemporaryDirectory() as folder:
         base = ["--device", b.device, "--seed", 0]
-        train = ["train.py", *base, "--steps", 4, "--preview-every", 0, "--out"]
+        train = ["train.py", *base, "--steps", 4, "--preview-every", 4, "--out"]
+        sample = ["sample.py", *base, "--steps", 4, "--out"]
+        ranks = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", 1]
         commands = {
-            "sample.py": ["sample.py", *base, "--steps", 4, "--out", f"{folder}/a.png"],
+            "sample.py": [*sample, f"{folder}/a.png"],
+            "sample.py --dtype float16": [*sample, f"{folder}/b.png", "--dtype", "float16"],
             "insert.py": ["insert.py", *base, "--steps", 8, "--out", f"{folder}/insert"],
-            "train.py": [*train, f"{folder}/lora"],
-            "train.py, float16": [*train, f"{folder}/half", "--dtype", "float16"],
-            "train.py --method full": [*train, f"{folder}/full", "--method", "full"],
-            "and its --resume to 6 steps": [
-                *("train.py", "--resume", "--steps", 6, "--out", f"{folder}/full")
-            ],
-            "torchrun with one process": [
-                *("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", 1),
-                *(*train, f"{folder}/ranks"),
-            ],
+            "train.py --checkpointing": [*train, f"{folder}/1", "--checkpointing"],
+            "train.py --fp8-base": [*train, f"{folder}/2", "--fp8-base"],
+            "train.py --dtype float16": [*train, f"{folder}/3", "--dtype", "float16"],
+            "train.py under torchrun, one process": [*ranks, *train, f"{folder}/4"],
         }
         for name, command in commands.items():
-            if name == "train.py, float16" and not b.on_gpu:
-                continue
             yield entry(name, run_script(*command)[0], "s")
+
+
+def resume(b: Bench) -> Iterator[dict]:
+    """train.py --method full, interrupted and resumed, against a run that was not."""
+    with tempfile.TemporaryDirectory() as folder:
+        command = ["train.py", "--device", b.device, "--seed", 0, "--method", "full"]
+        command += ["--preview-every", 0, "--steps", b.resume_steps, "--out"]
+        yield entry("train.py --method full", run_script(*command, f"{folder}/whole")[0], "s")
+        seconds = interrupt(*command, f"{folder}/parts")
+        seconds += run_script("train.py", "--resume", "--out", f"{folder}/parts")[0]
+        yield entry("the same interrupted and resumed", seconds, "s")
+        whole, parts = (read_losses(Path(folder, name)) for name in ("whole", "parts"))
+        off = max(abs(a - b) / abs(a) for a, b in zip(whole, parts, strict=True))
+        yield entry("largest difference of their losses", off, "", target=0.02)
+
+
+def read_losses(folder: Path) -> list[float]:
+    with open(folder / "log.csv", newline="", encoding="utf-8") as file:
+        return [float(row["loss"]) for row in csv.DictReader(file)]
+
+
+def interrupt(*command: object) -> float:
+    """Seconds of a training run that is interrupted when it has done two steps."""
+    start, log = time.perf_counter(), Path(str(command[-1])) / "log.csv"
+    command = [sys.executable, *map(str, command)]
+    run = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True)
+    while run.poll() is None and not (log.exists() and len(log.read_text().splitlines()) > 2):
+        time.sleep(0.01)
+    run.send_signal(signal.SIGINT)
+    _, output = run.communicate()
+    if run.returncode != 128 + signal.SIGINT:
+        last = (output.strip().splitlines() or ["no message"])[-1]
+        raise RuntimeError(f"not interrupted: it ended with {run.returncode}, {last}")
+    return time.perf_counter() - start
 
 
 # Sampling
@@ -197,9 +282,9 @@ def sample(b: Bench) -> Iterator[dict]:
         options = dict(num_inference_steps=b.steps, guidance_scale=GUIDANCE) | size
         theirs = partial(b.pipe, PROMPT, **options)
     ours, theirs = b.median(sampling(b, b.load()), theirs)
-    limit, floor = (1.5, 0.53) if b.on_gpu else (None, None)
+    target, floor, ratio = (1.5, 0.53, 0.8) if b.on_gpu else (None, None, None)
     what = f"{b.steps} guided steps, prompt to pixels"
-    yield entry(what, ours, "s", theirs, limit, floor)
+    yield entry(what, ours, "s", theirs, target, floor, ratio)
 
 
 def compiled(b: Bench) -> Iterator[dict]:
@@ -213,8 +298,8 @@ def compiled(b: Bench) -> Iterator[dict]:
         generate()
         first = time.perf_counter() - start
         (ours,) = b.median(generate)
-    limit, floor = (1.1, 0.53) if b.on_gpu else (None, None)
-    yield entry(f"{b.steps} guided steps with --compile", ours, "s", None, limit, floor)
+    target, floor = (1.1, 0.53) if b.on_gpu else (None, None)
+    yield entry(f"{b.steps} guided steps with --compile", ours, "s", None, target, floor)
     yield entry("compiling, once", first - ours, "s")
 
 
@@ -235,8 +320,8 @@ def vae(b: Bench) -> Iterator[dict]:
         theirs = partial(other.decode, scaled_latents)
     rounds = 4 * b.rounds
     ours, theirs = b.median(partial(sdxl.vae.decode, latents), theirs, rounds=rounds)
-    limit, floor = (40, 13) if b.on_gpu else (None, None)
-    yield entry("VAE decode, bfloat16", scaled(ours), "ms", scaled(theirs), limit, floor)
+    target, floor = (40, 13) if b.on_gpu else (None, None)
+    yield entry("VAE decode, bfloat16", scaled(ours), "ms", scaled(theirs), target, floor)
     exact, half = sdxl.read("vae", torch.float32).decode(latents), sdxl.vae.decode(latents)
     yield entry("its error against float32", float((half - exact).norm() / exact.norm()), "")
 
@@ -245,7 +330,7 @@ def vae(b: Bench) -> Iterator[dict]:
 def vae_2048(b: Bench) -> Iterator[dict]:
     gigabytes = b.peak(lambda: b.load().vae.decode(b.latents(2)))
     what = f"VAE decode at {2 * b.size} x {2 * b.size}, peak"
-    yield entry(what, gigabytes, "GB", limit=4.5 if b.on_gpu else None)
+    yield entry(what, gigabytes, "GB", target=4.5 if b.on_gpu else None)
 
 
 # Training
@@ -317,41 +402,113 @@ def train_step(b: Bench, checkpointing: bool = False) -> Iterator[dict]:
     rounds = 4 * b.rounds
     pair = lora_step(b, checkpointing), peft_step(b, checkpointing)
     ours, theirs = (scaled(seconds) for seconds in b.median(*pair, rounds=rounds))
-    limit, floor = (None, None) if not b.on_gpu else (105, 27.2) if checkpointing else (60, 18.6)
     what = f"LoRA step, rank {RANK}, batch 1" + (", checkpointing" if checkpointing else "")
-    yield entry(what, ours, "ms", theirs, limit, floor)
+    target = floor = ratio = None
+    if b.on_gpu:
+        target, floor = (105, 27.2) if checkpointing else (60, 18.6)
+        ratio = None if checkpointing else 0.7
+    yield entry(what, ours, "ms", theirs, target, floor, ratio)
 
 
 def step_compiled(b: Bench) -> Iterator[dict]:
     with compile_backend(b.backend):
         (ours,) = b.median(lora_step(b, compile=True), rounds=4 * b.rounds)
-    limit, floor = (60, 18.6) if b.on_gpu else (None, None)
-    yield entry("LoRA step, compiled", scaled(ours), "ms", None, limit, floor)
+    target, floor = (60, 18.6) if b.on_gpu else (None, None)
+    yield entry("LoRA step, compiled", scaled(ours), "ms", None, target, floor)
 
 
 def subject(b: Bench) -> Iterator[dict]:
     with tempfile.TemporaryDirectory() as out:
         seconds, _ = run_script("train.py", *b.train_flags(Path(out) / "run", b.train_steps))
     what = f"a subject in {b.train_steps} steps, whole process"
-    yield entry(what, seconds, "s", limit=60 if b.on_gpu else None)
+    yield entry(what, seconds, "s", target=60 if b.on_gpu else None)
 
 
-def memory(b: Bench) -> Iterator[dict]:
+def memory(b: Bench, fp8: bool = False) -> Iterator[dict]:
     """The peaks of train.py and sample.py themselves, in this process."""
     import sample as sample_script
     import train as train_script
 
-    limits = {"bfloat16": ([], 6.0, 7.5), "fp8": (["--fp8-base"], 4.0, 5.0)}
-    for name, (fp8, train_limit, sample_limit) in limits.items():
-        with tempfile.TemporaryDirectory() as out:
-            flags = b.train_flags(Path(out) / "run", 3, "--checkpointing", *fp8)
-            training = b.peak(partial(train_script.main, flags))
-            flags = [PROMPT, "--out", f"{out}/a.png", "--steps", "2", *b.flags(*fp8)]
-            generating = b.peak(partial(sample_script.main, flags))
-        limit = train_limit if b.on_gpu else None
-        yield entry(f"peak, LoRA training with checkpointing, {name}", training, "GB", limit=limit)
-        limit = sample_limit if b.on_gpu else None
-        yield entry(f"peak, sampling, {name}", generating, "GB", limit=limit)
+    name, more = ("fp8", ["--fp8-base"]) if fp8 else ("bfloat16", [])
+    targets = (5.0, 4.0) if fp8 else (7.5, 6.0)
+    sample_target, train_target = targets if b.on_gpu else (None, None)
+    with tempfile.TemporaryDirectory() as out:
+        flags = [PROMPT, "--out", f"{out}/a.png", "--steps", "2", *b.flags(*more)]
+        peak = b.peak(partial(sample_script.main, flags))
+        yield entry(f"peak, sampling, {name}", peak, "GB", target=sample_target)
+        for prior in (1, 0):
+            run = Path(out) / str(prior)
+            flags = b.train_flags(run, 3, "--checkpointing", *more, prior=prior)
+            peak = b.peak(partial(train_script.main, flags))
+            what = f"peak, LoRA training with checkpointing{' and prior' * prior}, {name}"
+            yield entry(what, peak, "GB", target=train_target)
+
+
+# A CUDA graph
+
+
+@torch.no_grad()
+def graph(b: Bench) -> Iterator[dict]:
+    """A guided UNet forward as one CUDA graph, which is adopted only above 10 %."""
+    from alchemy.extras.optimizations import cache_prompt_kv
+    from alchemy.sdxl import Conditioning
+
+    sdxl = b.load()
+    size = (b.size, b.size)
+    both = Conditioning.cat([sdxl.encode_prompt([prompt], size) for prompt in (None, PROMPT)])
+    sdxl.free("text_encoders")
+    x, t = torch.cat([b.latents()] * 2), torch.tensor([500.0], device=b.device)
+    forward = partial(sdxl.unet, x, t, *both.parts())
+    with cache_prompt_kv(sdxl.unet):
+        replay, output = capture(forward) if b.on_gpu else (forward, forward())
+        captured, eager = b.median(replay, forward, rounds=4 * b.rounds)
+        what = "UNet forward as a CUDA graph, beside eager"
+        yield entry(what, scaled(captured), "ms", scaled(eager), ratio_target=0.9)
+        x.mul_(0.5)
+        replay()
+        expected = forward()
+        off = float((output - expected).norm() / expected.norm()) if b.on_gpu else 0.0
+        yield entry("its error against eager on other latents", off, "", target=1e-2)
+
+
+def capture(function: Callable[[], torch.Tensor]) -> tuple[Callable, torch.Tensor]:
+    """function as a CUDA graph (to be called), and the tensor that holds its result."""
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):  # as torch's documentation asks: warm up beside
+        for _ in range(3):
+            function()
+    torch.cuda.current_stream().wait_stream(stream)
+    recorded = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(recorded):
+        output = function()
+    return recorded.replay, output
+
+
+@torch.no_grad()
+def group_norm(b: Bench) -> Iterator[dict]:
+    """GroupNorm and SiLU of the UNet's finest level, beside a compiled form that stays NHWC."""
+    side, channels, groups = b.size // 8, 320, 32
+    x = torch.randn(2, channels, side, side, device=b.device).to(b.dtype)
+    x = x.contiguous(memory_format=torch.channels_last)
+    norm = torch.nn.GroupNorm(groups, channels, device=b.device, dtype=b.dtype)
+
+    def nhwc(x):
+        rows = x.permute(0, 2, 3, 1).reshape(2, side * side, groups, channels // groups).float()
+        variance, mean = torch.var_mean(rows, (1, 3), correction=0, keepdim=True)
+        h = ((rows - mean) * (variance + norm.eps).rsqrt()).view(2, side, side, channels)
+        h = F.silu(h * norm.weight + norm.bias).to(x.dtype)
+        return h.permute(0, 3, 1, 2)
+
+    def ours():  # what follows, a convolution, wants NHWC
+        return F.silu(norm(x), inplace=True).contiguous(memory_format=torch.channels_last)
+
+    compiled = partial(torch.compile(nhwc, backend=b.backend), x)
+    kept, plain = b.median(compiled, ours, rounds=4 * b.rounds)
+    what = "norm and SiLU in NHWC, compiled, beside torch's"
+    yield entry(what, scaled(kept), "ms", scaled(plain), ratio_target=0.9)
+    off = float((compiled() - ours()).float().norm() / ours().float().norm())
+    yield entry("its error against torch's", off, "", target=1e-2)
 
 
 # Whole processes
@@ -380,17 +537,25 @@ def median_process(b: Bench, *command: object) -> float:
 
 
 ROWS = {
+    "tests": tests,
     "correctness": correctness,
+    "scripts": scripts,
+    "resume": resume,
     "sample": sample,
     "step": train_step,
     "checkpointing": partial(train_step, checkpointing=True),
     "vae": vae,
     "vae-2048": vae_2048,
     "memory": memory,
+    "memory-fp8": partial(memory, fp8=True),
     "subject": subject,
     "compiled": compiled,
     "step-compiled": step_compiled,
+    "graph": graph,
+    "group-norm": group_norm,
     "processes": processes,
 }
-CUDA_ROWS = tuple(ROWS)  # correctness first, then eager rows, memory, compiled rows
-CPU_ROWS = ("correctness", "sample", "step", "vae", "processes")
+CUDA_ROWS = tuple(ROWS)  # in the order in which a GPU that is lent for minutes is used best
+CPU_ROWS = ("correctness", "scripts", "resume", "sample", "step", "vae", "processes")
+EAGER = ("sample", "step", "checkpointing", "vae", "vae-2048")
+SECONDS = {name: 90 if name in EAGER else 180 for name in ROWS}  # the most that a row may take
