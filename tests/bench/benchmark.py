@@ -145,7 +145,7 @@ def is_good(entries: list[dict]) -> bool:
 
 
 def worth(entries: list[dict]) -> tuple[bool, int]:
-    return is_good(entries), len(entries)
+    return bool(entries) and is_good(entries), len(entries)
 
 
 def run_here(name: str, args: argparse.Namespace) -> Iterator[dict]:

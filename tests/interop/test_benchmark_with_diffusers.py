@@ -4,8 +4,10 @@ import json
 import sys
 
 import benchmark
+import benchmark_rows
 import pytest
 import torch
+from benchmark_rows import entry
 from helpers.checkpoints import CONFIGS
 from helpers.full_size import networks, write_folder
 
@@ -14,42 +16,84 @@ import alchemy
 
 @pytest.fixture
 def results(tmp_path, monkeypatch):
-    """results(flags): (exit status, what --json holds)."""
+    """results(flags): (exit status, the rows of the last setup that --json holds)."""
     path = tmp_path / "results.json"
     monkeypatch.setattr(sys, "path", sys.path[:])
 
     def run(*flags):
         status = benchmark.main([*flags, "--tiny", "--json", str(path)])
-        return status, json.loads(path.read_text())
+        return status, json.loads(path.read_text())[-1]["rows"]
 
     return run
 
 
-@pytest.mark.parametrize("row", ["step", "vae", "vae-2048", "compiled"])
-def test_a_row_runs_on_the_miniature(row, results, capsys):
-    status, found = results(row, "--here")
-    assert status == 0 and list(found["rows"]) == [row]
-    for entry in found["rows"][row]:
-        assert entry["what"] in capsys.readouterr().out or entry["ours"] is not None
-        assert entry["what"].startswith("compiling") or entry["ours"] > 0
+@pytest.mark.parametrize("row", ["step", "vae", "vae-2048", "compiled", "graph", "group-norm"])
+def test_a_row_runs_on_the_miniature(row, results):
+    status, rows = results(row, "--here")
+    assert status == 0 and list(rows) == [row]
+    for found in rows[row]:
+        assert found["ours"] >= 0 or found["what"].startswith("compiling")
 
 
-def test_rows_add_up_and_only_missing_ones_run(results, monkeypatch, capsys):
-    monkeypatch.setattr(benchmark, "run_apart", lambda name, args: [{"error": f"{name}: new"}])
-    results("vae", "--here")
-    status, found = results()
-    assert status == 1 and "error" not in found["rows"]["vae"][0]
-    assert found["rows"]["step"] == [{"error": "step: new"}]
-    assert list(found["rows"])[1] == "correctness"
+def fake_rows(monkeypatch, ours=1.0, error=None):
+    """Rows take no time: one figure, and an error if there is one."""
+
+    def run_apart(name, args, seconds):
+        return [entry(name, ours, "s")] + ([{"error": error}] if error else [])
+
+    monkeypatch.setattr(benchmark, "run_apart", run_apart)
+
+
+def test_rows_add_up_and_figures_are_never_lost(results, tmp_path, monkeypatch, capsys):
+    fake_rows(monkeypatch)
+    results("vae")
+    fake_rows(monkeypatch, 2.0)
+    status, rows = results()
+    assert status == 0 and rows["vae"][0]["ours"] == 1 and rows["step"][0]["ours"] == 2
+    fake_rows(monkeypatch, 3.0, "out of memory")
+    assert results("step") == (1, rows)  # a failure replaces nothing
+    fake_rows(monkeypatch, 4.0)
+    assert results("step")[1]["step"][0]["ours"] == 4
+
+    # Another card's figures stand beside these.
     monkeypatch.setattr(benchmark, "describe_setup", lambda *_: {"device": "another"})
-    assert "vae" not in results("step")[1]["rows"]
-    assert "not measured: correctness" in capsys.readouterr().out
+    assert list(results("vae")[1]) == ["vae"]
+    assert len(json.loads((tmp_path / "results.json").read_text())) == 2
+    assert "not measured: tests" in capsys.readouterr().out
+    (tmp_path / "results.json").write_text('{"setup": {}}')
+    with pytest.raises(SystemExit):
+        results("vae")
+    assert "not results of this benchmark" in capsys.readouterr().err
+
+
+def test_no_row_is_started_that_may_end_after_the_minutes(results, monkeypatch, capsys):
+    fake_rows(monkeypatch)
+    results("vae")
+    assert list(results("--minutes", "2")[1]) == ["vae"]
+    assert "goes on with tests" in capsys.readouterr().err
 
 
 def test_a_row_that_fails_or_takes_too_long_is_an_entry_not_a_crash(results, monkeypatch):
-    monkeypatch.setattr(benchmark, "ROW_SECONDS", 0.1)
-    status, found = results("vae")
-    assert status == 1 and found["rows"]["vae"] == [{"error": "vae: took more than 0.1 s"}]
+    monkeypatch.setitem(benchmark_rows.SECONDS, "vae", 0.1)
+    assert results("vae") == (1, {"vae": [{"error": "vae: took more than 0.1 s"}]})
+
+
+@pytest.mark.parametrize(
+    "theirs, target, ratio, expected",
+    [
+        (None, None, None, ""),
+        (None, 1.0, None, "PASS"),
+        (None, 0.9, None, "MISS"),
+        (2.0, 1.0, 0.5, "PASS"),
+        (1.9, 1.0, 0.5, "MISS"),
+        (None, 1.0, 0.5, "PASS (no ratio: diffusers or peft is missing)"),
+    ],
+)
+def test_a_line_of_the_table_says_whether_its_targets_are_met(theirs, target, ratio, expected):
+    line = entry("a step", 1.0, "s", theirs, target, ratio_target=ratio)
+    cells = benchmark.cells(line)
+    assert line["verdict"] == cells[-1] == expected
+    assert cells[2] == ("" if target is None else f"{target:g}")
 
 
 def test_a_half_written_folder_of_weights_is_written_again(tmp_path, monkeypatch):
