@@ -182,10 +182,13 @@ def insert(args: Namespace, result: Path, folder: Path, page: Path | None) -> No
             *subject, totals, size=args.size, full=args.inspect_full, **options
         )
 
+    total = sum(total for _, total in stages)
+    estimate = cli.Estimate(total, f"{steps} steps")
+
     def progress(steps: "Iterable[Step]") -> "Iterator[Step]":
         stage, total = stages.pop(0)
-        name = f"stage {stage}"
-        return cli.follow_steps(args, sdxl, steps, total=total, name=name, recorder=recorder)
+        shown = dict(name=f"stage {stage}", recorder=recorder, estimate=estimate)
+        return cli.follow_steps(args, sdxl, steps, total=total, **shown)
 
     with cli.suggest_when_out_of_memory(partial(memory.suggest_flags, args, sdxl)):
         insertion = alchemy.insert(

@@ -135,7 +135,10 @@ def generate(args: Namespace, folder: Path, page: Path | None) -> None:
     sdxl.free("text_encoders")
 
     # Generate and save one image after the other.
-    follow = partial(cli.follow_steps, args, sdxl, total=len(timesteps))
+    total = len(timesteps) * len(mine)
+    estimate = cli.Estimate(total, f"{cli.count_of(len(mine), 'image')} of {len(timesteps)} steps")
+    follow = partial(cli.follow_steps, args, sdxl, total=len(timesteps), estimate=estimate)
+    result = folder
     for job in mine:
         recorder = new_recorder(args, sdxl, job, len(timesteps), options) if page else None
         with cli.suggest_when_out_of_memory(partial(memory.suggest_flags, args, sdxl)):
@@ -150,12 +153,14 @@ def generate(args: Namespace, folder: Path, page: Path | None) -> None:
                 progress=partial(follow, name=f"seed {job.seed}", recorder=recorder),
                 **options,
             )
-        save(args, jobs, job, image, metadata, page, recorder)
+        result = save(args, jobs, job, image, metadata, page, recorder)
     distributed.barrier()
     if page and not mine:
         cli.log("all images exist already, so there is no page")
     if args.prompts and not distributed.rank():
         cli.log_written(image_sets.write_list(folder, jobs))
+    if not distributed.rank():
+        cli.log_main(result if len(jobs) == 1 else page if page and mine else folder)
 
 
 def read_start(args: Namespace, strength: float) -> "tuple[Image | None, float]":
@@ -189,8 +194,8 @@ def save(
     metadata: dict,
     page: Path | None,
     recorder: "Recorder | None",
-) -> None:
-    """Write an image, its page, and the list of its set."""
+) -> Path:
+    """Write an image, its page, and the list of its set. Returns what to open."""
     from alchemy import files
     from alchemy.extras import image_sets
     from alchemy.formats import png
@@ -199,14 +204,17 @@ def save(
     write = files.replace if args.prompts else files.create
     path = png.save(image, job.path, metadata, write)
     cli.log_written(path)
+    result = path
     if page:
         from alchemy.extras.inspect.page import write_page
 
         inner = page if len(jobs) == 1 else page / path.stem
         paths = write_page(inner, job.prompt, [("", recorder, image)], metadata)
-        cli.log_written(*paths, main=paths[-1])
+        cli.log_written(*paths)
+        result = paths[-1]
     if args.prompts and not distributed.rank():
         image_sets.write_list(path.parent, jobs)  # of use even if the run is stopped
+    return result
 
 
 if __name__ == "__main__":

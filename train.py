@@ -138,7 +138,8 @@ def training_steps(report: "Report", get_loss: "GetLoss") -> "Iterator[tuple[int
         autocast=args.method == "full",
     )
     steps = report_compile_time(steps, cli.log) if args.compile else steps
-    return cli.progress(report.follow(steps), args.steps - state.step, "training", show_loss)
+    steps = report.follow(report.estimate().follow(steps))
+    return cli.progress(steps, args.steps - state.step, "training", show_loss)
 
 
 def train_and_save(report: "Report", get_loss: "GetLoss") -> int:
@@ -165,13 +166,12 @@ def train_and_save(report: "Report", get_loss: "GetLoss") -> int:
         save_state(replace=False)  # from the beginning there is one to resume from
 
     # Train.
-    steps = training_steps(report, get_loss)
     stopped = 0
     with StopSignal() as stop:
         try:
             if args.preview_every and not state.step:
                 report.add_previews()
-            for step, _ in steps:
+            for step, _ in training_steps(report, get_loss):
                 stopped = distributed.all_reduce_max(stop.number)  # all ranks stop together
                 if stopped or step == args.steps or save_every and step % save_every == 0:
                     save_state()

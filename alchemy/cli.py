@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 
 from . import samplers
 from .defaults import TABLE
-from .extras import distributed
+from .extras import distributed, other_tools
 from .samplers import SAMPLERS
 
 if TYPE_CHECKING:
@@ -40,42 +40,9 @@ BUNDLED_LORA = ROOT / "weights" / "example.safetensors"
 
 MAX_SIDE = 16384  # pixels
 MAX_MESSAGE = 380  # characters
+MAX_HINTS = 5  # of unknown flags in a message
 SAMPLING_OPTIONS = ("sampler", "spacing", "steps", "guidance", "eta")  # of alchemy.denoise
 OUT_OF_MEMORY = ("out of memory", "can't allocate memory", "alloc_failed")  # CUDA, CPU, cuBLAS
-
-# What the flags and samplers of diffusers, kohya's scripts, A1111 and ComfyUI are called here.
-OTHER_TOOLS = {
-    "--accumulation": ("gradient-accumulation-steps",),
-    "--alpha": ("network-alpha",),
-    "--batch": ("batch-size", "train-batch-size"),
-    "--checkpointing": ("gradient-checkpointing",),
-    "--class-folder": ("class-data-dir",),
-    "--class-images": ("num-class-images",),
-    "--class-word and --token (or --caption)": ("instance-prompt",),
-    "--count": ("num-images",),
-    "--dtype": ("mixed-precision",),
-    "--guidance": ("cfg", "cfg-scale", "guidance-scale"),
-    "--image": ("init-image",),
-    "--learning-rate": ("lr",),
-    "--lora FILE:SCALE": ("lora-scale",),
-    "--out": ("output-dir",),
-    "--preview-prompt": ("validation-prompt",),
-    "--rank": ("network-dim",),
-    "--sampler": ("scheduler",),
-    "--size": ("resolution",),
-    "--size WIDTHxHEIGHT": ("width", "height"),
-    "--steps": ("max-train-steps", "num-inference-steps"),
-    "--strength": ("denoising-strength",),
-    "--weights": ("ckpt", "pretrained-model-name-or-path"),
-    "log.csv, which every training run writes": ("report-to",),
-    "not needed: .fp16. files are found by themselves": ("variant",),
-    "the first argument, SUBJECT_DIR": ("instance-data-dir",),
-    "the first argument, the prompt itself": ("prompt",),
-}
-OTHER_SAMPLERS = {
-    "euler_ancestral": ("euler_a", "euler-ancestral"),
-    "dpmpp_2m": ("dpm++", "dpm++_2m", "dpm++_2m_karras", "dpmsolver++"),
-}
 
 
 # Parsing
@@ -93,25 +60,54 @@ class Parser(argparse.ArgumentParser):
 
         return add
 
-    def error(self, message: str) -> NoReturn:
-        raise ValueError(f"{message}{self.hint(message)} (--help shows every flag)")
+    def parse_args(self, argv: list[str] | None = None, namespace: Any = None) -> Any:
+        args, unknown = self.parse_known_args(argv, namespace)
+        if unknown:
+            self.error(self.explain_unknown(unknown))
+        return args
 
-    def hint(self, message: str) -> str:
-        """The name here of a flag or sampler that argparse did not recognize, if it is known."""
-        match = re.match(r"unrecognized arguments: .*?--?([\w-]+)", message)
-        choice = re.search(r"invalid choice: '(.*?)'", message)
-        if choice:
-            name = name_here(choice[1].lower().replace(" ", "_"), OTHER_SAMPLERS)
-            return f"; here it is {name}" if name else ""
-        if not match:
-            return ""
-        name, known = match[1].lower().replace("_", "-"), self._option_string_actions
-        advice = f"--{name}" if f"--{name}" in known else name_here(name, OTHER_TOOLS)
-        if not advice or advice.startswith("--") and advice.split()[0] not in known:
+    def error(self, message: str) -> NoReturn:
+        raise ValueError(f"{message}{self.value_hint(message)} (--help shows every flag)")
+
+    def explain_unknown(self, arguments: list[str]) -> str:
+        """Name the flags among arguments that no flag of this script takes, with their names here
+        where they are known."""
+        flags = []
+        for argument in arguments:
+            if re.match("--?[A-Za-z]", argument):
+                flags.append(argument.partition("=")[0])
+        flags = list(dict.fromkeys(flags))
+        if not flags:
+            words = quoted(" ".join(arguments))
+            return f"{words} is left over; put a text of several words in quotes"
+        answers = []
+        for flag in flags[:MAX_HINTS]:
+            here = self.flag_hint(flag)
+            answers.append(f"{flag} ({here})" if here else flag)
+        rest = len(flags) - len(answers)
+        more = f", and {rest} more (the table is in alchemy/CLI.md)" if rest else ""
+        return f"unknown flag{'s' if len(flags) > 1 else ''} {', '.join(answers)}{more}"
+
+    def flag_hint(self, flag: str) -> str:
+        """What another tool's flag, or one with a typing error, is called here; or ""."""
+        name, known = flag.lstrip("-").lower().replace("_", "-"), self._option_string_actions
+        here = f"--{name}" if f"--{name}" in known else other_tools.flag_here(name, known)
+        if not here:
             import difflib
 
-            advice = " ".join(difflib.get_close_matches(f"--{name}", known, 1, 0.8))
-        return f"; here it is {advice}" if advice else ""
+            here = " ".join(difflib.get_close_matches(f"--{name}", known, 1, 0.8))
+        return here if here.startswith("not ") or not here else f"here it is {here}"
+
+    def value_hint(self, message: str) -> str:
+        """The value here for another tool's that argparse refused, if it is known."""
+        match = re.search(r"invalid choice: '(.*?)' \(choose from (.*)", message)
+        if not match:
+            return ""
+        here = other_tools.value_here(match[1].lower().replace(" ", "_"))
+        fits = any(word in match[2] for word in here.replace(",", "").split())
+        if not fits:
+            return ""
+        return f"; {here}" if here.startswith("not ") else f"; here it is {here}"
 
     def from_json(self, name: str, value: object) -> object:
         """A flag's value as JSON has it, checked as on the command line; ValueError if refused."""
@@ -152,11 +148,6 @@ class Parser(argparse.ArgumentParser):
             if isinstance(action, argparse._AppendAction) and getattr(given, action.dest):
                 setattr(args, action.dest, getattr(given, action.dest))
         return args
-
-
-def name_here(name: str, table: dict[str, tuple[str, ...]]) -> str:
-    """The key of OTHER_TOOLS or OTHER_SAMPLERS under which a name stands, or ""."""
-    return next((here for here, names in table.items() if name in names), "")
 
 
 def parser(description: str) -> Parser:
@@ -431,12 +422,10 @@ def check_weights(args: argparse.Namespace, weights: Path) -> None:
 
 def find_loras(args: argparse.Namespace) -> None:
     """Replace the folder of a run by its lora.safetensors, and a scale that is not given by 1."""
+    from . import files
+
     for i, (path, scale) in enumerate(args.lora):
-        if Path(path).is_dir():
-            path = str(Path(path) / "lora.safetensors")
-            if not Path(path).exists():
-                raise ValueError(f"--lora {args.lora[i][0]}: the folder has no lora.safetensors")
-        args.lora[i] = (path, 1.0 if scale is None else scale)
+        args.lora[i] = (str(files.lora_of_run(path)), 1.0 if scale is None else scale)
 
 
 def single_token(token: str, class_word: str) -> str:
@@ -510,20 +499,51 @@ def describe_steps(schedule: "Schedule", timesteps: list, steps: int) -> str:
     return f"{len(timesteps)} of {steps} steps, first t {t:g} (sigma {sigma})"
 
 
+class Estimate:
+    """Logs once, a second after the first step, how long a run of `total` steps takes.
+
+    what: what is counted, for the message. The first step, which warms up, is not measured.
+    extra: seconds that come on top of the steps that are left; may be changed until the log.
+    """
+
+    def __init__(self, total: int, what: str, extra: float = 0.0):
+        self.total, self.what, self.extra = total, what, extra
+        self.start = time.monotonic()
+        self.first: float | None = None  # when the first step ended
+        self.count = 0
+        self.logged = False
+
+    def follow(self, steps: Iterable[Item]) -> Iterator[Item]:
+        """The steps. Several iterators, such as those of several images, may be followed."""
+        for step in steps:
+            self.count += 1
+            self.log_once(time.monotonic())
+            yield step
+
+    def log_once(self, now: float) -> None:
+        if self.first is None:
+            self.first = now
+        if self.logged or self.count < 2 or now - self.first < 1:
+            return
+        pace = (now - self.first) / (self.count - 1)
+        left = pace * (self.total - self.count) + self.extra
+        log(f"about {duration(now - self.start + left)} in all, for {self.what}")
+        self.logged = True
+
+
 def progress(
     items: Iterable[Item], total: int, name: str, describe: Callable[[Item], str] | None = None
 ) -> Iterator[Item]:
     """Yield the items beside a progress bar, or, without a terminal, a line every 10 seconds.
 
-    describe(item): what else to show. The first line comes after a second, with the time left.
+    describe(item): what else to show. A line has the time left.
     """
     bar = None
     if sys.stderr.isatty():
         from tqdm import tqdm
 
         bar = tqdm(total=total, desc=name, dynamic_ncols=True)
-    start = time.monotonic()
-    reported = start - 9
+    start = reported = time.monotonic()
     with bar or nullcontext():
         for count, item in enumerate(items, 1):
             now, text = time.monotonic(), describe(item) if describe else ""
@@ -546,13 +566,18 @@ def follow_steps(
     total: int,
     name: str,
     recorder: Any = None,
+    estimate: Estimate | None = None,
 ) -> Iterator["Step"]:
-    """The Steps of one image with progress, recorded for --inspect, with cached keys and values."""
+    """The Steps of one image with progress, recorded for --inspect, with cached keys and values.
+
+    estimate: of the whole run, if it is to be logged.
+    """
     from .extras import compile, optimizations
 
     steps = recorder.follow(steps) if recorder else steps
     steps = optimizations.cached_steps(sdxl.unet, steps)
     steps = compile.report_compile_time(steps, log) if args.compile else steps
+    steps = estimate.follow(steps) if estimate else steps
     return progress(steps, total, name)
 
 
@@ -579,8 +604,11 @@ def printable(text: str) -> str:
 
 
 def log(text: str) -> None:
-    """A message on stderr; line breaks stay."""
-    print("\n".join(map(printable, text.split("\n"))), file=sys.stderr, flush=True)
+    """A message on stderr, above a progress bar; line breaks stay."""
+    text = "\n".join(map(printable, text.split("\n")))
+    tqdm = sys.modules.get("tqdm")
+    with tqdm.tqdm.external_write_mode(sys.stderr) if tqdm else nullcontext():
+        print(text, file=sys.stderr, flush=True)
 
 
 def log_error(text: str) -> None:
@@ -595,7 +623,12 @@ def log_written(*paths: Path, main: Path | None = None) -> None:
     """Report the written files on stdout; `main`, the one to open, on the last line."""
     print("wrote " + " ".join(printable(str(path)) for path in paths), flush=True)
     if main is not None:
-        print(f"open {printable(str(main))}", flush=True)
+        log_main(main)
+
+
+def log_main(path: Path) -> None:
+    """Say on stdout, on the last line, which of the written files to open."""
+    print(f"open {printable(str(path))}", flush=True)
 
 
 # Where the results go

@@ -13,6 +13,8 @@ from typing import IO
 
 UMASK = os.umask(0o077)  # the only way to read it is to set it
 os.umask(UMASK)
+# What a run's LoRA is called: here, by diffusers, and by peft.
+LORA_FILES = ("lora.safetensors", "pytorch_lora_weights.safetensors", "adapter_model.safetensors")
 TEMPORARY = ".tmp-"  # folders that hold one unfinished file; a kill leaves them behind
 STALE = 3600  # seconds after which no process can still be writing such a file
 
@@ -24,6 +26,20 @@ def replace(path: str | Path, write: Callable[[Path], object]) -> Path:
     """
     write_and_move(Path(path), write, os.replace)
     return Path(path)
+
+
+def lora_of_run(path: str | Path) -> Path:
+    """The path of a LoRA file; of the folder of a run, the file in it.
+
+    Raises ValueError for a folder without one.
+    """
+    path = Path(path)
+    if not path.is_dir():
+        return path
+    for name in LORA_FILES:
+        if (path / name).exists():
+            return path / name
+    raise ValueError(f"{path}: no LoRA in this folder ({', '.join(LORA_FILES)})")
 
 
 def create(path: str | Path, write: Callable[[Path], object]) -> Path:

@@ -87,12 +87,17 @@ def as_mask(mask: Tensor | ImageLike, size: Size) -> Tensor:
         mask = read(mask, "L")
     if isinstance(mask, Image.Image):
         mask = mask_to_tensor(flatten(mask, "L"))
+    if not isinstance(mask, (Tensor, np.ndarray)):
+        kind = type(mask).__name__
+        raise ValueError(f"the mask is a {kind}; give a tensor, an array, a PIL image or a path")
     mask = torch.as_tensor(mask)
     if mask.shape != size:
         shape = "x".join(str(side) for side in reversed(mask.shape))
         raise ValueError(f"the mask is {shape}, the image {size[1]}x{size[0]}; both must agree")
     if not mask.any():
         raise ValueError("the mask is empty: nothing may change")
+    if not (mask.min() >= 0 and mask.max() <= 1):  # NaN too
+        raise ValueError("the mask has values outside 0 to 1; divide one of 0 to 255 by 255")
     return mask if mask.is_floating_point() else mask.float()
 
 

@@ -7,7 +7,6 @@ The rest of the scene stays bit-identical.
 """
 
 import re
-import secrets
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -17,6 +16,7 @@ from PIL import Image
 from torch import Tensor
 
 from . import images, lora, pipeline
+from .arguments import checked, resolve_seed
 from .images import ImageLike, Size
 from .pipeline import Progress
 from .samplers import Sampler
@@ -227,6 +227,7 @@ def insert_subject(
     return Insertion(scene, soft, mask, weight, box, part, generated, result)
 
 
+@checked
 @torch.no_grad()
 def insert(
     sdxl: SDXL,
@@ -269,7 +270,7 @@ def insert(
     Raises ValueError for a mask that is empty, of another size, or covers the whole image.
     """
     subject_prompt = with_token(prompt, class_word, token)
-    seed = secrets.randbits(31) if seed is None else seed
+    seed = resolve_seed(seed)
     if image is None:
         image_size = size = pipeline.resolve_size(sdxl, size)
     else:

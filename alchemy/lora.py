@@ -15,6 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .arguments import checked
+
 ATTENTION = ("to_q", "to_k", "to_v", "to_out.0")  # trained by default, in attn1 and attn2
 
 
@@ -148,6 +150,7 @@ def add_adapter(
     layer.lora[name] = adapter
 
 
+@checked
 def add_lora(
     sdxl: Any,
     rank: int = 16,
@@ -160,8 +163,6 @@ def add_lora(
     down is uniform within ±1/√in (as in the authors' code), up is zero, so nothing changes before
     the first training step. alpha: None is `rank`, which makes alpha / rank 1.
     """
-    if rank < 1:
-        raise ValueError(f"rank is {rank}; it must be at least 1")
     alpha = rank if alpha is None else alpha
     generator = torch.Generator().manual_seed(seed)
     parameters = []
@@ -187,6 +188,7 @@ def unmerge(model: Any) -> None:
         layer.unmerge()
 
 
+@checked
 def set_lora_scale(model: Any, scale: float, name: str | None = None) -> None:
     """Set the scale of all adapters of a model, or of those called `name`.
 
@@ -201,6 +203,7 @@ def set_lora_scale(model: Any, scale: float, name: str | None = None) -> None:
         adapter.scale = scale
 
 
+@checked
 @contextmanager
 def lora_scale(model: Any, scale: float) -> Iterator[None]:
     """Inside, every adapter of the model has this scale; 0 is the unmodified model."""

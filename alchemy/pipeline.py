@@ -1,6 +1,5 @@
 """Text-to-image and image-to-image: from a prompt, through the denoising loop, to a PIL image."""
 
-import secrets
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -10,6 +9,7 @@ from PIL import Image, ImageOps
 from torch import Tensor
 
 from . import images
+from .arguments import checked, resolve_seed
 from .images import ImageLike, Size
 from .samplers import Sampler
 from .sampling import Hook, Step, denoise, generators, keep_background, noise
@@ -43,8 +43,6 @@ def encode_pair(
     sdxl: SDXL, prompt: str, negative_prompt: str | None, size: Size
 ) -> tuple[Conditioning, Conditioning]:
     """The conditioning of one prompt, and of the prompt that guidance leads away from."""
-    if not isinstance(prompt, str):
-        raise ValueError(f"the prompt is a {type(prompt).__name__}; give one string per call")
     return sdxl.encode_prompt([prompt], size), sdxl.encode_prompt([negative_prompt], size)
 
 
@@ -74,7 +72,7 @@ def sample(
     check_size(size, f)
     if mask is not None and image is None:
         raise ValueError("a mask needs an image: it says what of the image may change")
-    rngs = generators([secrets.randbits(31) if seed is None else seed])
+    rngs = generators([resolve_seed(seed)])
     shape = (1, 4, size[0] // f, size[1] // f)
     start = noise(shape, rngs).to(sdxl.device)
     latents = None
@@ -117,6 +115,7 @@ def latent_mask(mask: Tensor, factor: int) -> Tensor:
     return F.max_pool2d(mask[None, None], factor)
 
 
+@checked
 def text_to_image(
     sdxl: SDXL,
     prompt: str,
@@ -151,6 +150,7 @@ def text_to_image(
     return sample(sdxl, cond, uncond, seed, size, hook=hook, progress=progress, **options)
 
 
+@checked
 def image_to_image(
     sdxl: SDXL,
     prompt: str,

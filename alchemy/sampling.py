@@ -11,6 +11,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from .arguments import checked
 from .samplers import Sampler, find_sampler
 from .sdxl import SDXL, Conditioning, to_device
 
@@ -40,11 +41,13 @@ class Step:
 Hook = Callable[[Step], Tensor | None]
 
 
+@checked
 def generators(seeds: Sequence[int]) -> list[torch.Generator]:
     """One CPU generator per seed, so that an image depends on its own seed alone."""
     return [torch.Generator().manual_seed(seed) for seed in seeds]
 
 
+@checked
 def noise(shape: Sequence[int], seeds: Sequence[int] | Sequence[torch.Generator]) -> Tensor:
     """Unit Gaussian noise of that shape (B,4,h,w), float32 on the CPU.
 
@@ -90,6 +93,7 @@ def fresh_noise(like: Tensor, rngs: list[torch.Generator]) -> Tensor:
     return to_device(noise(like.shape, rngs), like.device).to(like)
 
 
+@checked
 @torch.no_grad()
 def denoise(
     sdxl: SDXL,

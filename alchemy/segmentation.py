@@ -18,6 +18,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from . import attention, images, sampling
+from .arguments import checked, resolve_seed
 from .images import ImageLike, Size
 from .sampling import Step
 from .sdxl import SDXL, Conditioning
@@ -264,6 +265,7 @@ def record_pass(
     return maps
 
 
+@checked
 @torch.no_grad()
 def segment(
     sdxl: SDXL,
@@ -271,7 +273,7 @@ def segment(
     word: str,
     *,
     prompt: str | None = None,
-    seed: int = 0,
+    seed: int | None = 0,
     noise_level: float | None = None,
     walk_iterations: int | None = None,
     conditioning: Conditioning | None = None,
@@ -297,7 +299,7 @@ def segment(
     x_0, _ = sdxl.vae.encode(pixels.to(sdxl.device))
     conditioning = conditioning or sdxl.encode_prompt([prompt], size)
 
-    maps = record_pass(sdxl, x_0, conditioning, positions, noise_level, seed)
+    maps = record_pass(sdxl, x_0, conditioning, positions, noise_level, resolve_seed(seed))
     warn_if_weak(word, maps, defaults["image_word_strength"])
     return to_pixels(maps.heatmap(walk_iterations), image)
 

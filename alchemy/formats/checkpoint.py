@@ -15,6 +15,7 @@ import torch
 from torch import nn
 from torch.overrides import TorchFunctionMode
 
+from ..arguments import checked
 from ..clip import TextConfig, TextEncoder
 from ..schedule import Schedule
 from ..sdxl import SDXL
@@ -85,6 +86,7 @@ class Reader:
         return network
 
 
+@checked
 def load(
     source: str | Path,
     device: str | torch.device = "auto",

@@ -23,7 +23,8 @@ import torch
 from torch import Tensor, nn
 
 from .. import lora
-from ..files import save_tensors
+from ..arguments import checked
+from ..files import lora_of_run, save_tensors
 from ..sdxl import SDXL
 from ..unet import UNetConfig
 from . import layout
@@ -227,6 +228,7 @@ def read_lora(
         raise ValueError(f"{path}: {error}") from None
 
 
+@checked
 def load_lora(
     sdxl: SDXL,
     path: str | Path,
@@ -236,11 +238,13 @@ def load_lora(
 ) -> str:
     """Add the LoRA in a file to sdxl, beside any others, and return its name.
 
+    path: the file, or the folder of a run of train.py, diffusers or peft.
     scale: 0 is off, 1 as trained. name: of the adapter (default: the next free number). Text
     encoders get adapters if the file has such keys; sdxl.free(...) drops them with the network.
     embeddings: add those that OneTrainer has bundled with the LoRA, as tokens.
     Raises ValueError if the file does not fit; then nothing has been added.
     """
+    path = lora_of_run(path)
     file = open_safetensors(path)
     networks = {network: sdxl.network(network) for network in networks_in(file.keys())}
     adapters = read_lora(path, networks, sdxl.source)
@@ -263,6 +267,7 @@ def load_lora(
 # Writing
 
 
+@checked
 def save_lora(
     sdxl: SDXL,
     path: str | Path,

@@ -8,7 +8,7 @@ from argparse import Namespace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from .. import cli
+from .. import cli, files
 from ..extras import distributed
 from . import outputs
 
@@ -150,10 +150,10 @@ def read_args(p: cli.Parser, argv: list[str] | None) -> Namespace:
         args.class_word = args.class_word or cli.EXAMPLE_CLASS
     name_subject(args, p)
     validate_flags(args, p)
-    if args.init_lora and Path(args.init_lora).is_dir():  # of a run
-        args.init_lora = str(Path(args.init_lora) / "lora.safetensors")
-    if args.init_lora and not Path(args.init_lora).is_file():
-        raise ValueError(f"--init-lora {args.init_lora}: no such file")
+    if args.init_lora:
+        args.init_lora = str(files.lora_of_run(args.init_lora))
+        if not Path(args.init_lora).is_file():
+            raise ValueError(f"--init-lora {args.init_lora}: no such file")
     if not (args.resume or args.check):
         outputs.check_no_overwrite(args, p)
     cli.choose_seed(args)

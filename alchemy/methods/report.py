@@ -38,6 +38,7 @@ class Report:
     def __post_init__(self):
         self.is_main = not distributed.rank()
         self.rows, self.log = [], None
+        self.preview_seconds = 0.0  # what a row of previews takes; 0 if none was generated yet
         self.recorder = self.validation = None
         if self.page:
             from ..extras.inspect.training_page import TrainingRecorder
@@ -73,8 +74,21 @@ class Report:
             last = now
             yield step, loss
 
+    def estimate(self) -> cli.Estimate:
+        """How long the steps and previews that are left will take."""
+        left, every = self.args.steps - self.state.step, self.args.preview_every
+        what = cli.count_of(left, "step")
+        if not every:
+            return cli.Estimate(left, what)
+        steps = range(self.state.step + 1, self.args.steps + 1)
+        count = sum(step % every == 0 or step == self.args.steps for step in steps)
+        known = "and" if self.preview_seconds else "without"
+        what = f"{what} {known} {cli.count_of(count, 'preview')}"
+        return cli.Estimate(left, what, count * self.preview_seconds)
+
     def add_previews(self) -> None:
         """A row of preview.png, and the LoRA of this step beside it."""
+        start = time.monotonic()
         step, path = self.state.step, self.out / "preview.png"
         row = preview(self.args, self.sdxl, self.task, step)
         if not self.is_main:
@@ -94,6 +108,7 @@ class Report:
             lora = self.out / "previews" / f"step-{step:06d}.safetensors"
             lora.parent.mkdir(exist_ok=True)
             save_lora(self.sdxl, lora, format=self.args.format)
+        self.preview_seconds = time.monotonic() - start
 
     def curve(self) -> Image.Image:
         """The loss, and the scores of --validate, over the steps."""

@@ -4,6 +4,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from .. import lora
+from ..arguments import checked, resolve_seed
 from ..dataset import encode_image, encode_prompts, make_batcher
 from ..sdxl import SDXL
 from ..training import TrainState, loss, train
@@ -11,6 +12,7 @@ from .captions import find_photos
 from .prior import teacher_batch
 
 
+@checked
 def train_lora(
     sdxl: SDXL,
     photos: str | Path | Iterable[str | Path],
@@ -20,7 +22,7 @@ def train_lora(
     steps: int | None = None,
     rank: int | None = None,
     learning_rate: float | None = None,
-    seed: int = 0,
+    seed: int | None = 0,
 ) -> Iterator[tuple[int, float]]:
     """Train a LoRA on photos of one subject with prior preservation; yields (step, loss).
 
@@ -34,6 +36,7 @@ def train_lora(
         raise ValueError("train_lora needs at least one photo")
     defaults = sdxl.defaults
     size = sdxl.size
+    seed = resolve_seed(seed)
     subject = f"a photo of a {token} {class_word}"
     class_prompt = f"a photo of a {class_word}"
     encoded = [encode_image(sdxl, path, size, subject) for path in photos]

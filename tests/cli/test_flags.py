@@ -14,6 +14,7 @@ import sample
 import train
 from alchemy import cli
 from alchemy.defaults import TABLE
+from alchemy.extras import other_tools
 from alchemy.formats import png
 
 HEAVY = {"torch", "numpy", "PIL", "safetensors", "tqdm", "huggingface_hub"}
@@ -97,10 +98,16 @@ NO_SIZES = "big 0 -8 64x 64x64x64 1e3 ² 16385 4294967296x4294967296".split()
         ("train", ["--alpha", "1e308"], ["--alpha", "at most 1e+06"]),
         ("train", ["--seed", "-2"], ["--seed", "at least -1"]),
         ("train", ["--overwrite", "--resume"], ["--resume", "not allowed with"]),
-        ("sample", ["--step", "3"], ["unrecognized arguments: --step", "here it is --steps"]),
+        ("sample", ["--step", "3"], ["unknown flag --step (here it is --steps)"]),
         ("sample", ["--sampler", "dpm"], ["--sampler", "'dpm'", "euler_ancestral"]),
         ("sample", ["--sampler", "Euler_a"], ["Euler_a", "here it is euler_ancestral"]),
         ("sample", ["--sampler", "DPM++ 2M"], ["here it is dpmpp_2m"]),
+        ("sample", ["--sampler", "unipc"], ["not available; the closest is dpmpp_2m"]),
+        ("sample", ["--dtype", "bf16"], ["here it is bfloat16"]),
+        ("train", ["--schedule", "linear"], ["the closest is cosine"]),
+        ("sample", ["a", "dog", "-x"], ["unknown flag -x (--help"]),
+        ("sample", ["a", "dog", "runs"], ["'dog runs' is left over", "in quotes"]),
+        ("sample", [f"--x{i}=1" for i in range(9)], ["--x4, and 4 more", "alchemy/CLI.md"]),
         ("sample", ["--timestep-spacing", "karras"], ["--timestep-spacing", "trailing"]),
         ("sample", ["--strength", "0"], ["--strength", "above 0 and at most 1"]),
         ("sample", ["--eta", "2"], ["--eta", "at least 0 and at most 1"]),
@@ -135,32 +142,43 @@ def test_a_refused_flag_is_named_in_one_line(script, argv, words):
 
 
 @pytest.mark.parametrize(
-    "script, flag, here",
+    "script, flags",
     [
-        ("train", "--lr", "--learning-rate"),
-        ("train", "--resolution", "--size"),
-        ("train", "--train_batch_size", "--batch"),
-        ("train", "--network_dim", "--rank"),
-        ("train", "--instance_prompt", "--class-word and --token"),
-        ("train", "--report-to", "log.csv"),
-        ("sample", "--num-images", "--count"),
-        ("sample", "--cfg-scale", "--guidance"),
-        ("sample", "--lora-scale", "--lora FILE:SCALE"),
-        ("sample", "--num_inference_steps", "--steps"),
-        ("sample", "--variant", "not needed"),
-        ("insert", "--width", "--size WIDTHxHEIGHT"),
+        ("train", {"--lr": "--learning-rate", "--network_dim": "--rank"}),
+        (
+            "train",
+            {"--train_batch_size": "--batch", "--instance_prompt": "--class-word and --token"},
+        ),
+        ("train", {"--resolution": "--size", "--train_data_dir": "the first argument"}),
+        ("train", {"--output_name": "--out FILE.safetensors", "--network-weights": "--init-lora"}),
+        ("sample", {"--num-images": "--count", "--lora-scale": "--lora FILE:SCALE"}),
+        ("sample", {"--cfg-scale": "--guidance", "--network_weights": "--lora"}),
+        ("sample", {"--batch_size": "--count", "--Num_Inference_Steps": "--steps"}),
+        ("insert", {"--width": "--size WIDTHxHEIGHT"}),
     ],
 )
-def test_flags_of_other_tools_are_answered_with_the_flag_here(script, flag, here):
-    line = refused(call(f"{script}.py", "a", flag, "3"), flag, "here it is " + here)
-    assert line.startswith("error: unrecognized arguments")
+def test_flags_of_other_tools_are_answered_with_the_flags_here(script, flags):
+    values = [f"{flag}=3" for flag in flags]
+    words = [f"{flag} (here it is {here}" for flag, here in flags.items()]
+    line = refused(call(f"{script}.py", "a", *values), *words)
+    assert line.startswith("error: unknown flag")
+
+
+@pytest.mark.parametrize("flag", ["--xformers", "--variant", "--report_to", "--push-to-hub"])
+def test_flags_that_have_no_counterpart_are_explained(flag):
+    refused(
+        call("train.py", flag), f"unknown flag {flag} (", "not " if "rep" not in flag else "log"
+    )
 
 
 def test_every_hint_names_a_flag_of_a_script():
-    known = set()
-    for module in (train, sample, insert):
-        known |= set(module.parser()._option_string_actions)
-    assert set(re.findall(r"--[\w-]+", " ".join(cli.OTHER_TOOLS))) <= known
+    parsers = [module.parser() for module in (train, sample, insert)]
+    known = set().union(*(p._option_string_actions for p in parsers))
+    assert set(re.findall(r"--[\w-]+", " ".join(other_tools.FLAGS))) <= known
+    for names in other_tools.FLAGS.values():
+        for name in names:  # none is a flag of all scripts, and each has an answer in one
+            assert any(p.flag_hint(f"--{name}") for p in parsers), name
+            assert not all(f"--{name}" in p._option_string_actions for p in parsers), name
 
 
 def test_seed_minus_1_draws_a_seed_and_reports_it(tiny):

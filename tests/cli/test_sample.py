@@ -202,7 +202,10 @@ def test_the_first_line_tells_what_runs_and_the_last_what_was_written(tiny):
     run = good(call("sample.py", PROMPT, *flags))
     what = "1 image of 20x36, euler, 4 of 4 steps, first t 751 (sigma 4.12)"
     assert run.err.splitlines()[0] == f"cpu, float32, {tiny}: {what}"
-    assert "seed 0: 4/4" in run.err and run.out == "wrote out/samples/0000.png\n"
+    assert (
+        "seed 0: 4/4" in run.err
+        and run.out == "wrote out/samples/0000.png\nopen out/samples/0000.png\n"
+    )
 
 
 def test_words_that_are_cut_from_a_prompt_are_named(tiny):

@@ -14,8 +14,9 @@ FAULTS = {
         ("low itself is above low", "value <= low if above", "value < low if above"),
         ("NaN is a number", " or value != value", ""),
         ("a scale may be infinite", "if not abs(scale) <= 1e6:", "if False:"),
-        ("other tools' flags give no hint", "name_here(name, OTHER_TOOLS)", '""'),
-        ("other tools' samplers give no hint", 'here it is {name}" if name', '" if name'),
+        ("other tools' flags give no hint", "other_tools.flag_here(name, known)", '""'),
+        ("other tools' samplers give no hint", "if not fits:", "if True:"),
+        ("only the first unknown flag is named", "flags[:MAX_HINTS]", "flags[:1]"),
         (
             "a switch takes any JSON",
             "action.nargs == 0 and type(value) is bool",

@@ -212,13 +212,20 @@ FAULTS = {
             "mask[None, None, ::factor, ::factor]",
         ),
     ),
-    ("pipeline", "core/insertion"): (
-        ("a list is a prompt", "if not isinstance(prompt, str):", "if False:"),
+    ("arguments", "core/insertion core/public"): (
+        ("a seed of None is 0", "secrets.randbits(31) if", "0 if"),
+        ("arguments are not checked", "if not holds(value):", "if False:"),
         (
-            "a seed of None is 0",
-            "generators([secrets.randbits(31) if seed",
-            "generators([0 if seed",
+            "None is always right",
+            "and not (value is None and ruled[name])",
+            "and value is not None",
         ),
+        ("NaN is a number", " and math.isfinite(value)", ""),
+        ("True is a whole number", "Integral) and not isinstance(value, bool)", "Integral)"),
+        ("0 is above 0", " and not (above and x == low)", ""),
+        ("other tools' arguments give no hint", 'if here.startswith("--"):', "if False:"),
+    ),
+    ("pipeline", "core/insertion"): (
         ("any size is accepted", "if min(size) < factor or height % factor or", "if False and"),
         (
             "no composite by the mask",

@@ -13,7 +13,13 @@ CLI_MD = ROOT / "alchemy" / "CLI.md"
 SCRIPTS = ("train", "sample", "insert")
 HEAD = """# Command line
 
-All flags of the three scripts, as `--help` prints them. Written by `python tests/helpers/flags.py`.
+All flags of the three scripts, as `--help` prints them, and
+[the flags of other tools](#flags-of-other-tools). Written by `python tests/helpers/flags.py`.
+"""
+OTHER = """## Flags of other tools
+
+A flag or value of diffusers, kohya's scripts, A1111 or ComfyUI is refused with its name here. Dashes
+and underscores are the same.
 """
 
 
@@ -44,12 +50,27 @@ def table(parser: argparse.ArgumentParser) -> str:
     return "\n".join(parts)
 
 
+def other_tools() -> str:
+    """What the flags and values of other tools are called here."""
+    from alchemy.extras.other_tools import FLAGS, VALUES
+
+    parts = ["| flags there | here |", "|---|---|"]
+    for answer, names in FLAGS.items():
+        there = ", ".join(f"`--{name}`" for name in names)
+        parts.append(f"| {there} | {answer} |")
+    parts += ["", "| values there | here |", "|---|---|"]
+    for answer, names in VALUES.items():
+        parts.append(f"| {', '.join(names)} | {answer} |")
+    return "\n".join(parts)
+
+
 def document() -> str:
     sys.path.insert(0, str(ROOT))
     parts = [HEAD]
     for script in SCRIPTS:
         parser = importlib.import_module(script).parser()
         parts.append(f"## {script}.py\n{table(parser)}\n")
+    parts.append(f"{OTHER}\n{other_tools()}\n")
     return "\n".join(parts)
 
 

@@ -175,7 +175,8 @@ def pictures(tiny):
 
     def draw(*argv):
         run = good(call("sample.py", *argv, "--weights", tiny))
-        return [pixels(line.split(" ", 1)[1]) for line in run.out.splitlines()]
+        lines = [line for line in run.out.splitlines() if line.startswith("wrote ")]
+        return [pixels(line.split(" ", 1)[1]) for line in lines]
 
     return draw
 
