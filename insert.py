@@ -49,12 +49,12 @@ def parser() -> cli.Parser:
     add("--image", "an image instead of a generated scene, of any size", metavar="FILE")
     text = "white where the subject goes, black where nothing may change; of the image's size"
     add("--mask", text, metavar="FILE")
-    text = cli.by_checkpoint("threshold", "of the soft mask, 0 to 1")
+    text = cli.by_checkpoint("threshold", "threshold of the soft mask, 0 to 1")
     add("--threshold", text, type=cli.SHARE, metavar="X")
     text = cli.by_checkpoint("dilate", "grow the mask by this share of the shorter side")
     add("--dilate", text, type=cli.SHARE, metavar="X")
     add = p.group("stage 2: the subject")
-    text = cli.by_checkpoint("strength", "above 0, to 1: how far the region is noised")
+    text = cli.by_checkpoint("strength", "how far the region is noised, above 0 and up to 1")
     add("--strength", text, type=cli.STRENGTH, metavar="S")
     text = "work on a part around the mask, at full resolution (default: if the image is large)"
     add("--crop", text, action=cli.BooleanOptionalAction)

@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 def parser() -> cli.Parser:
     p = cli.parser(__doc__)
     add = p.group("")
-    add("prompt", f"(default: the example subject {cli.EXAMPLE_SCENE})", nargs="?")
+    add("prompt", f"what to generate (default: the example subject {cli.EXAMPLE_SCENE})", nargs="?")
     add("--out", "folder, or a .png file (default: out/samples)", default="out/samples")
     text = "number of images, with the seeds --seed, --seed + 1, ... (default: 1)"
     add("--count", text, type=cli.COUNT, default=1, metavar="N")
@@ -41,11 +41,11 @@ def parser() -> cli.Parser:
     add("--prompts", text, metavar="FILE")
     text = "image to start from (Img2Img); it is scaled and cropped to --size"
     add("--image", text, metavar="FILE")
-    text = cli.by_checkpoint("strength", "above 0, to 1: how far the image is noised")
+    text = cli.by_checkpoint("strength", "how far the image is noised, above 0 and up to 1")
     add("--strength", text, type=cli.STRENGTH, metavar="S")
-    text = "take the settings from this image by sample.py; other flags override them"
+    text = "repeat the settings of this image, which sample.py wrote; other flags override them"
     add("--like", text, metavar="IMAGE")
-    text = "add the LoRAs to the weights first: faster steps, results equal but for rounding"
+    text = "add the LoRAs to the weights first: faster steps, equal results but for rounding"
     add("--merge", text, action="store_true")
     cli.add_checkpoint(p)
     cli.add_sampling(p)

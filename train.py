@@ -91,7 +91,7 @@ def run(args: Namespace, out: Path, page: Path | None) -> int:
             outputs.restore(args, state, saved)
         if args.check:
             tasks.time_step(args, sdxl, state, get_loss)
-            cli.log_written(out / "check.png")
+            cli.log_written(out / "check.png", main=out / "check.png")
             stopped = 0
         else:
             stopped = train_and_save(Report(args, out, page, sdxl, task, state), get_loss)

@@ -82,12 +82,10 @@ def is_shape(value: Any) -> bool:
 
 
 def are_seeds(value: Any) -> bool:
-    import torch
-
-    def is_source(item: Any) -> bool:
-        return is_seed(item) or isinstance(item, torch.Generator)
-
-    return is_sequence(value) and len(value) > 0 and all(map(is_source, value))
+    """Whole numbers, or what stands for a torch.Generator."""
+    if not is_sequence(value) or not len(value):
+        return False
+    return not any(isinstance(item, (str, float, bool)) for item in value)
 
 
 def is_sequence(value: Any) -> bool:

@@ -276,20 +276,22 @@ def add_checkpoint(p: Parser) -> None:
     add = p.group("checkpoint")
     text = "folder, .safetensors file or Hub id of an SDXL checkpoint (default: the miniature)"
     add("--weights", text, default=MINI, metavar="PATH|ID")
-    add("--vae", "another VAE", metavar="PATH|ID")
-    text = "configurations for a single file (default: SDXL base's)"
+    add("--vae", "VAE to use instead of the checkpoint's", metavar="PATH|ID")
+    text = "configurations for --weights that is a single file (default: SDXL base's)"
     add("--model-config", text, metavar="FOLDER")
     add("--revision", "branch, tag or commit on the Hub", metavar="NAME")
-    add("--device", "auto, cuda, mps, cpu (default: auto)", default="auto")
+    add("--device", "auto, cuda, mps or cpu (default: auto, the fastest there is)", default="auto")
     dtypes = ("auto", "float32", "bfloat16", "float16")
-    text = "of the networks (default: auto, float32 on the CPU)"
+    text = "number format of the networks (default: auto, which is float32 on a CPU)"
     add("--dtype", text, default="auto", choices=dtypes)
-    text = "JSON file with flags, such as settings.json of a run; flags given here override it"
+    text = (
+        "JSON file with flags, such as a run's settings.json; flags on the command line override it"
+    )
     add("--config", text, metavar="FILE")
     add = p.group("speed and memory")
     text = "store the UNet's linear layers in 8 bits: half of bfloat16's memory (default: no)"
     add("--fp8-base", text, action=BooleanOptionalAction, default=None)
-    text = "compile the UNet's blocks: faster steps after a first one of minutes (default: no)"
+    text = "compile the UNet's blocks: faster steps, but minutes before the first (default: no)"
     add("--compile", text, action=BooleanOptionalAction, default=None)
 
 
@@ -298,22 +300,22 @@ def add_sampling(p: Parser) -> None:
     add = p.group("sampling")
     text = "LoRA file, or the folder of a run; may be repeated"
     add("--lora", text, type=scaled_file, action="append", metavar="FILE[:SCALE]")
-    text = "textual-inversion embedding; its token is the file's own, or its name; may be repeated"
+    text = "textual-inversion file, used by its token (the log says which); may be repeated"
     add("--embedding", text, action="append", metavar="FILE")
-    text = "what guidance leads away from (default: zeros, as SDXL was trained)"
+    text = "what the image should not show (default: zeros, as SDXL was trained)"
     add("--negative-prompt", text, metavar="TEXT")
     text = by_checkpoint("sampler", ", ".join(SAMPLERS))
     add("--sampler", text, choices=tuple(SAMPLERS), metavar="NAME")
     spacings = ("leading", "trailing", "linspace")
-    text = "of the sampler's timesteps (default: the checkpoint's; lcm has its own)"
+    text = "how the timesteps are spaced (default: by the checkpoint; lcm has its own)"
     add("--timestep-spacing", text, dest="spacing", choices=spacings)
     add("--steps", by_checkpoint("steps", "denoising steps"), type=COUNT, metavar="N")
-    text = by_checkpoint("guidance", "classifier-free guidance; 1 is none")
+    text = by_checkpoint("guidance", "scale of classifier-free guidance; 1 is none")
     add("--guidance", text, type=WEIGHT, metavar="G")
     text = "share of fresh noise at each step, 0 to 1 (default: the sampler's)"
     add("--eta", text, type=SHARE, metavar="E")
-    add("--size", by_checkpoint("size", "pixels"), type=size, metavar="N|WxH")
-    text = "of the noise; the same seed gives the same image; -1 draws one (default: 0)"
+    add("--size", by_checkpoint("size", "size in pixels"), type=size, metavar="N|WxH")
+    text = "seed of the noise; the same seed gives the same image; -1 draws one (default: 0)"
     add("--seed", text, type=SEED, default=0, metavar="N")
 
 
@@ -321,7 +323,7 @@ def add_inspect(p: Parser) -> None:
     add = p.group("inspection")
     text = "folder for an HTML page that shows every step; if not empty, the next free number"
     add("--inspect", text, metavar="FOLDER")
-    text = "with --inspect: all arrays too, as safetensors beside the page"
+    text = "with --inspect: write all arrays too, as safetensors beside the page"
     add("--inspect-full", text, action="store_true")
 
 
@@ -425,7 +427,7 @@ def find_loras(args: argparse.Namespace) -> None:
     from . import files
 
     for i, (path, scale) in enumerate(args.lora):
-        args.lora[i] = (str(files.lora_of_run(path)), 1.0 if scale is None else scale)
+        args.lora[i] = (str(files.lora_of_run(path, "--lora")), 1.0 if scale is None else scale)
 
 
 def single_token(token: str, class_word: str) -> str:

@@ -28,10 +28,10 @@ def replace(path: str | Path, write: Callable[[Path], object]) -> Path:
     return Path(path)
 
 
-def lora_of_run(path: str | Path) -> Path:
+def lora_of_run(path: str | Path, flag: str = "") -> Path:
     """The path of a LoRA file; of the folder of a run, the file in it.
 
-    Raises ValueError for a folder without one.
+    flag: which names it, for messages. Raises ValueError for a folder without one.
     """
     path = Path(path)
     if not path.is_dir():
@@ -39,7 +39,8 @@ def lora_of_run(path: str | Path) -> Path:
     for name in LORA_FILES:
         if (path / name).exists():
             return path / name
-    raise ValueError(f"{path}: no LoRA in this folder ({', '.join(LORA_FILES)})")
+    name = f"{flag} {path}".strip()
+    raise ValueError(f"{name}: no LoRA in this folder ({', '.join(LORA_FILES)})")
 
 
 def create(path: str | Path, write: Callable[[Path], object]) -> Path:

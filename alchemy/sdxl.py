@@ -180,7 +180,7 @@ class SDXL:
                 raise ValueError(f"a prompt is a text or None, not {prompt!r:.60}")
             rest = self.tokenizers[0].truncated_text(prompt or "")
             if rest:
-                warnings.warn(f"prompt too long, these words are lost: {rest!r}", stacklevel=2)
+                warnings.warn(f"prompt too long, these words are cut off: {rest!r}", stacklevel=2)
 
         # Both encoders; each tokenizer pads in its own way.
         outputs = []

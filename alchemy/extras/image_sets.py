@@ -132,7 +132,7 @@ def read_like(path: str, p: cli.Parser, args: argparse.Namespace) -> dict:
     """
     metadata = png.read_metadata(path)
     if not isinstance(metadata, dict) or metadata.get("script") != "sample.py":
-        raise ValueError(f"--like {path}: not an image by sample.py")
+        raise ValueError(f"--like {path}: sample.py did not write this image")
     values = {}
     try:
         for name in LIKE_SETTINGS:

@@ -95,7 +95,7 @@ def read_table(folder: Path, table: Path) -> list[Example]:
         if line.strip():
             examples.append(read_row(folder, f"{table}, line {number}", line))
     if not examples:
-        raise ValueError(f"{table}: it has no line")
+        raise ValueError(f"{table}: it is empty")
     examples.sort()
     for (path, _), (following, _) in pairwise(examples):
         if path == following:

@@ -60,7 +60,7 @@ def add_subject(p: cli.Parser) -> None:
     add("--token", text, metavar="WORD")
     text = 'prompt of each photo, {} is token and class word (default: "a photo of a {}")'
     add("--caption", text, default="a photo of a {}", metavar="TEXT")
-    add("--captions", "the images have captions; there is no class word", action="store_true")
+    add("--captions", "train on images with captions, not on one subject", action="store_true")
     text = "train on a part of each photo: its alpha channel, the class word's region, or masks "
     text += "with the photos' names (default: all of it)"
     add("--mask", text, metavar="alpha|segment|FOLDER")
@@ -80,32 +80,48 @@ def add_training(p: cli.Parser) -> None:
     add("--method", text, default="lora", choices=tuple(DEFAULT_RATE))
     text = cli.by_checkpoint("training_steps", "optimizer steps")
     add("--steps", text, type=cli.COUNT, metavar="N")
-    text = cli.by_checkpoint("learning_rate", "of AdamW") + ", "
+    text = cli.by_checkpoint("learning_rate", "learning rate of AdamW") + ", "
     text += cli.by_checkpoint("full_rate", "with --method full") + ", "
     text += cli.by_checkpoint("word_rate", "with textual-inversion")
     add("--learning-rate", text, type=cli.POSITIVE, metavar="X")
-    text = "learning rate after the warm-up, cosine ends at 0 (default: constant)"
+    text = "course of the learning rate after the warm-up; cosine ends at 0 (default: constant)"
     add("--schedule", text, default="constant", choices=("constant", "cosine"))
-    add("--warmup", "steps of rising rate (default: 0)", type=cli.WHOLE, default=0, metavar="N")
+    add(
+        "--warmup",
+        "steps over which the learning rate rises (default: 0)",
+        type=cli.WHOLE,
+        default=0,
+        metavar="N",
+    )
     add("--batch", cli.by_checkpoint("batch", "photos per batch"), type=cli.COUNT, metavar="N")
     add("--accumulation", "batches per step (default: 1)", type=cli.COUNT, default=1, metavar="N")
-    add("--size", cli.by_checkpoint("size", "pixels"), type=cli.size, metavar="N|WxH")
-    text = cli.by_checkpoint("rank", "of the LoRA")
+    add("--size", cli.by_checkpoint("size", "size in pixels"), type=cli.size, metavar="N|WxH")
+    text = cli.by_checkpoint("rank", "rank of the LoRA")
     add("--rank", text, type=cli.number(int, 1, 4096), metavar="N")
     add("--alpha", "scales the LoRA by alpha/rank (default: rank)", type=cli.POSITIVE, metavar="X")
     add("--init-lora", "continue training this LoRA (default: a new one)", metavar="FILE")
     add("--text-encoders", "with --method full: train both encoders too", action="store_true")
-    text = "weight of prior preservation, which keeps the class word; 0 is none (default: 1)"
+    text = (
+        "weight of prior preservation, which keeps the class word's meaning; 0 is none (default: 1)"
+    )
     add("--prior-weight", text, type=cli.WEIGHT, default=1.0, metavar="X")
     text = "prior preservation with N class images, generated first, instead of the model's own "
     text += "prediction (default: 0; 100 with --method full)"
     add("--class-images", text, type=cli.WHOLE, metavar="N")
-    add("--class-folder", "where they are kept (default: class/ in --out)", metavar="FOLDER")
+    add(
+        "--class-folder",
+        "where the class images are kept (default: class/ in --out)",
+        metavar="FOLDER",
+    )
     text = "share of captions that are dropped, with --captions (default: 0.1)"
     add("--caption-dropout", text, type=cli.SHARE, default=0.1, metavar="X")
     text = "vectors of the new token in each text encoder (default: 2)"
     add("--vectors", text, type=cli.number(int, 1, 75), default=2, metavar="N")
-    add("--init-word", "the new token starts from it (default: the class word)", metavar="WORD")
+    add(
+        "--init-word",
+        "word that the new token starts from (default: the class word)",
+        metavar="WORD",
+    )
     add("--style", "the new token is a style, not an object", action="store_true")
     text = "min-SNR weighting of the loss; 0 is none (default: 5)"
     add("--snr-gamma", text, type=cli.WEIGHT, default=5.0, metavar="X")
@@ -113,12 +129,20 @@ def add_training(p: cli.Parser) -> None:
     add("--mirror", text, action=cli.BooleanOptionalAction, default=False)
     text = "less memory, a third more time (default: by free GPU memory; on a CPU for SDXL)"
     add("--checkpointing", text, action=cli.BooleanOptionalAction)
-    add("--seed", "-1 draws one (default: 0)", type=cli.SEED, default=0, metavar="N")
+    add(
+        "--seed",
+        "seed of everything random; -1 draws one (default: 0)",
+        type=cli.SEED,
+        default=0,
+        metavar="N",
+    )
 
 
 def add_files(p: cli.Parser) -> None:
     add = p.group("files")
-    add("--check", "look at the photos, write check.png, time a step, stop", action="store_true")
+    add(
+        "--check", "check the photos, write check.png, time one step, and stop", action="store_true"
+    )
     text = "key names in lora.safetensors (default: kohya, which all tools read)"
     add("--format", text, default="kohya", choices=("kohya", "diffusers", "peft"))
     text = "steps between previews; 0 is none (default: a quarter of the steps)"
@@ -151,7 +175,7 @@ def read_args(p: cli.Parser, argv: list[str] | None) -> Namespace:
     name_subject(args, p)
     validate_flags(args, p)
     if args.init_lora:
-        args.init_lora = str(files.lora_of_run(args.init_lora))
+        args.init_lora = str(files.lora_of_run(args.init_lora, "--init-lora"))
         if not Path(args.init_lora).is_file():
             raise ValueError(f"--init-lora {args.init_lora}: no such file")
     if not (args.resume or args.check):
@@ -166,7 +190,7 @@ def read_resumed(p: cli.Parser, argv: list[str] | None, given: Namespace) -> Nam
     path = out / outputs.SETTINGS
     if not path.exists():
         raise ValueError(
-            f"{out}: no run to resume, it has no {path.name}; without --resume, one starts"
+            f"{out}: no run to resume ({path.name} is missing); leave out --resume to start one"
         )
     saved = cli.read_settings(path, p)
     suffix = ".safetensors" if saved.get("out", "").endswith(".safetensors") else ""
@@ -175,8 +199,8 @@ def read_resumed(p: cli.Parser, argv: list[str] | None, given: Namespace) -> Nam
     args.out = fixed["out"]
     if args.method != saved.get("method"):
         raise ValueError(
-            f"--method {args.method} is not that of the run in {out}, {saved.get('method')}; "
-            "leave it out, or name another --out"
+            f"the run in {out} is one of --method {saved.get('method')}, which --method "
+            f"{args.method} cannot continue; leave it out, or name another --out"
         )
     return args
 
@@ -229,15 +253,15 @@ def validate_flags(args: Namespace, p: cli.Parser) -> None:
     one_file, is_file = args.out.endswith(".safetensors"), Path(args.weights).is_file()
     if args.method == "full" and is_file and not (one_file or args.model_config):
         raise ValueError(
-            f"{args.weights}: --method full writes a folder, and a single file brings no "
-            "configurations; give --out FILE.safetensors, or --model-config FOLDER"
+            f"{args.weights}: --method full writes a folder, and a single file has no "
+            "configurations for it; give --out FILE.safetensors, or --model-config FOLDER"
         )
     if args.fp8_base and args.method == "full":
         raise ValueError("--fp8-base does not apply to --method full, which trains these weights")
     if args.validate and (args.preview_prompt or args.preview_every == 0):
         raise ValueError(
             "--validate scores the previews of subject and class; "
-            "it goes without --preview-prompt and --preview-every 0"
+            "leave out --preview-prompt and --preview-every 0"
         )
     if args.dino and not args.validate:
         raise ValueError("--dino has no effect without --validate")
@@ -251,7 +275,7 @@ def validate_flags(args: Namespace, p: cli.Parser) -> None:
 
 def validate_inversion(args: Namespace, one_file: bool) -> None:
     if args.format == "peft":
-        raise ValueError("--format peft is for a LoRA; an embedding has kohya or diffusers")
+        raise ValueError("--format peft is for a LoRA; of an embedding it is kohya or diffusers")
     if args.format == "diffusers" and one_file:
         raise ValueError(f"--out {args.out}: --format diffusers writes a folder; name one")
     if not (args.class_word or args.init_word):
@@ -275,7 +299,7 @@ def validate_subject(args: Namespace) -> None:
         raise ValueError("--class-folder does not apply to this run; it belongs to --class-images")
     if args.method == "full" and args.prior_weight and not args.class_images:
         raise ValueError(
-            "--method full changes the model that prior preservation would compare with; "
+            "--method full changes the model, so that it cannot be its own prior; "
             "give --class-images, or --prior-weight 0"
         )
 

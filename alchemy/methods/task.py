@@ -36,7 +36,7 @@ def list_examples(args: Namespace) -> list[Example]:
         return examples
     photos, skipped = find_subject_photos(args.photos)
     for name in skipped:
-        cli.log(f"skipped {name}: not a JPEG, PNG or WebP image")
+        cli.log(f"skipped {name}: not a JPEG, PNG, WebP, BMP or TIFF image")
     if args.method == "textual-inversion":
         prompt = textual_inversion.build_prompts(args.token, args.style)[0]
     else:
@@ -123,10 +123,13 @@ def prepare_subject(
     shown = args.preview_prompt or [subject, class_prompt, UNRELATED_PROMPT]
     prompts = encode_prompts(args, sdxl, [subject, class_prompt, *shown])
     count = cli.count_of(len(set(examples)), "photo")
-    cli.log(f"{count}, {subject!r}; prior weight {args.prior_weight:g} on {class_prompt!r}")
+    cli.log(f"{count}, trained as {subject!r}")
+    if args.prior_weight:
+        weight = f"prior preservation of weight {args.prior_weight:g}"
+        cli.log(f"{class_prompt!r} is kept as it is, by {weight}")
     get_class_batch = None
     if args.class_images:
-        cli.log(f"{cli.count_of(args.class_images, 'class image')} for the prior")
+        cli.log(f"{cli.count_of(args.class_images, 'class image')} for prior preservation")
         # They have noise and timesteps of their own. For --check, the photos are as good.
         generated = photos if args.check else encode_class_images(args, sdxl, class_prompt, jobs)
         get_class_batch = make_batcher(args, sdxl, generated, args.seed + prior.FIRST_SEED)
@@ -213,7 +216,9 @@ def inspect_photos(args: Namespace, sdxl: SDXL, examples: Sequence, out: Path) -
         try:
             png.read_metadata(sheet_path)
         except ValueError:
-            raise ValueError(f"{sheet_path} is not of --check; --overwrite replaces it") from None
+            raise ValueError(
+                f"{sheet_path} was not written by --check; --overwrite replaces it"
+            ) from None
 
     def mask_of(path):
         # Raises where a mask is missing. Segmenting takes the model: one photo stands for all.
@@ -245,4 +250,4 @@ def time_step(args: Namespace, sdxl: SDXL, state: TrainState, get_loss: GetLoss)
         ends.append(time.perf_counter())
     seconds = ends[1] - ends[0]
     total = cli.duration(args.steps * seconds)
-    cli.log(f"a step takes {seconds:.1f} s, {cli.count_of(args.steps, 'step')} {total}")
+    cli.log(f"a step takes {seconds:.1f} s, {cli.count_of(args.steps, 'step')} about {total}")

@@ -120,7 +120,7 @@ def test_check_replaces_its_own_sheet_alone(taught, tmp_path):
     (tmp_path / "run").mkdir()
     picture(8, 8).save(tmp_path / "run" / "check.png")
     before = contents("run")
-    refused(taught("--check", "--out", "run"), "check.png is not of --check")
+    refused(taught("--check", "--out", "run"), "check.png was not written by --check")
     assert contents("run") == before
     good(taught("--check", "--out", "run", "--overwrite"))
     good(taught("--check", "--out", "run"))

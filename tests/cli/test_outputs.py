@@ -237,7 +237,7 @@ def test_a_path_that_stdout_cannot_encode_is_escaped(tiny, encoding):
 def test_a_run_with_closed_stderr_writes_its_image(tiny):
     argv = ("a", "--weights", tiny, "--steps", 1)
     run = start("sample.py", *argv, stderr=None, preexec_fn=lambda: os.close(2))
-    assert run.communicate(timeout=120)[0] == "wrote out/samples/0000.png\n"
+    assert run.communicate(timeout=120)[0].startswith("wrote out/samples/0000.png\n")
     assert run.returncode == 0
 
 

@@ -132,7 +132,7 @@ def like_image(**metadata):
         ({"prompt": None}, "prompt"),
         ({"prompt": ["a"]}, "prompt"),
         ({"size": [2**40, 8]}, "size"),
-        ({"script": "other"}, "not an image by sample.py"),
+        ({"script": "other"}, "sample.py did not write this image"),
     ],
 )
 def test_a_hostile_image_is_refused_by_like(metadata, word):

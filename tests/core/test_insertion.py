@@ -316,10 +316,7 @@ def test_masked_image_to_image_is_bit_identical_outside_the_mask(height, width, 
 @pytest.mark.parametrize(
     "call, message",
     [
-        (
-            lambda sdxl: alchemy.text_to_image(sdxl, ["a dog"]),
-            "prompt is \\['a dog'\\]; it must be one",
-        ),
+        (lambda sdxl: alchemy.text_to_image(sdxl, ["a dog"]), "prompt is .* must be one text"),
         (lambda sdxl: alchemy.text_to_image(sdxl, "a", size=(32, 30)), "30x32.*multiples of 4"),
         (lambda sdxl: alchemy.text_to_image(sdxl, "a", size=2**32), "more than 100 million"),
         (lambda sdxl: alchemy.text_to_image(sdxl, "a", size=(4, 400)), "longer than 50:1"),

@@ -107,3 +107,13 @@ def test_a_path_in_place_of_a_checkpoint_and_a_foreign_argument_are_explained(sd
         alchemy.text_to_image(sdxl, "a dog", guidance_scale=5)
     with pytest.raises(TypeError, match="unexpected keyword argument 'foo'$"):
         alchemy.text_to_image(sdxl, "a dog", foo=5)
+
+
+@pytest.mark.parametrize("name", ["lora", "pytorch_lora_weights", "adapter_model"])
+def test_a_lora_is_loaded_from_the_folder_of_a_run(sdxl, tmp_path, name):
+    with pytest.raises(ValueError, match="no LoRA in this folder .*lora.safetensors"):
+        alchemy.load_lora(sdxl, tmp_path)
+    alchemy.add_lora(sdxl, 2)
+    alchemy.save_lora(sdxl, tmp_path / f"{name}.safetensors")
+    assert alchemy.load_lora(sdxl, tmp_path, name="loaded") == "loaded"
+    assert "LoRAs: default, loaded" in repr(sdxl)

@@ -12,8 +12,11 @@ from PIL import Image
 from torch import Tensor
 
 from ... import cli, pipeline, samplers
+from ...arguments import checked, resolve_seed
 from ...files import replace, save_tensors
+from ...images import Size
 from ...pipeline import Progress
+from ...samplers import Sampler
 from ...sampling import Hook
 from ...sdxl import SDXL
 from . import stage
@@ -24,18 +27,19 @@ PARTS = Path(__file__).with_name("page")
 SCRIPTS = ("base.js", "stage.js", "attention.js", "insertion.js", "training.js", "start.js")
 
 
+@checked
 def inspect(
     sdxl: SDXL,
     prompt: str,
     folder: str | PathLike,
     *,
-    size: tuple[int, int] | None = None,
-    seed: int = 0,
+    size: int | Size | None = None,
+    seed: int | None = 0,
     negative_prompt: str | None = None,
     full: bool = False,
     hook: Hook | None = None,
     progress: Progress | None = None,
-    sampler: str | None = None,
+    sampler: str | Sampler | None = None,
     spacing: str | None = None,
     steps: int | None = None,
     guidance: float | None = None,
@@ -47,7 +51,7 @@ def inspect(
     full: write all arrays too, as safetensors. The rest: see alchemy.text_to_image.
     Returns the image and the paths written, index.html last.
     """
-    size = pipeline.resolve_size(sdxl, size)
+    size, seed = pipeline.resolve_size(sdxl, size), resolve_seed(seed)
     options = pipeline.resolve_options(
         sdxl, sampler=sampler, spacing=spacing, steps=steps, guidance=guidance, eta=eta
     )
