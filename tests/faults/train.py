@@ -142,8 +142,13 @@ FAULTS = {
         ),
         ("a LoRA to start from may be missing", "not Path(args.init_lora).is_file():", "False:"),
     ),
-    ("methods/flags", "core/training"): (
-        ("a run is no LoRA to start from", "Path(args.init_lora).is_dir():", "False:"),
+    ("files", "core/public cli/training_flags"): (
+        (
+            "the folder of a run is no LoRA",
+            "if not path.is_dir():\n        return path",
+            "return path",
+        ),
+        ("a LoRA has one name", "for name in LORA_FILES:", "for name in LORA_FILES[:1]:"),
     ),
     ("methods/outputs", "cli/training_flags"): (
         ("a file named as the unfinished result is lost", "paths.append(out / NEW)", "pass"),
