@@ -241,12 +241,13 @@ def train(
     """
     optimizer, scaler = state.optimizer, state.scaler
     lower_precision = autocast_to_dtype(sdxl, autocast)
+    adapters = lora.adapters(sdxl.unet)
     for step in range(state.step, steps):
         # Accumulate the gradients of the micro-steps.
         optimizer.zero_grad(set_to_none=True)
         total = 0.0
         for micro_step in range(accumulation):
-            with lora.cast_adapters(sdxl.unet, sdxl.dtype):
+            with lora.cast_adapters(adapters, sdxl.dtype):
                 with lower_precision:
                     value = get_loss(step, micro_step) / accumulation
                 scaler.scale(value).backward()

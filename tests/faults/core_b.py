@@ -294,8 +294,8 @@ FAULTS = {
         ("scales are not restored", "adapter.scale = old", "pass"),
         (
             "every adapter gets the scale of one",
-            "chosen = adapters(model, name)",
-            "chosen = adapters(model)",
+            "chosen = scalable_adapters(model, name)",
+            "chosen = scalable_adapters(model)",
         ),
         (
             "a convolution's adapter without its stride",
