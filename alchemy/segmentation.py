@@ -52,7 +52,8 @@ class AttentionMaps:
     earlier steps there is nothing to see yet.
 
     cross: {(h, w): (sum, count)} of maps (h·w,) by the size of their layer; self_attn: the same
-    of matrices (h·w, h·w). pending: what was recorded since the last accumulate.
+    of matrices (h·w, h·w). pending: the same, by (is it cross-attention, size), of what was
+    recorded since the last accumulate; sums, since the matrices of all layers are gigabytes.
     """
 
     def __init__(
@@ -70,7 +71,7 @@ class AttentionMaps:
         self.high_t = window[1] * timesteps
         self.cross: dict[Size, tuple[Tensor, int]] = {}
         self.self_attn: dict[Size, tuple[Tensor, int]] = {}
-        self.pending: list[tuple[str, Tensor]] = []
+        self.pending: dict[tuple[bool, Size], tuple[Tensor, int]] = {}
 
     def layer_size(self, name: str) -> Size:
         """(h, w) of a layer: the latents' sides, halved and rounded up at each level down."""
@@ -101,21 +102,23 @@ class AttentionMaps:
     def collect(self, name: str, probabilities: Tensor) -> None:
         """Add one layer's probabilities (1, heads, N, M), of the conditional half of the batch."""
         p = probabilities[-1].mean(0)  # (N, M)
-        if name.endswith("attn2"):
+        is_cross = name.endswith("attn2")
+        if is_cross:
             # One by one: to index by a list would wait for the device.
             columns = [p[:, position] for position in self.positions]
             p = torch.stack(columns, dim=1).mean(1)  # (N,)
-        self.pending.append((name, p))
+        key = is_cross, self.layer_size(name)
+        total, count = self.pending.get(key, (0, 0))
+        self.pending[key] = (total + p, count + 1)
 
     def accumulate(self, t: float) -> None:
         """Count what is pending, recorded at timestep t, if t is in the window; else discard it."""
         if self.in_window(t):
-            for name, p in self.pending:
-                table = self.cross if name.endswith("attn2") else self.self_attn
-                size = self.layer_size(name)
+            for (is_cross, size), (p, layers) in self.pending.items():
+                table = self.cross if is_cross else self.self_attn
                 total, count = table.get(size, (0, 0))
-                table[size] = (total + p, count + 1)
-        self.pending = []
+                table[size] = (total + p, count + layers)
+        self.pending = {}
 
     def in_window(self, t: float) -> bool:
         return self.low_t <= t <= self.high_t

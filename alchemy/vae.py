@@ -170,29 +170,46 @@ def strips(x: Tensor) -> Iterator[tuple[int, int]]:
 
 
 def in_strips(
-    layer: Callable[[Tensor], Tensor], x: Tensor, channels: int, factor: int = 1
+    layer: Callable[[Tensor], Tensor],
+    x: Tensor,
+    channels: int,
+    factor: int = 1,
+    in_place: bool = False,
 ) -> Tensor:
-    """layer(x): `channels` at `factor` times the sides, of which each row needs three of x."""
+    """layer(x): `channels` at `factor` times the sides, of which each row needs three of x.
+
+    in_place: the result replaces x, which has the same shape.
+    """
     batch, _, height, width = x.shape
-    channels_last = x.is_contiguous(memory_format=torch.channels_last)
-    result = torch.empty(
-        (batch, channels, factor * height, factor * width),
-        dtype=x.dtype,
-        device=x.device,
-        memory_format=torch.channels_last if channels_last else torch.contiguous_format,
-    )
+    if in_place:
+        result = x
+    else:
+        channels_last = x.is_contiguous(memory_format=torch.channels_last)
+        result = torch.empty(
+            (batch, channels, factor * height, factor * width),
+            dtype=x.dtype,
+            device=x.device,
+            memory_format=torch.channels_last if channels_last else torch.contiguous_format,
+        )
+    above = x[:, :, :0]  # in place: the row above the strip, before it was replaced
     for start, end in strips(result):
         # The rows of x, one more above and one more below.
         top = max(start // factor - 1, 0)
         bottom = min(-(-end // factor) + 1, height)
-        y = layer(x[:, :, top:bottom])
+        rows = x[:, :, top:bottom]
+        if in_place:
+            rows = torch.cat([above, x[:, :, start:bottom]], dim=2)
+            above = x[:, :, end - 1 : end].clone()
+        y = layer(rows)
         offset = factor * top
         result[:, :, start:end] = y[:, :, start - offset : end - offset]
     return result
 
 
-def conv_in_strips(norm: nn.GroupNorm, conv: nn.Conv2d, x: Tensor) -> Tensor:
-    """conv(silu(norm(x))); norm(x) is a · x + b with a, b (B, C, 1, 1)."""
+def conv_in_strips(
+    norm: nn.GroupNorm, conv: nn.Conv2d, x: Tensor, in_place: bool = False
+) -> Tensor:
+    """conv(silu(norm(x))), in place of x or not; norm(x) is a · x + b with a, b (B, C, 1, 1)."""
     mean = group_mean(x, norm.num_groups)
     variance = group_mean(x, norm.num_groups, mean)
     of_group = torch.arange(norm.num_groups, device=x.device)
@@ -205,7 +222,7 @@ def conv_in_strips(norm: nn.GroupNorm, conv: nn.Conv2d, x: Tensor) -> Tensor:
         h = torch.addcmul(b, rows.to(a.dtype), a).to(x.dtype)
         return conv(F.silu(h, inplace=True))
 
-    return in_strips(norm_silu_conv, x, conv.out_channels)
+    return in_strips(norm_silu_conv, x, conv.out_channels, in_place=in_place)
 
 
 def group_mean(x: Tensor, groups: int, center: Tensor | None = None) -> Tensor:
@@ -224,7 +241,7 @@ def group_mean(x: Tensor, groups: int, center: Tensor | None = None) -> Tensor:
 def resnet_in_strips(resnet: ResnetBlock, x: Tensor) -> Tensor:
     """resnet(x)."""
     h = conv_in_strips(resnet.norm1, resnet.conv1, x)
-    h = conv_in_strips(resnet.norm2, resnet.conv2, h)
+    h = conv_in_strips(resnet.norm2, resnet.conv2, h, in_place=True)
     for start, end in strips(h):
         rows = x[:, :, start:end]
         h[:, :, start:end] += resnet.shortcut(rows)

@@ -22,7 +22,7 @@ UNET, VAE, TEXT_ENCODERS = 2.567 * GB, 0.084 * GB, 0.818 * GB  # parameters
 FP8_UNET = 2.908 * GB  # bytes: linear layers in 8 bits, the rest in bfloat16
 LORA_PER_RANK = 1_451_520  # parameters of a LoRA of rank 1
 VAE_DECODE = 1.611 * GB  # activations; those of the UNet in a sampling are fewer
-DECODE_IN_STRIPS = (0.173 * GB, 1024)  # of large images: (fixed, bytes of each pixel)
+DECODE_IN_STRIPS = (0.312 * GB, 768)  # of large images: (fixed, bytes of each pixel)
 # Activations and gradients of a training step: (first image, each further image).
 STEP = {
     ("lora", False): (5.674 * GB, 5.627 * GB),

@@ -213,7 +213,7 @@ def scripts(b: Bench) -> Iterator[dict]:
     """The scripts from end to end on the miniature. A run that fails is the error of the row."""
     with tempfile.TemporaryDirectory() as folder:
         base = ["--device", b.device, "--seed", 0]
-        train = ["train.py", *base, "--steps", 4, "--preview-every", 4, "--out"]
+        train = ["train.py", *base, "--steps", 4, "--batch", 1, "--preview-every", 0, "--out"]
         sample = ["sample.py", *base, "--steps", 4, "--out"]
         ranks = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", 1]
         commands = {
@@ -233,7 +233,7 @@ def resume(b: Bench) -> Iterator[dict]:
     """train.py --method full, interrupted and resumed, against a run that was not."""
     with tempfile.TemporaryDirectory() as folder:
         command = ["train.py", "--device", b.device, "--seed", 0, "--method", "full"]
-        command += ["--preview-every", 0, "--steps", b.resume_steps, "--out"]
+        command += ["--batch", 1, "--preview-every", 0, "--steps", b.resume_steps, "--out"]
         yield entry("train.py --method full", run_script(*command, f"{folder}/whole")[0], "s")
         seconds = interrupt(*command, f"{folder}/parts")
         seconds += run_script("train.py", "--resume", "--out", f"{folder}/parts")[0]
@@ -328,8 +328,9 @@ def vae(b: Bench) -> Iterator[dict]:
 
 @torch.no_grad()
 def vae_2048(b: Bench) -> Iterator[dict]:
-    gigabytes = b.peak(lambda: b.load().vae.decode(b.latents(2)))
-    what = f"VAE decode at {2 * b.size} x {2 * b.size}, peak"
+    vae, latents = b.load().vae, b.latents(2)
+    gigabytes = b.peak(lambda: vae.decode(latents))
+    what = f"VAE decode at {2 * b.size} x {2 * b.size}, peak beside the weights"
     yield entry(what, gigabytes, "GB", target=4.5 if b.on_gpu else None)
 
 
