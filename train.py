@@ -79,8 +79,7 @@ def run(args: Namespace, out: Path, page: Path | None) -> int:
 
         # The loss of a step: on the photos, and on the prior that keeps the class word.
         def get_loss(step: int, micro_step: int) -> "Tensor":
-            batch = task.get_batch(step, micro_step)
-            prior = task.get_prior(batch, step, micro_step)
+            batch, prior = task.get_batches(step, micro_step)
             return loss(sdxl, batch, prior, task.prompts, args.prior_weight, args.snr_gamma)
 
         # Add the parameters that are trained, and continue where a run was interrupted.

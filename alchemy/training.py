@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from . import lora
-from .dataset import Batch, GetBatch, concat
+from .dataset import Batch, concat
 from .files import save_tensors
 from .schedule import Schedule
 from .sdxl import SDXL, Conditioning, to_device
@@ -33,10 +33,10 @@ GetLoss = Callable[[int, int], Tensor]  # (step, micro_step) -> scalar
 
 @dataclass(frozen=True)
 class TrainingTask:
-    """What is trained on: batches, prior batches (or None), and the encoded prompts."""
+    """What is trained on: get_batches(step, micro_step) returns a batch and its prior batch (or
+    None); prompts: encoded."""
 
-    get_batch: GetBatch
-    get_prior: Callable[[Batch, int, int], Batch | None]
+    get_batches: Callable[[int, int], tuple[Batch, Batch | None]]
     prompts: Prompts
     preview_prompts: list[str]
 

@@ -35,6 +35,16 @@ def teacher_batch(sdxl: SDXL, batch: Batch, prompts: Prompts, class_prompt: str)
     return replace(batch, target=target, loss_mask=torch.ones_like(batch.loss_mask))
 
 
+def keep_outside(batch: Batch, teacher: Batch) -> Batch:
+    """The batch, with the teacher's target where its loss mask is 0.
+
+    A mask alone leaves the rest of the image free to change, and it drifts away: of masked photos
+    on one background, the class was then right in 8 % of the miniature's images.
+    """
+    target = torch.lerp(teacher.target, batch.target, batch.loss_mask)
+    return replace(batch, target=target, loss_mask=teacher.loss_mask)
+
+
 def class_image_jobs(
     sdxl: SDXL,
     prompt: str,

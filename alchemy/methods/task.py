@@ -4,7 +4,7 @@ and a look at them before the training."""
 import time
 import warnings
 from argparse import Namespace
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from .. import cli, dataset, images
@@ -88,7 +88,8 @@ def prepare_captions(args: Namespace, sdxl: SDXL, examples: list[Example]) -> Tr
         distributed.rank(),
         distributed.world(),
     )
-    return TrainingTask(get_batch, no_prior, encode_prompts(args, sdxl, [*texts, *shown]), shown)
+    prompts = encode_prompts(args, sdxl, [*texts, *shown])
+    return TrainingTask(without_prior(get_batch), prompts, shown)
 
 
 def prepare_inversion(args: Namespace, sdxl: SDXL, examples: list[Example]) -> TrainingTask:
@@ -109,7 +110,7 @@ def prepare_inversion(args: Namespace, sdxl: SDXL, examples: list[Example]) -> T
     get_batch = textual_inversion.vary_prompts(
         get_batch, templates, args.seed, distributed.rank(), distributed.world()
     )
-    return TrainingTask(get_batch, no_prior, encode_prompts(args, sdxl, []), shown)
+    return TrainingTask(without_prior(get_batch), encode_prompts(args, sdxl, []), shown)
 
 
 def prepare_subject(
@@ -134,18 +135,22 @@ def prepare_subject(
         generated = photos if args.check else encode_class_images(args, sdxl, class_prompt, jobs)
         get_class_batch = make_batcher(args, sdxl, generated, args.seed + prior.FIRST_SEED)
 
-    def get_prior(batch: Batch, step: int, micro_step: int) -> Batch | None:
+    get_batch = make_batcher(args, sdxl, photos, args.seed)
+
+    def get_batches(step: int, micro_step: int) -> tuple[Batch, Batch | None]:
+        batch = get_batch(step, micro_step)
         if not args.prior_weight:
-            return None
+            return batch, None
         if get_class_batch:
-            return get_class_batch(step, micro_step)
-        return prior.teacher_batch(sdxl, batch, prompts, class_prompt)
+            return batch, get_class_batch(step, micro_step)
+        teacher = prior.teacher_batch(sdxl, batch, prompts, class_prompt)
+        return prior.keep_outside(batch, teacher) if args.mask else batch, teacher
 
-    return TrainingTask(make_batcher(args, sdxl, photos, args.seed), get_prior, prompts, shown)
+    return TrainingTask(get_batches, prompts, shown)
 
 
-def no_prior(batch: Batch, step: int, micro_step: int) -> None:
-    return None
+def without_prior(get_batch: GetBatch) -> Callable[[int, int], tuple[Batch, None]]:
+    return lambda step, micro_step: (get_batch(step, micro_step), None)
 
 
 def make_batcher(args: Namespace, sdxl: SDXL, photos: list[TrainingImage], seed: int) -> GetBatch:

@@ -15,7 +15,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 
 import alchemy
-from alchemy import dataset
+from alchemy import dataset, training
 from alchemy.methods import captions, masks
 from alchemy.sdxl import Conditioning
 from alchemy.training import gather_conditioning
@@ -216,3 +216,19 @@ def test_train_py_with_masks_trains_something_else_and_checks_every_mask(tiny, t
     (tmp_path / "2.png").unlink()
     missing = call(*flags, "--check", "--mask", tmp_path, "--out", "run")
     run_refused(missing, "no mask named 2")
+
+
+def test_outside_the_mask_of_a_photo_the_target_is_the_models_own_prediction(
+    taught, tmp_path, monkeypatch, close
+):
+    for path in (tmp_path / "photos").iterdir():
+        left_half(*Image.open(path).size[::-1]).save(tmp_path / path.name)
+    seen, loss = [], training.loss
+    with monkeypatch.context() as patch:
+        patch.setattr(training, "loss", lambda *args: seen.append(args[1:3]) or loss(*args))
+        for weight in (0, 1):
+            good(taught("--mask", tmp_path, "--prior-weight", weight, "--out", f"run{weight}"))
+    (masked, _), (kept, teacher) = seen
+    mask = masked.loss_mask
+    assert 0.2 < mask.mean() < 0.8 and kept.loss_mask.min() == 1
+    close(kept.target, mask * masked.target + (1 - mask) * teacher.target, 1e-6)

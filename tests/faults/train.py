@@ -209,6 +209,14 @@ FAULTS = {
     ("methods/captions", "extras/distributed"): (
         ("every rank drops the first's captions", ".tolist()[rank * batch_size :]", ".tolist()"),
     ),
+    ("methods/prior", "extras/captions"): (
+        (
+            "the teacher's target is within the mask",
+            "lerp(teacher.target, batch.target, batch.loss_mask)",
+            "lerp(batch.target, teacher.target, batch.loss_mask)",
+        ),
+        ("outside the mask nothing counts", "loss_mask=teacher.loss_mask", "t=batch.t"),
+    ),
     ("methods/masks", "extras/captions"): (
         ("a mask is not rotated", "ImageOps.exif_transpose(opened)", "opened"),
     ),
