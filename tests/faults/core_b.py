@@ -151,6 +151,11 @@ FAULTS = {
         ("each strip has its own mean", "total += rows", "total = rows"),
         ("the variance is not about the mean", "(rows - center).square()", "rows.square()"),
         (
+            "a strip sees the row above as it is already replaced",
+            "above = x[:, :, end - 1 : end].clone()",
+            "above = x[:, :, end - 1 : end]",
+        ),
+        (
             "upsampled strips are shifted",
             "offset = factor * top",
             "offset = top",
