@@ -166,6 +166,9 @@ def read_settings(path: str | Path, p: Parser) -> dict:
 
     Raises ValueError that names the file where it is not a JSON object or a value is refused.
     """
+    from . import files
+
+    files.check_no_pipe(path)
     try:
         saved = json.loads(Path(path).read_text(encoding="utf-8-sig"))
     except OSError as error:
@@ -689,13 +692,13 @@ def free_folder(wanted: str | Path, flag: str, *taken: Path) -> Path:
     """The folder, or the next of its name (page-1, page-2) that is new or empty and not taken."""
     from . import files
 
-    used = [Path(folder).resolve() for folder in taken]
+    used = [files.resolve(folder) for folder in taken]
     try:
         if not str(wanted) or Path(wanted).is_file():
             raise ValueError(f"{flag} {str(wanted)!r} is not a folder; name one")
         for path in files.numbered(Path(wanted)):
             empty = not path.exists() or path.is_dir() and not any(path.iterdir())
-            if empty and path.resolve() not in used:
+            if empty and files.resolve(path) not in used:
                 return path
     except OSError as error:  # a name that is too long, a folder that may not be read
         raise ValueError(

@@ -85,6 +85,20 @@ def move_exclusive(new: Path, path: Path) -> None:
         os.replace(new, path)
 
 
+def resolve(path: str | Path) -> Path:
+    """The absolute path without links and ~; links in a circle, an error of Path's, stay."""
+    return Path(os.path.realpath(os.path.expanduser(path)))
+
+
+def check_no_pipe(path: str | Path) -> None:
+    """Raise ValueError for a pipe or device among the files of a folder: opening it could wait for
+    ever. Those below /dev are what a user means, as in --prompts <(command)."""
+    path = Path(path)
+    is_known = path.is_file() or path.is_dir() or path.is_relative_to("/dev")
+    if path.exists() and not is_known:
+        raise ValueError(f"{path}: a pipe or a device, not a file")
+
+
 def sync_folder(folder: Path) -> None:
     """Write the folder itself to the disk, or a power cut may lose the rename."""
     with contextlib.suppress(OSError):  # Windows cannot
@@ -110,7 +124,7 @@ def remove_leftovers(folder: Path, age: float = 0) -> None:
 def numbered(path: Path) -> Iterator[Path]:
     """beach.png, beach-1.png, beach-2.png, ..., or, of a folder, v1.5, v1.5-1, ..."""
     yield path
-    path = path.resolve() if path.name in ("", "..") else path
+    path = resolve(path) if path.name in ("", "..") else path
     suffix = path.suffix if path.suffix.lower() == ".png" else ""
     for count in itertools.count(1):
         yield path.with_name(f"{path.name.removesuffix(suffix)}-{count}{suffix}")
@@ -131,7 +145,7 @@ def save_tensors(tensors: dict, path: str | Path, metadata: dict) -> None:
     header = {}
     for key, value in metadata.items():
         text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
-        header[key] = text
+        header[key] = encodable(text)
     tensors = {name: tensor.detach().contiguous().cpu() for name, tensor in tensors.items()}
 
     def write(new):
@@ -155,7 +169,13 @@ def save_json(value: object, path: str | Path) -> None:
 
 
 def save_text(text: str, path: str | Path) -> None:
-    replace(path, lambda new: new.write_text(text, encoding="utf-8"))
+    replace(path, lambda new: new.write_text(encodable(text), encoding="utf-8"))
+
+
+def encodable(text: str) -> str:
+    """The text, with \\udcff for what UTF-8 cannot hold, such as a byte of a file name in another
+    encoding. In JSON that is its escape, so that it is read back as it was."""
+    return text.encode(errors="backslashreplace").decode()
 
 
 class FolderInUseError(ValueError):
@@ -169,6 +189,7 @@ def lock_folder(folder: str | Path, flag: str = "--out") -> Iterator[None]:
     Raises FolderInUseError, a ValueError, where another run holds it.
     """
     path = Path(folder) / ".lock"
+    check_no_pipe(path)
     while True:
         file = open(path, "a")  # noqa: SIM115  closed below
         if not try_lock(file):

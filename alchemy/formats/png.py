@@ -7,7 +7,7 @@ from pathlib import Path
 from PIL import Image, PngImagePlugin
 
 from .. import images
-from ..files import replace
+from ..files import encodable, replace
 from .text import parse_json_object, shorten
 
 SAMPLERS = {  # A1111's names
@@ -29,10 +29,10 @@ def save(
     sites show. write: files.replace or files.create; its result is returned.
     """
     info = PngImagePlugin.PngInfo()
-    info.add_itxt("alchemy", json.dumps(metadata, ensure_ascii=False))
+    info.add_itxt("alchemy", encodable(json.dumps(metadata, ensure_ascii=False)))
     parameters = a1111_parameters(metadata)
     if parameters:
-        info.add_text("parameters", parameters)
+        info.add_text("parameters", encodable(parameters))
     return write(path, lambda new: image.save(new, "PNG", pnginfo=info))
 
 

@@ -7,6 +7,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from ..files import check_no_pipe, encodable
 from .text import shorten
 
 PICKLES = (".ckpt", ".pt", ".pth", ".bin", ".pkl")
@@ -31,6 +32,9 @@ def open_safetensors(path: str | Path, advice: str = "download it again") -> saf
     Raises ValueError that names the file and what is wrong: missing, a pickle, or incomplete, with
     the advice what to do then. A pickle is recognized, never read.
     """
+    check_no_pipe(path)
+    if encodable(str(path)) != str(path):
+        raise ValueError(f"{path}: its name is not UTF-8, which safetensors needs; rename it")
     try:
         return safe_open(path, "pt")
     except OSError as error:

@@ -3,6 +3,8 @@
 import json
 from pathlib import Path
 
+from ..files import check_no_pipe
+
 LONGEST = 120  # characters of a name or a reason that a message quotes
 
 
@@ -15,8 +17,9 @@ def shorten(text: object) -> str:
 def read_text(path: str | Path) -> str:
     """The text of a UTF-8 file, without a byte order mark.
 
-    Raises ValueError that names the file if it is not UTF-8.
+    Raises ValueError that names the file if it is not UTF-8, or a pipe.
     """
+    check_no_pipe(path)
     try:
         return Path(path).read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
@@ -38,6 +41,7 @@ def parse_json_object(text: str | bytes) -> dict:
 
 def read_json_object(path: str | Path) -> dict:
     """The JSON object in a file, as a dict. Raises ValueError that names the file."""
+    check_no_pipe(path)
     try:
         return parse_json_object(Path(path).read_bytes())
     except OSError as error:

@@ -17,6 +17,7 @@ import torch
 
 from .. import cli, dataset, images
 from ..dataset import GetBatch, TrainingImage
+from ..files import resolve
 from ..formats.text import read_text
 from ..sdxl import SDXL
 from . import flags
@@ -127,11 +128,11 @@ def read_row(folder: Path, where: str, line: str) -> Example:
 
 def unlisted(folder: str | Path, examples: Sequence[Example]) -> list[str]:
     """The names of the images in a folder that are not among the examples."""
-    known = {path.resolve() for path, _ in examples}
+    known = {resolve(path) for path, _ in examples}
     names = []
     for path in sorted(Path(folder).iterdir()):
         is_image = path.suffix.lower() in images.SUFFIXES and not path.name.startswith(".")
-        if is_image and path.resolve() not in known:
+        if is_image and resolve(path) not in known:
             names.append(path.name)
     return names
 

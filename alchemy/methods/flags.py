@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 from .. import cli, files
 from ..extras import distributed
+from ..files import encodable, resolve
 from . import outputs
 
 if TYPE_CHECKING:
@@ -164,7 +165,7 @@ def add_files(p: cli.Parser) -> None:
 def read_args(p: cli.Parser, argv: list[str] | None) -> Namespace:
     """The flags; with --resume, over the settings of the run in --out."""
     args = cli.parse(p, argv)
-    args.out = args.out or str(Path("out") / Path(args.photos or cli.EXAMPLE_PHOTOS).resolve().name)
+    args.out = args.out or str(Path("out") / resolve(args.photos or cli.EXAMPLE_PHOTOS).name)
     if args.resume:
         args = read_resumed(p, argv, args)
     if args.captions and args.photos is None:
@@ -193,7 +194,7 @@ def read_resumed(p: cli.Parser, argv: list[str] | None, given: Namespace) -> Nam
             f"{out}: no run to resume ({path.name} is missing); leave out --resume to start one"
         )
     saved = cli.read_settings(path, p)
-    suffix = ".safetensors" if saved.get("out", "").endswith(".safetensors") else ""
+    suffix = ".safetensors" if (saved.get("out") or "").endswith(".safetensors") else ""
     fixed = {"out": f"{out}{suffix}", "resume": True, "overwrite": False}
     args = p.parse_over(argv, saved | fixed)
     args.out = fixed["out"]
@@ -250,6 +251,8 @@ def validate_flags(args: Namespace, p: cli.Parser) -> None:
                 )
     if args.check and distributed.world() > 1:
         raise ValueError("--check looks at what one process would do; run it without torchrun")
+    if encodable(args.out) != args.out:
+        raise ValueError(f"--out {args.out} is not UTF-8, which safetensors needs; name another")
     one_file, is_file = args.out.endswith(".safetensors"), Path(args.weights).is_file()
     if args.method == "full" and is_file and not (one_file or args.model_config):
         raise ValueError(

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 
 from .. import cli
 from ..extras import distributed
-from ..files import remove_leftovers, save_json
+from ..files import check_no_pipe, remove_leftovers, resolve, save_json
 
 if TYPE_CHECKING:
     from safetensors import safe_open
@@ -82,8 +82,8 @@ def check_no_overwrite(args: Namespace, p: cli.Parser) -> None:
     paths = run_files(args, p)
     for name in INPUTS:
         value = getattr(args, name)
-        given = Path(value or "").expanduser().resolve()
-        removed = [path for path in paths if path.resolve() in (given, *given.parents)]
+        given = resolve(value or "")
+        removed = [path for path in paths if resolve(path) in (given, *given.parents)]
         if value and removed:
             flag = "SUBJECT_DIR" if name == "photos" else cli.flag_of(name)
             raise ValueError(
@@ -243,6 +243,7 @@ class Log:
     def __init__(self, out: Path, step: int, scores: tuple[str, ...] = ()):
         """Continues after `step`: later rows are of steps that are computed again."""
         self.path, self.columns, self.rows = out / "log.csv", (*self.COLUMNS, *scores), []
+        check_no_pipe(self.path)
         found = []
         if step and self.path.exists():
             with open(self.path, newline="", encoding="utf-8") as file:

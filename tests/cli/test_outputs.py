@@ -2,6 +2,7 @@
 
 import contextlib
 import errno
+import json
 import os
 import re
 import resource
@@ -232,6 +233,21 @@ def test_a_path_that_stdout_cannot_encode_is_escaped(tiny, encoding):
     run = good(process("sample.py", *argv, before=before))
     name = "b\\xfccher" if encoding == "ascii" else "bücher"
     assert run.out.splitlines()[:2] == [f"wrote {name}\\udcff/000{i}.png" for i in (0, 1)]
+
+
+def test_text_that_utf_8_cannot_hold_is_written_and_read_back(drawn, taught, tiny):
+    odd = "a dog \udcff"
+    good(drawn("--negative-prompt", odd, "--out", "a.png", "--inspect", "page"))
+    metadata = read_metadata("a.png")
+    assert metadata["negative_prompt"] == odd and Path("page/index.html").exists()
+    Path("photos\udcff").mkdir()
+    Path("photos/0.png").rename("photos\udcff/0.png")
+    train = ("train.py", "photos\udcff", "--class-word", "dog", "--weights", tiny, "--rank", 2)
+    good(call(*train, "--steps", 1, "--preview-every", 0, "--out", "run"))
+    assert json.loads(Path("run/settings.json").read_text())["photos"] == "photos\udcff"
+    # safetensors can neither read nor write such a path.
+    refused(taught("--out", "run\udcff"), "run\\udcff is not UTF-8")
+    refused(drawn("--lora", "lora\udcff"), "lora\\udcff: its name is not UTF-8")
 
 
 def test_a_run_with_closed_stderr_writes_its_image(tiny):

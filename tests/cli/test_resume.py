@@ -256,6 +256,8 @@ def test_a_folder_without_a_run_cannot_be_resumed(tmp_path):
     for text in ("{", "[1]", "3", '{"steps": "many"}', '{"prior_weight": 1e300}'):
         (tmp_path / "odd/settings.json").write_text(text)
         refused(call("train.py", "--out", "odd", "--resume"), "odd/settings.json")
+    (tmp_path / "odd/settings.json").write_text('{"out": null}')
+    refused(call("train.py", "--out", "odd", "--resume"), "the run in odd, None")
 
 
 def test_a_damaged_state_is_refused_and_kept(flags, stopped, tmp_path):

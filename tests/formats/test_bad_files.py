@@ -5,6 +5,7 @@ One line that names it, exit status 2, nothing written.
 
 # ruff: noqa: F401, F811  fixtures are imported and given as arguments
 import io
+import os
 import pickle
 import shutil
 import struct
@@ -16,6 +17,7 @@ import torch
 from helpers.checkpoints import UNET, write_json
 from helpers.running import (
     call,
+    call_main,
     contents,
     drawn,
     good,
@@ -29,6 +31,8 @@ from helpers.running import (
 )
 from PIL import Image
 from safetensors.torch import load_file, save_file
+
+from alchemy.formats.__main__ import main as convert
 
 # Photos and images
 
@@ -89,6 +93,31 @@ def test_a_folder_that_is_missing_or_without_images_is_named(tiny, tmp_path):
     refused(call(*train, "empty/notes.txt"), "empty/notes.txt", "no such folder")
     refused(call(*train, "empty"), "empty", "no images found", ".jpg", "check the path")
     assert nothing_written()
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="needs pipes")
+def test_a_pipe_in_place_of_a_file_is_refused_and_not_waited_for(taught, drawn, lora_file):
+    os.mkfifo("pipe")
+    for flag in ("--lora", "--embedding", "--config", "--like", "--image", "--vae", "--weights"):
+        refused(drawn(flag, "pipe"), "pipe")
+    refused(call("sample.py", "--prompts", "pipe"), "pipe: a pipe or a device, not a file")
+    refused(call_main(convert, "pipe", "a.safetensors", "--to", "peft"), "pipe: a pipe")
+    good(taught("--out", "run"))
+    for name in ("settings.json", "state.safetensors", "log.csv", ".lock"):
+        Path("run", name).rename("kept") if name != ".lock" else None
+        os.mkfifo(f"run/{name}")
+        run = call("train.py", "--out", "run", "--resume", "--steps", 2)
+        refused(run, f"run/{name}: a pipe or a device, not a file")
+        os.unlink(f"run/{name}")
+        Path("kept").rename(f"run/{name}") if name != ".lock" else None
+
+
+def test_links_in_a_circle_are_refused(taught, tmp_path):
+    for folder in ("circle", "photos/circle.png"):
+        Path(folder).symlink_to(Path(folder).name)
+    run = call("train.py", "circle", "--class-word", "dog")
+    refused(run, "circle: no such folder")
+    good(taught("--out", "run"))
 
 
 def test_a_file_that_is_not_there_is_named(drawn, inserted):

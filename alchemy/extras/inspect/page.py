@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ... import cli, pipeline, samplers
 from ...arguments import checked, resolve_seed
-from ...files import replace, save_tensors
+from ...files import save_tensors, save_text
 from ...images import Size
 from ...pipeline import Progress
 from ...samplers import Sampler
@@ -108,7 +108,7 @@ def write_page(
     for file, tensors in arrays.items():
         save_tensors(tensors, folder / file, metadata)
     text = render(title, data)
-    replace(folder / "index.html", lambda path: path.write_text(text, encoding="utf-8"))
+    save_text(text, folder / "index.html")
     return [folder / file for file in (*arrays, "index.html")]
 
 
