@@ -66,6 +66,8 @@ def parse(argv: list[str] | None) -> Namespace:
         values = image_sets.read_like(args.like, p, args)
         args = p.parse_over(argv, values)
         args.lora = values.get("lora", args.lora)
+    if args.image and not Path(args.image).exists():  # before a checkpoint is downloaded
+        raise ValueError(f"{args.image}: no such file")
     cli.check_sampling(args)
     cli.choose_seed(args)
     if args.prompt is None and not args.prompts:

@@ -37,6 +37,8 @@ def parser() -> cli.Parser:
 
 def main(argv: list[str] | None = None) -> None:
     args = flags.read_args(parser(), argv)
+    if not Path(args.photos).is_dir():  # before a checkpoint is downloaded
+        raise ValueError(f"{args.photos}: no such folder")
     with ExitStack() as stack:
         out = stack.enter_context(cli.output_folder(outputs.run_folder(args)))
         if args.class_folder:

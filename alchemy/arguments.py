@@ -199,4 +199,4 @@ def hint_for(signature: inspect.Signature, arguments: dict[str, Any]) -> str:
 
 def resolve_seed(seed: int | None) -> int:
     """The seed; one that is drawn for None."""
-    return secrets.randbits(31) if seed is None else seed
+    return secrets.randbits(31) if seed is None else int(seed)

@@ -79,7 +79,7 @@ class Parser(argparse.ArgumentParser):
         flags = list(dict.fromkeys(flags))
         if not flags:
             words = quoted(" ".join(arguments))
-            return f"{words} is left over; put a text of several words in quotes"
+            return f"more arguments than expected: {words}; put a text of several words in quotes"
         answers = []
         for flag in flags[:MAX_HINTS]:
             here = self.flag_hint(flag)
@@ -92,6 +92,9 @@ class Parser(argparse.ArgumentParser):
         """What another tool's flag, or one with a typing error, is called here; or ""."""
         name, known = flag.lstrip("-").lower().replace("_", "-"), self._option_string_actions
         here = f"--{name}" if f"--{name}" in known else other_tools.flag_here(name, known)
+        elsewhere = other_tools.flag_here(name)
+        if not here and elsewhere:
+            return f"not of this script; in another it is {elsewhere}"
         if not here:
             import difflib
 

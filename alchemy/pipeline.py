@@ -36,7 +36,10 @@ def resolve_size(sdxl: SDXL, size: int | Size | None) -> Size:
     """A size as (H, W): one number is a square, None what the checkpoint was trained at."""
     if size is None:
         return sdxl.size
-    return (size, size) if isinstance(size, int) else tuple(size)
+    if not isinstance(size, (tuple, list)):
+        size = (size, size)
+    height, width = size
+    return int(height), int(width)
 
 
 def encode_pair(

@@ -44,7 +44,7 @@ Hook = Callable[[Step], Tensor | None]
 @checked
 def generators(seeds: Sequence[int]) -> list[torch.Generator]:
     """One CPU generator per seed, so that an image depends on its own seed alone."""
-    return [torch.Generator().manual_seed(seed) for seed in seeds]
+    return [torch.Generator().manual_seed(int(seed)) for seed in seeds]
 
 
 @checked

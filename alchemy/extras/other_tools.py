@@ -231,10 +231,14 @@ VALUES = {
 }
 
 
-def flag_here(name: str, known: Collection[str]) -> str:
-    """The answer to another tool's flag, or "". known: the flags of the script, such as --size."""
+def flag_here(name: str, known: Collection[str] | None = None) -> str:
+    """The answer to another tool's flag, or "".
+
+    known: the flags of a script, such as --size, which the answer has to be among (None: of any).
+    """
     for answer, names in FLAGS.items():
-        is_known = not answer.startswith("--") or answer.split()[0] in known
+        is_flag = answer.startswith("--")
+        is_known = known is None or not is_flag or answer.split()[0] in known
         if name in names and is_known:
             return answer
     return ""

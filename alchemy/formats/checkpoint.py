@@ -304,6 +304,8 @@ def choose_device(
         name = next(kind for kind in ("cuda", "mps", "cpu") if is_available(kind))
     elif not is_available(name):
         reason = f"device is {name}, and torch sees none here; use --device cpu"
+        if name.partition(":")[0] not in ("cpu", "cuda", "mps"):
+            reason = f"device is {name}; known are auto, cpu, mps, cuda and cuda:0, cuda:1, ..."
         if name.startswith("cuda") and torch.version.cuda is None:
             reason = (
                 f"device is {name}, and this torch ({torch.__version__}) is built without CUDA; "

@@ -172,7 +172,7 @@ def test_the_folder_of_a_run_is_a_lora(pictures, lora_file, tmp_path):
     ours, theirs = (pictures("a", "--lora", f"{file}:0.5") for file in ("run", lora_file))
     assert same(ours[0], theirs[0])
     (tmp_path / "empty").mkdir()
-    refused(call("sample.py", "a", "--lora", "empty"), "--lora empty", "no lora.safetensors")
+    refused(call("sample.py", "a", "--lora", "empty"), "--lora empty", "no LoRA in this folder")
 
 
 def test_weights_that_are_the_folder_of_a_run_are_answered_with_its_checkpoint(tmp_path):

@@ -100,6 +100,11 @@ def test_a_wrong_argument_is_named_in_one_line(sdxl, name, option, value):
     assert "\n" not in str(raised.value) and len(str(raised.value)) < 200
 
 
+def test_numbers_of_numpy_are_numbers(sdxl):
+    options = dict(seed=np.int64(3), steps=np.int32(1), guidance=np.float32(3), size=np.int64(32))
+    assert alchemy.text_to_image(sdxl, "a dog", **options).size == (32, 32)
+
+
 def test_a_path_in_place_of_a_checkpoint_and_a_foreign_argument_are_explained(sdxl):
     with pytest.raises(ValueError, match=r"sdxl is 'weights/mini'; it must be .*alchemy.load"):
         alchemy.text_to_image("weights/mini", "a dog")
