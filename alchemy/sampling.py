@@ -7,6 +7,7 @@ previews, masks and recorders are one or the other.
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
+from numbers import Integral
 
 import torch
 from torch import Tensor
@@ -53,7 +54,7 @@ def noise(shape: Sequence[int], seeds: Sequence[int] | Sequence[torch.Generator]
 
     seeds: B integers, or B generators, which advance.
     """
-    rngs = generators(seeds) if isinstance(seeds[0], int) else seeds
+    rngs = generators(seeds) if isinstance(seeds[0], Integral) else seeds
     if len(rngs) != shape[0]:
         raise ValueError(f"{len(rngs)} seeds for a batch of {shape[0]}")
     return torch.stack([torch.randn(shape[1:], generator=rng) for rng in rngs])

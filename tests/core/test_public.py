@@ -103,6 +103,7 @@ def test_a_wrong_argument_is_named_in_one_line(sdxl, name, option, value):
 def test_numbers_of_numpy_are_numbers(sdxl):
     options = dict(seed=np.int64(3), steps=np.int32(1), guidance=np.float32(3), size=np.int64(32))
     assert alchemy.text_to_image(sdxl, "a dog", **options).size == (32, 32)
+    assert alchemy.noise((1, 4, 8, 8), [np.int64(3)]).shape == (1, 4, 8, 8)
 
 
 def test_a_path_in_place_of_a_checkpoint_and_a_foreign_argument_are_explained(sdxl):

@@ -197,7 +197,7 @@ FAULTS = {
             "[torch.randn(shape[1:], generator=rng) for rng in rngs]",
             "list(torch.randn(shape, generator=rngs[0]))",
         ),
-        ("seed 0 is no seed", "manual_seed(seed)", "manual_seed(seed or 1)"),
+        ("seed 0 is no seed", "manual_seed(int(seed))", "manual_seed(int(seed) or 1)"),
         ("the hook's answer is dropped", "if replacement is not None:", "if False:"),
         (
             "the step before is not remembered",
