@@ -167,6 +167,14 @@ class Measure:
         self.show(name, cells)
         return found
 
+    def right(self, name: str, generated: list, expected: list) -> tuple[list, list, list]:
+        """Whether the class, the instance and the background of each image are the expected."""
+        hits = [], [], []
+        for found, truth in zip(self.read(name, generated, expected), expected, strict=True):
+            for k in range(3):
+                hits[k].append(found[k] == truth[k])
+        return hits
+
     @torch.no_grad()
     def features(self, generated) -> Tensor:
         """Classifier features (N,512) of images or an array (N,128,128,3)."""
@@ -256,9 +264,8 @@ class Measure:
         expected = list(world.HELD_OUT_PAIRS) * self.count(8)
         prompts = [f"a photo of a {word} {phrase(background)}" for word, background in expected]
         labels = [(word, None, background) for word, background in expected]
-        found = self.read("pairs", generate(self.sdxl, prompts, 3000), labels)
-        hits = [(one[0], one[2]) == pair for one, pair in zip(found, expected, strict=True)]
-        self.found["pair both"] = share(hits)
+        words, _, backgrounds = self.right("pairs", generate(self.sdxl, prompts, 3000), labels)
+        self.found["pair both"] = share([all(pair) for pair in zip(words, backgrounds)])
 
     def train_subject(self, photos: Path, out: Path, *flags: str) -> Path:
         """The folder out with what train.py writes, on the weights that are measured."""
@@ -318,14 +325,11 @@ class Measure:
         for scale in scales:
             with lora.lora_scale(self.sdxl, scale):
                 generated = generate(self.sdxl, named, seed)
-            found = self.read(f"{instance}-one-{scale}", generated, expected)
-            pairs = list(zip(found, expected, strict=True))
-            hits[f"one {scale}"] = [one[1] == instance for one in found]
-            hits[f"one background {scale}"] = [one[2] == truth[2] for one, truth in pairs]
-        found = self.read(f"{instance}-prior", generate(self.sdxl, prompts, seed), expected)
-        hits["prior"] = [one[1] != instance for one in found]
-        hits["prior class"] = [one[0] == word for one in found]
-        return hits
+            _, subjects, backgrounds = self.right(f"{instance}-one-{scale}", generated, expected)
+            hits |= {f"one {scale}": subjects, f"one background {scale}": backgrounds}
+        generated = generate(self.sdxl, prompts, seed)
+        words, subjects, _ = self.right(f"{instance}-prior", generated, expected)
+        return hits | {"prior": [not hit for hit in subjects], "prior class": words}
 
     def two_stages(self, instance: str, prompts: list, expected: list, seed: int) -> dict:
         made, cells, changed = [], [], []
@@ -342,11 +346,11 @@ class Measure:
             different = (np.asarray(one.scene) != np.asarray(one.result)).any(-1)
             changed.append(int((different & (one.feathered == 0).numpy()).sum()))
         self.show(f"{instance}-stages", cells, 9)
-        found = self.read(f"{instance}-two", [one and one.result for one in made], expected)
-        pairs = zip(found, expected, strict=True)
+        results = [one and one.result for one in made]
+        _, subjects, backgrounds = self.right(f"{instance}-two", results, expected)
         return {
-            "two": [one[1] == instance for one in found],
-            "two background": [one[2] == truth[2] for one, truth in pairs],
+            "two": subjects,
+            "two background": backgrounds,
             "failed": [one is None for one in made],
             "seam": [seam(one) < 1.3 for one in made if one],
             "outside": changed,

@@ -156,13 +156,14 @@ class Methods(Measure):
             named = [insertion.with_token(prompt, word, TOKEN) for prompt in plain]
             if WORD in given:
                 named = [prompt.replace(word, WORD, 1) for prompt in plain]
-            found = self.read(f"{row}-{instance}", generate(sdxl, named, seed), expected)
-            pairs = zip(found, expected, strict=True)
-            hits["subject"] += [one[1] == instance for one in found]
-            hits["background"] += [one[2] == truth[2] for one, truth in pairs]
-            found = self.read(f"{row}-{instance}-prior", generate(sdxl, plain, seed), expected)
-            hits["prior"] += [one[1] != instance for one in found]
-            hits["class"] += [one[0] == word for one in found]
+            generated = generate(sdxl, named, seed)
+            _, subjects, backgrounds = self.right(f"{row}-{instance}", generated, expected)
+            hits["subject"] += subjects
+            hits["background"] += backgrounds
+            generated = generate(sdxl, plain, seed)
+            words, subjects, _ = self.right(f"{row}-{instance}-prior", generated, expected)
+            hits["prior"] += [not hit for hit in subjects]
+            hits["class"] += words
         return {key: share(values) for key, values in hits.items()}
 
     def of_styles(self, row: str, _, template: str, flags: tuple) -> dict:
