@@ -151,6 +151,7 @@ class TrainState:
     def restore(self, saved: Any, steps: int) -> None:
         """Continue from an open safetensors file. Raises ValueError, with nothing changed, where
         it is damaged or belongs to a run with other layers."""
+        # Check all of it first.
         header, names = saved.metadata() or {}, sorted(saved.keys())
         for name, p in self.parameters.items():
             if name not in names or tuple(saved.get_slice(name).get_shape()) != p.shape:
@@ -173,6 +174,7 @@ class TrainState:
         if step > steps:
             raise ValueError(f"the state is at step {step}, after the last; raise --steps")
 
+        # Take it over.
         for name, p in self.parameters.items():
             p.copy_(saved.get_tensor(name))
             if f"step:{name}" in names:  # else it has not had a gradient yet
