@@ -162,7 +162,7 @@ def run_here(name: str, args: argparse.Namespace) -> Iterator[dict]:
 
 
 def run_apart(name: str, args: argparse.Namespace, seconds: float) -> list[dict]:
-    """The entries of a row, measured in a new process; its error last, if it fails or takes long."""
+    """The entries of a row, measured in a new process; last its error, if it fails or is slow."""
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder) / "row.json"
         command = [sys.executable, __file__, name, "--here", "--json", str(out)]

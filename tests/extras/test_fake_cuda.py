@@ -75,8 +75,9 @@ class Far(TorchFunctionMode):
         kwargs, name = kwargs or {}, getattr(func, "__name__", "")
         if name == "pin_memory":
             return args[0]
-        nested = [x for value in args if isinstance(value, (list, tuple)) for x in value]
-        values = [*args, *kwargs.values(), *nested]
+        values = [*args, *kwargs.values()]
+        for value in args:
+            values += value if isinstance(value, (list, tuple)) else ()
         is_fake = any(isinstance(value, fake_tensor.FakeTensor) for value in values)
         if is_fake and name in self.READS:
             return self.READS[name]

@@ -18,8 +18,8 @@ All flags of the three scripts, as `--help` prints them, and
 """
 OTHER = """## Flags of other tools
 
-A flag or value of diffusers, kohya's scripts, A1111 or ComfyUI is refused with its name here. Dashes
-and underscores are the same.
+A flag or value of diffusers, kohya's scripts, A1111 or ComfyUI is refused with its name here.
+Dashes and underscores are the same.
 """
 
 
