@@ -240,3 +240,22 @@ def test_what_the_vae_cannot_decode_is_an_error_and_no_image(tiny, monkeypatch):
     monkeypatch.setattr(pipeline, "sample", infinite)
     refused(call("sample.py", "a", "--weights", tiny), "NaN")
     assert nothing_written()
+
+
+def test_how_long_a_run_takes_is_logged_once_from_the_steps_after_the_first(monkeypatch, capsys):
+    now = [0.0]
+    monkeypatch.setattr(cli.time, "monotonic", lambda: now[0])
+    estimate = cli.Estimate(10, "10 steps", extra=5)
+
+    def steps(*ends):
+        for now[0] in ends:
+            yield now[0]
+
+    assert [*estimate.follow(steps(60)), *estimate.follow(steps(60.5, 62, 70))] == [
+        60,
+        60.5,
+        62,
+        70,
+    ]
+    # 62 s so far, 7 steps of 1 s, and 5 s; the first, of 60 s, is not typical.
+    assert capsys.readouterr().err == "about 74 s in all, for 10 steps\n"

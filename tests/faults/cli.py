@@ -95,6 +95,11 @@ FAULTS = {
         ("--like takes any image", 'or metadata.get("script") != "sample.py"', ""),
         ("--like forgets the scales", "image_scale if scale is None else scale", "scale or 1.0"),
     ),
+    ("cli", "cli/sample"): (
+        ("the first step is typical", "/ (self.count - 1)", "/ self.count"),
+        ("the time is logged again and again", "self.logged = True", "pass"),
+        ("the previews take no time", "(self.total - self.count) + self.extra", "self.total"),
+    ),
     ("../sample", "cli/sample cli/image_sets"): (
         (
             "images replace each other",
