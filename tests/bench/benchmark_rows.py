@@ -233,7 +233,8 @@ def resume(b: Bench) -> Iterator[dict]:
     """train.py --method full, interrupted and resumed, against a run that was not."""
     with tempfile.TemporaryDirectory() as folder:
         command = ["train.py", "--device", b.device, "--seed", 0, "--method", "full"]
-        command += ["--batch", 1, "--preview-every", 0, "--steps", b.resume_steps, "--out"]
+        command += ["--batch", 1, "--prior-weight", 0, "--preview-every", 0]
+        command += ["--steps", b.resume_steps, "--out"]
         yield entry("train.py --method full", run_script(*command, f"{folder}/whole")[0], "s")
         seconds = interrupt(*command, f"{folder}/parts")
         seconds += run_script("train.py", "--resume", "--out", f"{folder}/parts")[0]
