@@ -168,8 +168,9 @@ class TrainState:
             value = saved.get_tensor(name)
             if value.dtype != torch.float32 or not value.isfinite().all():
                 raise ValueError(f"the state is damaged ({name}); --overwrite starts again")
-        losses, step = saved.get_tensor("losses").tolist(), int(header["step"])
-        if not 0 <= step == len(losses):
+        losses, step = saved.get_tensor("losses").tolist(), header["step"]
+        step = int(step) if step.isdecimal() else -1
+        if step < 0 or saved.get_slice("losses").get_shape() != [step]:
             raise ValueError("the state is damaged (its step); --overwrite starts again")
         if step > steps:
             raise ValueError(f"the state is at step {step}, after the last; raise --steps")

@@ -163,15 +163,27 @@ def open_state(args: Namespace) -> "safe_open | None":
     threads = header.get("threads", "")
     if not threads.isdecimal() or not 1 <= int(threads) <= 1024:
         raise ValueError(f"{path}: the state is damaged (its thread count); --overwrite it")
-    torch.set_num_threads(int(threads))
+    # More threads than cores would take hours; with fewer, the last bits differ.
+    count, cores = int(threads), os.cpu_count() or 1
+    if count > cores:
+        cli.log(f"warning: the run had {count} threads and has {cores} now; the last bits differ")
+    torch.set_num_threads(min(count, cores))
     return saved
 
 
 def restore(args: Namespace, state: "TrainState", saved: "safe_open") -> None:
+    from safetensors import SafetensorError
+
+    from ..formats.text import shorten
+
+    path = run_folder(args) / STATE
     try:
         state.restore(saved, args.steps)
-    except (ValueError, KeyError) as error:
-        raise ValueError(f"{run_folder(args) / STATE}: {error}") from None
+    except (KeyError, TypeError, RuntimeError, SafetensorError) as error:
+        problem = shorten(f"{type(error).__name__}: {error}")
+        raise ValueError(f"{path}: the state is damaged ({problem}); --overwrite it") from None
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
     cli.log(f"resuming at step {state.step} of {args.steps}")
     before, now = saved.metadata().get("batch"), str(samples_per_step(args))
     if before != now:
@@ -244,15 +256,23 @@ class Log:
         """Continues after `step`: later rows are of steps that are computed again."""
         self.path, self.columns, self.rows = out / "log.csv", (*self.COLUMNS, *scores), []
         check_no_pipe(self.path)
-        found = []
         if step and self.path.exists():
-            with open(self.path, newline="", encoding="utf-8") as file:
-                found = [row for row in csv.DictReader(file) if (row["step"] or "").isdigit()]
+            try:
+                self.read(step)
+            except (ValueError, KeyError, csv.Error):
+                raise ValueError(
+                    f"{self.path}: damaged, or not the log of this run; move it away to continue"
+                ) from None
+        self.write()
+
+    def read(self, step: int) -> None:
+        """The rows of the file up to `step`."""
+        with open(self.path, newline="", encoding="utf-8") as file:
+            found = [row for row in csv.DictReader(file) if (row["step"] or "").isdecimal()]
         for row in found:
             if int(row["step"]) <= step and row.get("seconds") is not None:
                 values = {name: float(row[name]) for name in self.columns if row.get(name)}
                 self.rows.append(values | {"step": int(row["step"])})
-        self.write()
 
     def add(self, *values: float) -> None:
         """A row with the values of COLUMNS."""

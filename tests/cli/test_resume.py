@@ -269,6 +269,11 @@ def test_a_damaged_state_is_refused_and_kept(flags, stopped, tmp_path):
         state.write_bytes(content)
         line = refused(call(*RESUME), "run/state.safetensors", "--overwrite")
         assert "download" not in line and state.read_bytes() == content
+    state.write_bytes(intact)
+    log = (tmp_path / "run/log.csv").read_bytes()
+    for content in (b"\xff", b"a,b\n1,2\n", log + b"1,x,y,z\n", b"step\n" + b"1" * 200_000):
+        (tmp_path / "run/log.csv").write_bytes(content)
+        refused(call(*RESUME), "run/log.csv: damaged, or not the log of this run; move it away")
     files.save_tensors({"x": torch.ones(1)}, state, {})
     refused(call(*RESUME), "another kind of run")
     torch.set_num_threads(1)
