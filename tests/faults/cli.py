@@ -81,6 +81,7 @@ FAULTS = {
         ),
     ),
     ("extras/image_sets", "cli/sample"): (
+        ("changed files are not named", "then.get(name, digest) != digest", "False"),
         (
             "--like opens what the image names",
             '    raise ValueError(f"it was made with',
