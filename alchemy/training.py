@@ -164,10 +164,16 @@ class TrainState:
             raise ValueError(
                 "the state is damaged (its checksum differs); --overwrite starts again"
             )
-        for name in self.parameters:
-            value = saved.get_tensor(name)
-            if value.dtype != torch.float32 or not value.isfinite().all():
-                raise ValueError(f"the state is damaged ({name}); --overwrite starts again")
+        for name, p in self.parameters.items():
+            shapes = {name: p.shape}
+            if f"step:{name}" in names:  # else it has not had a gradient yet
+                shapes |= {f"exp_avg:{name}": p.shape, f"exp_avg_sq:{name}": p.shape}
+                shapes[f"step:{name}"] = torch.Size()
+            for key, shape in shapes.items():
+                value = saved.get_tensor(key)
+                is_sound = value.dtype == torch.float32 and value.shape == shape
+                if not is_sound or not value.isfinite().all():
+                    raise ValueError(f"the state is damaged ({key}); --overwrite starts again")
         losses, step = saved.get_tensor("losses").tolist(), header["step"]
         step = int(step) if step.isdecimal() else -1
         if step < 0 or saved.get_slice("losses").get_shape() != [step]:
@@ -178,7 +184,7 @@ class TrainState:
         # Take it over.
         for name, p in self.parameters.items():
             p.copy_(saved.get_tensor(name))
-            if f"step:{name}" in names:  # else it has not had a gradient yet
+            if f"step:{name}" in names:
                 self.optimizer.state[p] = self.read_moments(saved, name, p)
         self.losses = losses
         self.step = step

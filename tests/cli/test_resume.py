@@ -8,8 +8,10 @@ import pytest
 import torch
 from helpers.running import call, contents, good, photos, process, refused
 from safetensors import safe_open
+from safetensors.torch import load_file
 
-from alchemy import dataset, files
+from alchemy import dataset, files, training
+from alchemy.methods import outputs
 
 STEPS, SAVE = 6, 2
 # Everything that a resumed run has to remember differs from its default.
@@ -257,7 +259,7 @@ def test_a_folder_without_a_run_cannot_be_resumed(tmp_path):
         (tmp_path / "odd/settings.json").write_text(text)
         refused(call("train.py", "--out", "odd", "--resume"), "odd/settings.json")
     (tmp_path / "odd/settings.json").write_text('{"out": null}')
-    refused(call("train.py", "--out", "odd", "--resume"), "the run in odd, None")
+    refused(call("train.py", "--out", "odd", "--resume"), "the run in odd is one of --method None")
 
 
 def test_a_damaged_state_is_refused_and_kept(flags, stopped, tmp_path):
@@ -277,3 +279,55 @@ def test_a_damaged_state_is_refused_and_kept(flags, stopped, tmp_path):
     files.save_tensors({"x": torch.ones(1)}, state, {})
     refused(call(*RESUME), "another kind of run")
     torch.set_num_threads(1)
+
+
+def forged(state, path, threads=None, **changes):
+    """Write a state with other tensors and a checksum that fits; a change of None removes one."""
+    tensors, header = load_file(state), dict(state_header(state))
+    first = next(name for name in sorted(tensors) if name.startswith("exp_avg:"))
+    for name, value in changes.items():
+        key = name if name in tensors else first.replace("exp_avg", name)
+        assert key in tensors
+        if value is None:
+            del tensors[key]
+        else:
+            tensors[key] = value
+    header["threads"] = threads or header["threads"]
+    header["checksum"] = training.checksum(header, sorted(tensors.items()))
+    files.save_tensors(tensors, path, header)
+
+
+def state_header(path):
+    with safe_open(path, "pt") as file:
+        return file.metadata()
+
+
+@pytest.mark.parametrize(
+    "changes, named",
+    [
+        ({"losses": None}, "losses"),
+        ({"losses": torch.zeros(7, dtype=torch.float64)}, "step"),
+        ({"exp_avg": None}, "exp_avg:"),
+        ({"exp_avg_sq": torch.ones(1)}, "exp_avg_sq:"),
+        ({"exp_avg_sq": torch.full((2, 8), torch.nan)}, "exp_avg_sq:"),
+        ({"step": torch.ones((), dtype=torch.int32)}, "step:"),
+    ],
+)
+def test_a_state_whose_checksum_fits_is_checked_too(flags, stopped, tmp_path, changes, named):
+    assert stopped(flags).status == 143
+    state = tmp_path / "run/state.safetensors"
+    forged(state, state, **changes)
+    refused(call(*RESUME), "run/state.safetensors", "the state is damaged", named, "--overwrite")
+
+
+def test_a_state_of_more_threads_than_the_machine_has_is_capped(
+    flags, expected, stopped, tmp_path, monkeypatch
+):
+    assert stopped(flags).status == 143
+    state = tmp_path / "run/state.safetensors"
+    forged(state, state, threads="1000")
+    monkeypatch.setattr(outputs.os, "cpu_count", lambda: 1)
+    run = good(call(*RESUME))
+    assert "warning: the run had 1000 threads and has 1 now; the last bits differ" in run.err
+    assert torch.get_num_threads() == 1
+    assert contents("run")["lora.safetensors"] == expected
