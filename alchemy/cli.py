@@ -14,7 +14,7 @@ import time
 import warnings
 from argparse import BooleanOptionalAction  # noqa: F401  for the scripts
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 
@@ -612,19 +612,24 @@ def printable(text: str) -> str:
 
 
 def log(text: str) -> None:
-    """A message on stderr, above a progress bar; line breaks stay."""
+    """A message on stderr, above a progress bar; line breaks stay. Where nobody can read it, as
+    of a closed terminal or a pipe whose reader has ended, the run continues."""
     text = "\n".join(map(printable, text.split("\n")))
     tqdm = sys.modules.get("tqdm")
-    with tqdm.tqdm.external_write_mode(sys.stderr) if tqdm else nullcontext():
+    with suppress(OSError), tqdm.tqdm.external_write_mode(sys.stderr) if tqdm else nullcontext():
         print(text, file=sys.stderr, flush=True)
 
 
 def log_error(text: str) -> None:
     """One line on stderr that begins with "error: ", cut to a length that a terminal shows."""
+    log_line(f"error: {text}")
+
+
+def log_line(text: str) -> None:
     text = printable(" ".join(text.split()))
     if len(text) > MAX_MESSAGE:
         text = f"{text[: MAX_MESSAGE // 2]} ... {text[-MAX_MESSAGE // 2 :]}"
-    log(f"error: {text}")
+    log(text)
 
 
 def log_written(*paths: Path, main: Path | None = None) -> None:
@@ -788,7 +793,7 @@ def run(main: Callable[[], None]) -> None:
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):  # a path may hold what the terminal cannot show
             stream.reconfigure(errors="backslashreplace")
-    warnings.showwarning = lambda message, *_, **__: log(f"warning: {message}")
+    warnings.showwarning = lambda message, *_, **__: log_line(f"warning: {message}")
     with distributed.rank_zero_output():
         try:
             main()

@@ -257,6 +257,22 @@ def test_a_run_with_closed_stderr_writes_its_image(tiny):
     assert run.returncode == 0
 
 
+def test_a_run_whose_messages_cannot_be_written_writes_its_image(tiny):
+    argv = ("a", "--weights", tiny, "--steps", 1)
+    with open("/dev/full", "w") as full:
+        run = start("sample.py", *argv, stderr=full)
+    assert run.communicate(timeout=120)[0].startswith("wrote out/samples/0000.png\n")
+    assert run.returncode == 0
+    with open("/dev/full", "w") as full:
+        assert start("sample.py", "--steps", 0, stderr=full).wait(timeout=120) == 2
+
+
+def test_the_warning_of_a_long_prompt_is_cut(tiny):
+    run = good(call("sample.py", "word " * 2000, "--weights", tiny, "--steps", 1))
+    (line,) = [line for line in run.err.splitlines() if "too long" in line]
+    assert line.startswith("warning: prompt too long") and len(line) < 400
+
+
 @pytest.mark.parametrize("delay", [0.02, 0.1, 1.0])
 def test_an_interrupt_at_any_time_gives_no_traceback(tiny, delay):
     run = start("sample.py", "a", "--weights", tiny, "--steps", 999)
