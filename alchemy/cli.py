@@ -370,8 +370,8 @@ def flag_of(name: str) -> str:
 
 
 def settings(args: argparse.Namespace) -> dict:
-    """The flags as JSON, for settings.json."""
-    skipped = ("inspect", "inspect_full", "config", "traceback")
+    """The flags as JSON, for settings.json: what is made, not how the run was started."""
+    skipped = ("inspect", "inspect_full", "config", "resume", "overwrite", "traceback")
     values = {name: value for name, value in vars(args).items() if name not in skipped}
     return json.loads(json.dumps(values, default=str))
 
@@ -423,9 +423,11 @@ def check_weights(args: argparse.Namespace, weights: Path) -> None:
         )
     if args.revision and weights.exists():
         raise ValueError(f"--revision is for a checkpoint on the Hub; {weights} is a local path")
-    inner = weights / "checkpoint"
-    if (inner / "model_index.json").exists() and not (weights / "model_index.json").exists():
-        raise ValueError(f"--weights {weights}: no checkpoint; did you mean {inner}?")
+    # What --method full has written: into the folder of the run, or beside it.
+    for written in (weights / "checkpoint" / "model_index.json", Path(f"{weights}.safetensors")):
+        if weights.is_dir() and written.exists() and not (weights / "model_index.json").exists():
+            meant = written.parent if written.suffix == ".json" else written
+            raise ValueError(f"--weights {weights}: no checkpoint; did you mean {meant}?")
 
 
 def find_loras(args: argparse.Namespace) -> None:
@@ -656,6 +658,11 @@ def is_image_path(path: Path) -> bool:
             raise ValueError(f"--out {path}: the name is too long; choose a shorter one") from None
     if path.suffix.lower() in (".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff"):
         raise ValueError(f"--out {path}: images are written as .png, with their settings in them")
+    if path.suffix.lower() == ".safetensors":
+        raise ValueError(
+            f"--out {path}: images are written here; to merge a LoRA into a checkpoint: "
+            "python -m alchemy.formats LORA OUT --merge --weights CHECKPOINT"
+        )
     return path.suffix.lower() == ".png"
 
 

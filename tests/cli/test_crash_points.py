@@ -74,7 +74,7 @@ def in_child(argv, at=None):
 
 
 def results(folder):
-    """What has to be equal: not the times in the log, nor "resume" in the settings."""
+    """What has to be equal: not the times in the log, nor the settings."""
     skipped = ("log.csv", "log.jsonl", "settings.json", ".lock")
     return {name: data for name, data in contents(folder).items() if name not in skipped}
 

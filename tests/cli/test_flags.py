@@ -125,6 +125,7 @@ NO_SIZES = "big 0 -8 64x 64x64x64 1e3 ² 16385 4294967296x4294967296".split()
         ("sample", ["a dog", "--model-config", "."], ["its own configurations"]),
         ("sample", ["a dog", "--weights", "~nosuchuser/x"], ["nosuchuser"]),
         ("sample", ["--out", "beach.jpg"], ["beach.jpg", ".png"]),
+        ("sample", ["--out", "dog.safetensors"], ["dog.safetensors", "alchemy.formats"]),
         ("sample", ["--inspect-full"], ["--inspect-full", "--inspect FOLDER"]),
         ("insert", [SCENE], ["--lora is missing", "--method full"]),
         ("insert", [SCENE, "--embedding", "a"], ["--class-word is missing"]),

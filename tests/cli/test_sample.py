@@ -175,10 +175,12 @@ def test_the_folder_of_a_run_is_a_lora(pictures, lora_file, tmp_path):
     refused(call("sample.py", "a", "--lora", "empty"), "--lora empty", "no LoRA in this folder")
 
 
-def test_weights_that_are_the_folder_of_a_run_are_answered_with_its_checkpoint(tmp_path):
+@pytest.mark.parametrize("written", ["run/checkpoint/model_index.json", "run.safetensors"])
+def test_weights_that_are_the_folder_of_a_run_are_answered_with_its_checkpoint(tmp_path, written):
     (tmp_path / "run/checkpoint").mkdir(parents=True)
-    (tmp_path / "run/checkpoint/model_index.json").touch()
-    refused(call("sample.py", "a", "--weights", "run"), "did you mean run/checkpoint?")
+    (tmp_path / written).touch()
+    meant = written.removesuffix("/model_index.json")
+    refused(call("sample.py", "a", "--weights", "run"), f"did you mean {meant}?")
 
 
 def test_an_empty_negative_prompt_is_a_prompt_and_without_guidance_none_matters(pictures):

@@ -183,7 +183,9 @@ def test_a_resumed_run_without_a_state_starts_again_with_its_settings(tiny, tmp_
 def test_equal_settings_from_config_repeat_a_run(tiny, tmp_path):
     photos(tmp_path / "photos")
     base = ("--class-word", "dog", "--weights", tiny, "--steps", 1, "--preview-every", 0)
-    good(call("train.py", "photos", *base, "--out", "run/a"))
+    good(call("train.py", "photos", *base, "--out", "run/a", "--overwrite"))
+    same = call("train.py", "--config", "run/a/settings.json")
+    assert same.status == 2 and "run/a holds a run already" in same.err
     good(call("train.py", "--config", "run/a/settings.json", "--out", "again/a"))
     files = [tmp_path / f"{name}/a/lora.safetensors" for name in ("run", "again")]
     assert files[0].read_bytes() == files[1].read_bytes()
