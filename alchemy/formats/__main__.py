@@ -1,7 +1,7 @@
 """Convert a LoRA or an embedding to the names of another tool, or merge a LoRA into a checkpoint.
 
 python -m alchemy.formats found.safetensors dog.safetensors --to kohya
-python -m alchemy.formats out/dog/lora.safetensors dog.safetensors --to peft --weights weights/mini
+python -m alchemy.formats out/dog dog.safetensors --to peft --weights weights/mini
 python -m alchemy.formats dog.safetensors dog-sdxl.safetensors --merge --weights SDXL.safetensors
 python -m alchemy.formats my-dog.safetensors my-dog/ --to diffusers
 
@@ -9,9 +9,11 @@ Embeddings that OneTrainer has bundled with a LoRA become files of their own bes
 """
 
 import argparse
+from contextlib import suppress
 from pathlib import Path
 
 from .. import cli
+from ..files import lora_of_run
 from ..methods.outputs import embedding_name
 from .embeddings import (
     METADATA,
@@ -25,7 +27,7 @@ from .tensors import open_safetensors
 
 NEEDS = {  # a flag: the flag without which it has no effect
     "merge": "weights",
-    "config": "weights",
+    "model_config": "weights",
     "revision": "weights",
     "scale": "merge",
     "dtype": "merge",
@@ -34,7 +36,8 @@ NEEDS = {  # a flag: the flag without which it has no effect
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
     p = cli.parser(__doc__)
-    p.add_argument("source", metavar="IN", help="a LoRA or an embedding, in any names that we read")
+    text = "a LoRA, the folder of its run, or an embedding, in any names that we read"
+    p.add_argument("source", metavar="IN", help=text)
     p.add_argument("target", metavar="OUT", help="the file or folder to write; must not exist")
     group = p.add_mutually_exclusive_group(required=True)
     text = "kohya, which every tool reads, diffusers or, for LoRAs, peft"
@@ -45,7 +48,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     text = "checkpoint of the LoRA; with --to only its configurations are read (default: SDXL base)"
     p.add_argument("--weights", metavar="PATH|ID", help=text)
     text = "folder with the configurations, if --weights is a single file (default: SDXL base)"
-    p.add_argument("--config", metavar="FOLDER", help=text)
+    p.add_argument("--model-config", metavar="FOLDER", help=text)
     text = "branch, tag or commit of --weights on the Hub"
     p.add_argument("--revision", metavar="NAME", help=text)
     group = p.add_argument_group("merging")
@@ -56,15 +59,17 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     args = p.parse_args(argv)
     for flag, needed in NEEDS.items():
         if getattr(args, flag) not in (None, False) and not getattr(args, needed):
-            raise ValueError(f"--{flag} needs --{needed}; --help says what each is for")
+            raise ValueError(f"{cli.flag_of(flag)} needs --{needed}; --help says what each is for")
     to_folder = args.merge and Path(args.target).suffix != ".safetensors"
-    if to_folder and Path(args.weights).is_file() and not args.config:
+    if to_folder and Path(args.weights).is_file() and not args.model_config:
         raise ValueError(
             f"{args.weights}: a single file brings no configurations for a folder: "
-            "give --config FOLDER, or an OUT that ends in .safetensors"
+            "give --model-config FOLDER, or an OUT that ends in .safetensors"
         )
     if Path(args.target).exists():
         raise ValueError(f"{args.target} exists already; name another")
+    with suppress(ValueError):  # a folder without a LoRA may be that of an embedding
+        args.source = str(lora_of_run(args.source))
     return args
 
 
@@ -92,7 +97,7 @@ def convert(args: argparse.Namespace) -> list[Path]:
     file = open_safetensors(args.source)
     configs = {name: CONFIGS[name].from_config(BASE[name]) for name in CONFIGS}
     if args.weights:
-        options = {"config": args.config, "revision": args.revision}
+        options = {"config": args.model_config, "revision": args.revision}
         configs = alchemy.load(args.weights, "cpu", **options).configs
     # Names and shapes are all that is needed of the networks.
     networks = {name: build_on_meta(name, configs[name]) for name in networks_in(file.keys())}
@@ -145,7 +150,7 @@ def merge(args: argparse.Namespace) -> list[Path]:
     embeddings = plan_embeddings(args)  # an error here comes before gigabytes are read
     scale = 1.0 if args.scale is None else args.scale
     dtype = args.dtype or "float16"
-    options = {"config": args.config, "revision": args.revision}
+    options = {"config": args.model_config, "revision": args.revision}
     sdxl = alchemy.load(args.weights, "cpu", dtype, **options)
     load_lora(sdxl, args.source, scale, embeddings=False)
     metadata = {"alchemy.merged": Path(args.source).name, "alchemy.scale": scale}

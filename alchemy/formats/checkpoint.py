@@ -248,9 +248,10 @@ def load_weights(
     known = {key for key in tensors if key.startswith(prefix) and not layout.EXTRAS.search(key)}
     extra = sorted(known - set(stored.values()))
     if missing or extra:
+        hint = "; if it is not of SDXL's size, give --model-config FOLDER" if is_original else ""
         raise ValueError(
             f"{source}: {len(missing)} tensors missing, {len(extra)} left over: "
-            f"{first_names(missing + extra)}"
+            f"{first_names(missing + extra)}{hint}"
         )
     for key, parameter in list(network.named_parameters()):
         tensor = tensors[stored[key]].get_tensor(stored[key])

@@ -34,7 +34,7 @@ def save_checkpoint(
     if not is_file and not sdxl.read.json_files["unet/config.json"]:
         raise ValueError(
             f"{sdxl.source}: a single file brings no configurations; "
-            "name a folder that has them with --config, or write a .safetensors file"
+            "name a folder that has them with --model-config, or write a .safetensors file"
         )
     if path.is_file() or (path.exists() and any(path.iterdir())):
         raise ValueError(f"{path} exists already; name another")

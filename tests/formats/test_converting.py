@@ -63,7 +63,10 @@ def test_converting_needs_no_weights_of_sdxl_base_and_knows_its_names(source, ta
     layer = "unet.mid_block.attentions.0.transformer_blocks.9.attn2.to_k"
     down, up = torch.ones(2, 2048), torch.ones(1280, 2)
     save_file({layer + ".lora_A.weight": down, layer + ".lora_B.weight": up}, source)
-    convert(source, target, "--to", "kohya")
+    run = source.parent / "run"  # a run's folder stands for the LoRA in it
+    run.mkdir()
+    source.rename(run / "lora.safetensors")
+    convert(run, target, "--to", "kohya")
     stem = "lora_unet_middle_block_1_transformer_blocks_9_attn2_to_k"
     ends = ".lora_down.weight", ".lora_up.weight", ".alpha"
     assert load_file(target).keys() == {stem + end for end in ends}
@@ -89,7 +92,7 @@ def test_converting_says_which_tools_ignore_the_file(tiny, source, target, capsy
     [
         (("--to", "peft", "--scale", "2"), ("--scale needs --merge",)),
         (("--to", "peft", "--dtype", "float32"), ("--dtype needs --merge",)),
-        (("--to", "peft", "--config", "folder"), ("--config needs --weights",)),
+        (("--to", "peft", "--model-config", "folder"), ("--model-config needs --weights",)),
         (("--merge",), ("--merge needs --weights",)),
         (("--merge", "--weights", "w", "--scale", "nan"), ("--scale", "nan")),
         (("--merge", "--weights", "w", "--scale=-inf"), ("--scale", "-inf")),
@@ -282,7 +285,7 @@ def test_a_merge_into_one_file_is_the_merge_into_a_folder(tiny, source, target):
     )
     # A single file needs no configurations to become a single file.
     again = target.with_name("c.safetensors")
-    convert(source, again, *flags, target, "--config", tiny, "--scale", "0")
+    convert(source, again, *flags, target, "--model-config", tiny, "--scale", "0")
     for name in NETWORKS:
         same(one.network(name), folder.network(name).state_dict())
         same(alchemy.load(again, "cpu", config=tiny).network(name), one.network(name).state_dict())
@@ -295,5 +298,5 @@ def test_merging_overwrites_nothing_and_names_a_missing_base(tiny, source, tmp_p
     refused(lambda: convert(*there), "exists already")
     refused(lambda: convert(source, new, "--merge"), "--weights")
     single = source, new, "--merge", "--weights", source
-    refused(lambda: convert(*single), "a.safetensors", "--config")
+    refused(lambda: convert(*single), "a.safetensors", "--model-config")
     assert not new.exists()

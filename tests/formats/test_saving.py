@@ -86,7 +86,7 @@ def test_a_single_file_without_configurations_is_not_written_to_a_folder(tmp_pat
     first = {"model.diffusion_model.input_blocks.0.0.weight": torch.zeros(320, 4, 3, 3)}
     single = alchemy.load(write_single(tmp_path / "single.safetensors", first), "cpu")
     target = tmp_path / "whole"
-    refused(lambda: save_checkpoint(single, target), "single.safetensors", "--config")
+    refused(lambda: save_checkpoint(single, target), "single.safetensors", "--model-config")
     assert not target.exists()
 
 
