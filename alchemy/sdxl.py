@@ -173,8 +173,8 @@ class SDXL:
         A prompt longer than 75 tokens is cut, with a warning that quotes the words left out.
         Raises ValueError for one prompt that is not in a list, and for what is no text.
         """
-        if isinstance(prompts, str):
-            raise ValueError(f"encode_prompt takes a list of prompts: [{prompts[:40]!r}]")
+        if not isinstance(prompts, (list, tuple)):
+            raise ValueError(f"encode_prompt takes a list of prompts: [{prompts!r:.42}]")
         for prompt in prompts:
             if not isinstance(prompt, str | None):
                 raise ValueError(f"a prompt is a text or None, not {prompt!r:.60}")

@@ -6,6 +6,7 @@ from pathlib import Path
 from .. import lora
 from ..arguments import checked, resolve_seed
 from ..dataset import encode_image, encode_prompts, make_batcher
+from ..insertion import with_token
 from ..sdxl import SDXL
 from ..training import TrainState, loss, train
 from .captions import find_photos
@@ -37,13 +38,13 @@ def train_lora(
     defaults = sdxl.defaults
     size = sdxl.size
     seed = resolve_seed(seed)
-    subject = f"a photo of a {token} {class_word}"
     class_prompt = f"a photo of a {class_word}"
+    subject = with_token(class_prompt, class_word, token)
     encoded = [encode_image(sdxl, path, size, subject) for path in photos]
     prompts = encode_prompts(sdxl, [subject, class_prompt], size)
     get_batch = make_batcher(sdxl, encoded, size, seed, defaults["batch"])
-    lora.add_lora(sdxl, rank or defaults["rank"], seed=seed)
-    parameters = {n: p for n, p in sdxl.unet.named_parameters() if ".lora." in n}
+    added = {id(p) for p in lora.add_lora(sdxl, rank or defaults["rank"], seed=seed)}
+    parameters = {n: p for n, p in sdxl.unet.named_parameters() if id(p) in added}
     state = TrainState.create(parameters, learning_rate or defaults["learning_rate"], sdxl.dtype)
 
     def get_loss(step, micro_step):

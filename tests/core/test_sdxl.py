@@ -86,7 +86,7 @@ def test_a_batch_of_prompts_equals_the_single_ones(tiny):
 
 
 def test_a_long_prompt_is_cut_with_a_warning_that_quotes_the_rest(tiny):
-    with pytest.warns(UserWarning, match="these words are lost: 'zebra quartz'"):
+    with pytest.warns(UserWarning, match="these words are cut off: 'zebra quartz'"):
         cut = tiny.encode_prompt(["word " * 75 + "zebra quartz"])
     with warnings.catch_warnings():
         warnings.simplefilter("error")

@@ -295,11 +295,15 @@ def test_train_lora_is_what_train_py_does(tiny, tmp_path):
     base = flags(tiny, tmp_path, "--steps", 2, "--out", "run", "--batch", 4, "--size", 32)
     good(call(*base))
     sdxl = alchemy.load(tiny, "cpu")
+    alchemy.load_lora(sdxl, "run/lora.safetensors", 0.0, name="other")  # is not trained
     paths = sorted((tmp_path / "photos").iterdir())
-    steps = alchemy.train_lora(sdxl, paths, "dog", steps=2, rank=2, learning_rate=1e-3)
+    options = dict(steps=2, rank=2, learning_rate=1e-3)
+    steps = alchemy.train_lora(sdxl, paths, "dog", "sks dog", **options)
     assert [step for step, _ in steps] == [1, 2]
     alchemy.save_lora(sdxl, "again.safetensors")
+    alchemy.save_lora(sdxl, "other.safetensors", name="other")
     assert same_tensors(load_file("again.safetensors"), load_file("run/lora.safetensors"))
+    assert same_tensors(load_file("other.safetensors"), load_file("run/lora.safetensors"))
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA here")
