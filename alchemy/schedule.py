@@ -177,7 +177,7 @@ def check_config(config: dict) -> None:
     if config.get("trained_betas") is not None:
         raise ValueError("scheduler_config.json: trained_betas are not supported")
     kind = f"{config.get('_class_name')} {config.get('prediction_type')}"
-    if "flow" in kind.lower():
+    if "flow" in kind.lower() or config.get("use_flow_sigmas"):
         raise ValueError("scheduler_config.json: flow matching is not supported; SDXL predicts ε")
     for name, known in (
         ("prediction_type", PREDICTIONS),

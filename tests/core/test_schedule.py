@@ -101,6 +101,7 @@ def test_strength_keeps_the_last_steps_without_rounding_errors(steps, strength, 
         (Schedule.from_config, {"timestep_spacing": "log"}, "timestep_spacing"),
         (Schedule.from_config, {"trained_betas": [0.1, 0.2]}, "trained_betas"),
         (Schedule.from_config, {"_class_name": "FlowMatchEulerDiscrete"}, "flow matching"),
+        (Schedule.from_config, {"use_flow_sigmas": True}, "flow matching"),
         (Schedule.from_config, {"rescale_betas_zero_snr": True}, "needs v-prediction"),
     ],
 )
