@@ -131,8 +131,8 @@ def numbered(path: Path) -> Iterator[Path]:
 
 
 def free_path(path: str | Path) -> Path:
-    """The first of the numbered names that does not exist."""
-    return next(candidate for candidate in numbered(Path(path)) if not candidate.exists())
+    """The first of the numbered names that does not exist, or is too long to exist."""
+    return next(candidate for candidate in numbered(Path(path)) if not os.path.exists(candidate))
 
 
 def save_tensors(tensors: dict, path: str | Path, metadata: dict) -> None:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from .. import cli
-from ..files import save_text
+from ..files import free_path, save_text
 from ..formats import png
 from ..formats.text import read_text
 
@@ -42,9 +42,13 @@ def list_jobs(args: argparse.Namespace) -> list[Job]:
     if not cli.is_image_path(out):
         return [Job(args.prompt, seed, out / f"{seed:04d}.png") for seed in seeds]
     if args.count == 1:
-        return [Job(args.prompt, args.seed, out)]
-    stem = out.stem
-    return [Job(args.prompt, seed, out.with_name(f"{stem}-{seed}.png")) for seed in seeds]
+        jobs = [Job(args.prompt, args.seed, out)]
+    else:
+        stem = out.stem
+        jobs = [Job(args.prompt, seed, out.with_name(f"{stem}-{seed}.png")) for seed in seeds]
+    # The longest name, which may get a number too, is tried before the work.
+    cli.is_image_path(free_path(jobs[-1].path))
+    return jobs
 
 
 def check_list(folder: Path, jobs: list[Job]) -> None:

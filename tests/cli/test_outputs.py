@@ -51,6 +51,15 @@ def test_a_name_that_is_too_long_is_refused_before_the_work(drawn, inserted, mon
     assert nothing_written()
 
 
+def test_a_name_that_is_too_long_with_its_number_is_refused_before_the_work(drawn, monkeypatch):
+    name = f"{'x' * 251}.png"
+    good(drawn("--out", name))
+    monkeypatch.setattr(pipeline, "sample", None)
+    for flags in (("--count", 2), ()):
+        refused(drawn("--out", name, *flags), "--out", "too long")
+    assert list(contents(".")) == [name]
+
+
 def test_a_long_name_that_fits_is_written(drawn):
     run = good(drawn("--out", f"out/{'x' * 240}.png"))
     assert sorted(contents("out")) == [run.wrote[0].name]
