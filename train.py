@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
+    from alchemy.lora import Adapter
     from alchemy.methods.report import Report
     from alchemy.sdxl import SDXL
     from alchemy.training import GetLoss
@@ -103,6 +104,7 @@ def run(args: Namespace, out: Path, page: Path | None) -> int:
 def trainable_parameters(args: Namespace, sdxl: "SDXL") -> dict[str, "Tensor"]:
     """{name: float32 parameter}, added to the networks where need be."""
     import alchemy
+    from alchemy import lora
     from alchemy.formats.embeddings import KEYS
     from alchemy.methods import dreambooth, textual_inversion
 
@@ -116,9 +118,23 @@ def trainable_parameters(args: Namespace, sdxl: "SDXL") -> dict[str, "Tensor"]:
         return parameters
     if args.init_lora:
         alchemy.load_lora(sdxl, args.init_lora, name="default")
+        check_init_lora(args, lora.adapters(sdxl))
     else:
         alchemy.add_lora(sdxl, args.rank, args.alpha, seed=args.seed)
     return {name: p for name, p in sdxl.unet.named_parameters() if ".lora." in name}
+
+
+def check_init_lora(args: Namespace, adapters: "list[Adapter]") -> None:
+    """Raise ValueError, before the first step, for what could not be written after the last."""
+    from alchemy.formats.updates import FullAdapter
+
+    if any(isinstance(adapter, FullAdapter) for adapter in adapters):
+        raise ValueError(
+            f"--init-lora {args.init_lora}: an update of full rank (LoHa, LoKr or .diff), which "
+            "cannot be trained further"
+        )
+    if any((len(adapter.down), adapter.alpha) != (args.rank, args.alpha) for adapter in adapters):
+        cli.log(f"rank and alpha are those of {args.init_lora}")
 
 
 def training_steps(report: "Report", get_loss: "GetLoss") -> "Iterator[tuple[int, float]]":

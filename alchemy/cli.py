@@ -469,7 +469,7 @@ def apply_loras(
     import alchemy
 
     from . import lora
-    from .formats.embeddings import load_embedding
+    from .formats.embeddings import bundled_embeddings, load_embedding
 
     tokens = []
     for path in embeddings or ():
@@ -480,6 +480,8 @@ def apply_loras(
             log(f"warning: {token!r} is in no prompt, so {path} has no effect")
     for path, scale in loras or ():
         alchemy.load_lora(sdxl, path, scale)
+        for token in bundled_embeddings(path):
+            log(f"{path}: an embedding is bundled with it; its token is {token!r}")
     if merge:
         lora.merge(sdxl)
     return tokens

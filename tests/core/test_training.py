@@ -19,7 +19,7 @@ from helpers.training import (  # noqa: F401
     spoiled,
 )
 from safetensors import safe_open
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 import alchemy
 from alchemy import lora, training
@@ -284,6 +284,14 @@ def test_init_lora_continues_training_a_file_or_the_one_of_a_run(tiny, tmp_path,
     first, second = (load_file(f"{name}/lora.safetensors") for name in ("first", "second"))
     for name, tensor in first.items():
         assert torch.allclose(second[name], tensor, atol=1e-7), name
+
+
+def test_an_update_of_full_rank_is_refused_before_it_is_trained(tiny, tmp_path):
+    layer = "unet.mid_block.attentions.0.transformer_blocks.0.attn1.to_q"
+    weight = alchemy.load(tiny, "cpu").unet.get_submodule(layer.removeprefix("unet.")).weight
+    save_file({f"{layer}.diff": torch.ones_like(weight)}, tmp_path / "full.safetensors")
+    run = call(*flags(tiny, tmp_path, "--init-lora", "full.safetensors", "--out", "run"))
+    assert run.status == 2 and "full rank" in run.err and not (tmp_path / "run").exists()
 
 
 def test_train_lora_without_photos_is_refused(tiny):
