@@ -246,7 +246,8 @@ def train(
     get_loss(step, micro_step): a function of these two numbers alone.
     autocast: see autocast_to_dtype.
     A step whose loss or gradient is not finite is not applied, and its loss is NaN;
-    FloatingPointError after more than MAX_BAD_STEPS of them in a row.
+    FloatingPointError after more than MAX_BAD_STEPS of them in a row, in float16 only where the
+    loss itself is not finite or the loss scale has fallen to 1.
     """
     optimizer, scaler = state.optimizer, state.scaler
     lower_precision = autocast_to_dtype(sdxl, autocast)
@@ -277,6 +278,9 @@ def train(
 
         # Stop if the last steps, those before an interruption too, were all lost.
         recent = state.losses[-MAX_BAD_STEPS - 1 :]
+        # A float16 run starts with a loss scale that overflows; each time, it is halved.
+        if math.isfinite(total) and scaler.is_enabled() and scaler.get_scale() > 1:
+            recent = []
         if len(recent) > MAX_BAD_STEPS and all(math.isnan(value) for value in recent):
             raise FloatingPointError(
                 f"loss or gradient was not finite in {len(recent)} steps in a row, "

@@ -154,6 +154,27 @@ def test_loss_scaling_skips_an_overflow_and_halves_its_scale(overflow):
     assert state.scaler.get_scale() == 2.0 ** (14 if overflow else 15)
 
 
+@pytest.mark.parametrize("limit, steps", [(2.0**7, None), (0, 16)])
+def test_a_run_survives_overflows_until_the_loss_scale_is_1(limit, steps):
+    sdxl = small()
+    state = TrainState.create(parameters(sdxl), 1e-2)
+    state.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**16)
+    get_loss = make_get_loss(sdxl, class_prompt=None)
+
+    def get_half_loss(step, micro_step):
+        value = get_loss(step, micro_step)
+        value.register_hook(lambda g: torch.where(g.abs() > limit, torch.inf, g))
+        return value
+
+    if steps is None:
+        list(train(sdxl, state, get_half_loss, steps=12))
+        assert [math.isfinite(v) for v in state.losses] == [False] * 9 + [True] * 3
+    else:
+        with pytest.raises(FloatingPointError, match="not finite"):
+            list(train(sdxl, state, get_half_loss, steps=40))
+        assert state.step == steps and state.scaler.get_scale() == 1
+
+
 # The state
 
 
