@@ -17,10 +17,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import alchemy
 from alchemy import lora
-from alchemy.dataset import encode_image, encode_prompts, make_batcher
+from alchemy.dataset import EncodeEveryStep, encode_image, encode_prompts, make_batcher
 from alchemy.extras.fp8 import store_fp8
 from alchemy.extras.optimizations import cached_steps
 from alchemy.formats import checkpoint
+from alchemy.methods import textual_inversion
 from alchemy.methods.prior import teacher_batch
 from alchemy.samplers import SAMPLERS
 from alchemy.schedule import Schedule
@@ -182,3 +183,24 @@ def test_training_with_prior_preservation(fake, tmp_path, monkeypatch, kind, che
     assert len(list(train(sdxl, state, get_loss, steps=1))) == 1
     for p in parameters.values():
         assert p.grad.device == p.device and state.optimizer.state[p]["exp_avg"].device == p.device
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_textual_inversion(fake, tmp_path, monkeypatch, dtype):
+    monkeypatch.setattr(torch, "autocast", lambda *args, **kwargs: nullcontext())
+    sdxl = fake(dtype)
+    path = tmp_path / "photo.png"
+    Image.new("RGB", SIZE).save(path)
+    photo = encode_image(sdxl, path, SIZE, "a photo of <sks>")
+    rows = [torch.zeros(2, table.embedding_dim) for table in textual_inversion.tables(sdxl)]
+    words = textual_inversion.add_word(sdxl, "<sks>", rows)
+    parameters = {f"word_{i}": word.requires_grad_(True) for i, word in enumerate(words)}
+    get_batch = make_batcher(sdxl, [photo], SIZE, 0, 2)
+    prompts = EncodeEveryStep(sdxl, SIZE)
+
+    def get_loss(step, micro_step):
+        return loss(sdxl, get_batch(step, micro_step), None, prompts)
+
+    state = TrainState.create(parameters, 1e-3, sdxl.dtype)
+    assert len(list(train(sdxl, state, get_loss, steps=1))) == 1
+    assert all(word.grad.device == word.device == sdxl.device for word in words)
