@@ -186,7 +186,8 @@ def train_and_save(report: "Report", get_loss: "GetLoss") -> int:
     stopped = 0
     with StopSignal() as stop:
         try:
-            if args.preview_every and not state.step:
+            # At step 0, or where an earlier run ended between its state and its previews.
+            if report.is_preview_due() and not report.has_previews():
                 report.add_previews()
             for step, _ in training_steps(report, get_loss):
                 stopped = distributed.all_reduce_max(stop.number)  # all ranks stop together
@@ -194,7 +195,7 @@ def train_and_save(report: "Report", get_loss: "GetLoss") -> int:
                     save_state()
                 if stopped:
                     break
-                if args.preview_every and (step % args.preview_every == 0 or step == args.steps):
+                if report.is_preview_due():
                     report.add_previews()
         except FloatingPointError as error:
             save_state(replace=False)  # an older one is better: the last steps led to this

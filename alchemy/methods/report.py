@@ -3,6 +3,7 @@
 import time
 from argparse import Namespace
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -86,6 +87,18 @@ class Report:
         what = f"{what} {known} {cli.count_of(count, 'preview')}"
         return cli.Estimate(left, what, count * self.preview_seconds)
 
+    def is_preview_due(self) -> bool:
+        every, step = self.args.preview_every, self.state.step
+        return bool(every) and (step % every == 0 or step == self.args.steps)
+
+    def has_previews(self) -> bool:
+        """Whether those of this step exist: a run may end between its state and its previews."""
+        path, step = self.out / "preview.png", None
+        if self.is_main and path.exists():
+            with suppress(ValueError):  # not an image of ours
+                step = png.read_metadata(path).get("preview_step")
+        return bool(distributed.all_reduce_max(step == self.state.step))
+
     def add_previews(self) -> None:
         """A row of preview.png, and the LoRA of this step beside it."""
         start = time.monotonic()
@@ -103,7 +116,7 @@ class Report:
         if self.recorder:
             self.recorder.previews[step] = row
         sheet = sheets.sheet([*self.rows, [("loss", self.curve())]])
-        png.save(sheet, path, cli.metadata(self.args))
+        png.save(sheet, path, cli.metadata(self.args) | {"preview_step": step})
         if self.args.method == "lora" and step:
             lora = self.out / "previews" / f"step-{step:06d}.safetensors"
             lora.parent.mkdir(exist_ok=True)

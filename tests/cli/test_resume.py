@@ -140,17 +140,15 @@ def test_a_second_interrupt_ends_the_run_at_once(flags, stopped):
     assert before == (signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM))
 
 
-def test_earlier_previews_are_kept_and_a_complete_state_is_only_finished(flags, stopped):
+def test_earlier_previews_are_kept_and_those_lost_to_a_stop_are_made(flags, stopped):
     assert stopped((*flags, "--preview-every", 1, "--steps", 2), step=1).status == 143
-    before = contents("run")["preview.png"]
-    good(call(*RESUME))  # no step is left
-    assert contents("run")["preview.png"] == before and "lora.safetensors" in contents("run")
-    again = (*flags, "--preview-every", 1, "--steps", 2, "--overwrite")
-    assert stopped(again, step=1).status == 143
-    before = contents("run")["preview.png"]
-    run = good(call(*RESUME, "--steps", 3))
+    before = contents("run")
+    assert "previews/step-000002.safetensors" not in before
+    run = good(call(*RESUME))  # no step is left
     assert "run/preview.png, with the previews so far, is run/preview-1.png now" in run.err
-    assert contents("run")["preview-1.png"] == before != contents("run")["preview.png"]
+    after = contents("run")
+    assert after["preview-1.png"] == before["preview.png"] != after["preview.png"]
+    assert {"previews/step-000002.safetensors", "lora.safetensors"} <= after.keys()
 
 
 def test_settings_are_restored_and_flags_override_them(flags, stopped):

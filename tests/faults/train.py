@@ -233,6 +233,9 @@ FAULTS = {
         ),
         ("a finished run does not say so", "finished == args.steps or", "False or"),
     ),
+    ("methods/report", "cli/resume"): (
+        ("previews lost to a stop stay lost", "step == self.state.step))", "True))"),
+    ),
     ("methods/outputs", "cli/crash_points"): (
         (
             "its own checkpoint stops the run",
