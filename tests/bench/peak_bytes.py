@@ -1,11 +1,13 @@
 """Count the most bytes that SDXL's full-size networks take beside their weights, without a GPU.
 
     python tests/bench/peak_bytes.py          # the figures of alchemy/extras/memory.py, in GB
+    python tests/bench/peak_bytes.py readme   # its estimates: the rows of the README's table
 
 Everything runs on torch's meta device, in bfloat16, with attention as a fused kernel keeps it.
 """
 
 import sys
+from argparse import Namespace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -16,6 +18,7 @@ from helpers.counting import peak, run_backward  # noqa: E402
 
 from alchemy import lora, sampling  # noqa: E402
 from alchemy.dataset import Batch  # noqa: E402
+from alchemy.extras import memory  # noqa: E402
 from alchemy.extras.optimizations import cached_steps  # noqa: E402
 from alchemy.formats.checkpoint import BASE, CONFIGS, build_on_meta  # noqa: E402
 from alchemy.schedule import Schedule  # noqa: E402
@@ -24,6 +27,16 @@ from alchemy.segmentation import AttentionMaps  # noqa: E402
 from alchemy.training import denoising_loss  # noqa: E402
 
 DTYPE, RANK = torch.bfloat16, 16
+README = {  # row of the README's table: flags of train.py beside its defaults
+    "generating an image": {"method": None},
+    "LoRA of rank 16, with prior preservation": {},
+    "the same with `--checkpointing`": {"checkpointing": True},
+    "... and `--prior-weight 0 --preview-every 0`": {
+        "checkpointing": True,
+        "prior_weight": 0,
+        "preview_every": 0,
+    },
+}
 
 
 def network(name: str, dtype: torch.dtype = DTYPE) -> torch.nn.Module:
@@ -103,7 +116,25 @@ def train_step(method: str, images: int, checkpointing: bool) -> float:
     return peak(step, DTYPE if is_full else None) / 1e9
 
 
+def readme_rows() -> list[str]:
+    """The estimates of the README's table, in Markdown."""
+    sdxl = SimpleNamespace(defaults={"size": 1024}, size=(1024, 1024), dtype=DTYPE)
+    flags = dict(size=None, batch=1, rank=RANK, captions=False, text_encoders=False)
+    flags |= dict(method="lora", prior_weight=1.0, preview_every=100, checkpointing=False)
+    rows = []
+    for title, changes in README.items():
+        sizes = []
+        for fp8 in (False, True):
+            args = Namespace(**flags | changes, fp8_base=fp8)
+            sizes.append(f"{memory.estimate(args, sdxl) / memory.GB:.1f}")
+        rows.append(f"| {title} | {sizes[0]} | {sizes[1]} |")
+    return rows
+
+
 def main() -> None:
+    if sys.argv[1:] == ["readme"]:
+        print(*readme_rows(), sep="\n")
+        return
     for side in (1024, 2048):
         print(f"decode {side} x {side:<34} {decode(side, side):6.3f}", flush=True)
     for size in ((1024, 1024), (1024, 2048)):
