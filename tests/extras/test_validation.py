@@ -74,8 +74,8 @@ def test_training_logs_scores_and_names_the_best_step(tiny, tmp_path):
 
 
 BAD = {
-    "no previews": (["--validate", "--preview-every", 0], "goes without --preview-prompt"),
-    "other previews": (["--validate", "--preview-prompt", "a cat"], "goes without"),
+    "no previews": (["--validate", "--preview-every", 0], "leave out --preview-prompt"),
+    "other previews": (["--validate", "--preview-prompt", "a cat"], "leave out --preview-prompt"),
     "an encoder for nothing": (["--dino", "folder"], "--dino has no effect without --validate"),
     "no such encoder": (["--validate", "--dino", "nothing"], "nothing: no such folder"),
 }

@@ -69,7 +69,11 @@ BAD = {
     "a pickle alone": ({}, "pytorch_model.bin", "never read"),
     "another size": ({"hidden_size": 24}, None, "size mismatch for vision_model"),
     "no number": ({"patch_size": "8"}, None, "patch_size is '8'; it must be an integer"),
-    "another activation": ({"hidden_act": "relu"}, None, "hidden_act is 'relu'; known are"),
+    "another activation": (
+        {"hidden_act": "relu"},
+        None,
+        "hidden_act is 'relu'; it is supported as",
+    ),
     "more layers": ({"num_hidden_layers": 3}, None, "Missing key(s) in state_dict: "),
     "fewer layers": ({"num_hidden_layers": 1}, None, "Unexpected key(s) in state_dict: "),
 }
