@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..clip import ACTIVATIONS, Layer
+from ..clip import Layer
 
 DINO_NAMES = (
     ("vision_model.embeddings.class_embedding", "embeddings.cls_token"),
