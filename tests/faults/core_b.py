@@ -86,7 +86,7 @@ FAULTS = {
         ),
     ),
     ("sdxl", "core/sdxl"): (
-        ("a text is a list of letters", "if isinstance(prompts, str):", "if False:"),
+        ("a text is a list of letters", "if not isinstance(prompts, (list, tuple)):", "if False:"),
         ("anything is a prompt", "if not isinstance(prompt, str | None):", "if False:"),
         (
             "time ids: sizes swapped",
