@@ -81,6 +81,7 @@ OPTIONS = [
     ("load_lora", "scale", "1"),
     ("load_lora", "path", None),
     ("add_lora", "rank", "8"),
+    ("add_lora", "alpha", 0),
     ("add_lora", "seed", None),
     ("set_lora_scale", "scale", "a"),
     ("noise", "seeds", 0),
