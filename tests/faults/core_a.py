@@ -220,7 +220,6 @@ FAULTS = {
             "and not (value is None and ruled[name])",
             "and value is not None",
         ),
-        ("NaN is a number", " and math.isfinite(value)", ""),
         ("True is a whole number", "Integral) and not isinstance(value, bool)", "Integral)"),
         ("0 is above 0", " and not (above and x == low)", ""),
         ("other tools' arguments give no hint", 'if here.startswith("--"):', "if False:"),
